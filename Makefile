@@ -1,0 +1,33 @@
+# Each verb sets up what it needs; a second run finds that done and costs a moment.
+# ARGS reaches the command: make test ARGS='-k ledger -x'
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup default-model demo test check bench clean
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
+
+setup: ## make .venv with everything that runs and tests need
+	@scripts/setup
+
+default-model: setup
+	@.venv/bin/python -m kevlarflow.default_model >/dev/null
+
+demo: default-model ## kill a node in mid-stream and watch the streams go on
+	.venv/bin/kevlarflow demo $(ARGS)
+
+test: default-model ## run the tests
+	.venv/bin/pytest $(ARGS)
+
+check: setup ## lint, formatting, types, import layers
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+bench: default-model ## measure against stock vLLM, side by side
+	.venv/bin/kevlarflow bench $(ARGS)
+
+clean: ## remove caches and build leftovers; keeps .venv and the model cache
+	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,109 @@
+"""Every knob, with its unit, its default and the relations that must hold between them.
+
+`ServeConfig` is made once by ``kevlarflow serve``, checked by `check`, written into the run folder and
+read by every other process of the cluster, so that all of them agree.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from kevlarflow.errors import UsageError
+
+RUN_FOLDER_VARIABLE = "KEVLARFLOW_RUN"
+"""Environment variable that names the run folder; every process of a cluster carries it."""
+
+
+class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
+    """How long silence may last. See `check` for how they relate."""
+
+    heartbeat_interval_ms: int = 100
+    """How often a node beats."""
+    watch_interval_ms: int = 5
+    """How often the controller looks whether a local process has begun to exit."""
+    suspect_after_ms: int = 1_000
+    """Silence after which a node is suspect: nothing is moved yet."""
+    confirm_after_ms: int = 3_000
+    """Silence after which a suspect is fenced (killed), and its lanes move."""
+    startup_timeout_s: int = 600
+    """How long nodes and engines may take to get ready; compilation included."""
+    report_interval_ms: int = 200
+    """How often an engine reports its load."""
+    stop_grace_s: int = 5
+    """How long children may take to leave after SIGTERM before they are killed."""
+
+
+class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What one cluster is made of."""
+
+    model: str
+    """A Hugging Face folder or name, as vLLM takes it."""
+    served_model_name: str
+    host: str
+    port: int
+    stages: int
+    """S: `-pp`."""
+    pipelines: int
+    """R: `-dp`."""
+    ranks: int = 1
+    """T: `-tp`; 1 for now."""
+    kv_cache_memory_bytes: int
+    """KV memory of one lane on one node, as vLLM's `--kv-cache-memory-bytes`."""
+    reserve_lanes: int
+    """Lanes that each node has KV memory for besides its own; each takes `kv_cache_memory_bytes`."""
+    vllm_args: tuple[str, ...] = ()
+    """Flags passed through to vLLM as they were typed; without model, -pp, -dp, -tp, host and port."""
+    timeouts: Timeouts = Timeouts()
+    run_folder: str
+
+    def path(self, name: str) -> str:
+        """Path of a file or socket in the run folder."""
+        return os.path.join(self.run_folder, name)
+
+    @property
+    def controller_address(self) -> str:
+        """Where the controller's ROUTER socket is bound."""
+        return "ipc://" + self.path("controller.sock")
+
+    @property
+    def launcher_path(self) -> str:
+        """Path of the zygote's Unix socket."""
+        return self.path("launcher.sock")
+
+
+def check(config: ServeConfig) -> None:
+    """Raise `UsageError` for values that cannot work, and say what to write instead."""
+    if config.ranks != 1:
+        raise UsageError(f"-tp {config.ranks} is not supported yet: KevlarFlow serves with -tp 1 for now")
+    for flag, value in (("-pp", config.stages), ("-dp", config.pipelines)):
+        if value < 1:
+            raise UsageError(f"{flag} {value} makes no pipeline: use {flag} 1 or more")
+    if config.reserve_lanes < 0:
+        raise UsageError(f"--reserve-lanes {config.reserve_lanes} is negative: use 0 (no failover) or more")
+    times = config.timeouts
+    if not 2 * times.heartbeat_interval_ms < times.suspect_after_ms < times.confirm_after_ms:
+        raise UsageError(
+            "timeouts must satisfy 2 x heartbeat interval < suspect < confirm, but are "
+            f"{times.heartbeat_interval_ms}, {times.suspect_after_ms} and {times.confirm_after_ms} ms"
+        )
+
+
+def run_folder_of(port: int) -> Path:
+    """The private folder of the cluster that serves on `port`: sockets, logs, lock and configuration."""
+    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    return Path(base) / f"kevlarflow-{os.getuid()}" / str(port)
+
+
+def save(config: ServeConfig) -> None:
+    """Write the configuration into its run folder."""
+    Path(config.path("config.json")).write_bytes(msgspec.json.encode(config))
+
+
+def load(run_folder: str | None = None) -> ServeConfig:
+    """The configuration of the cluster that this process belongs to."""
+    folder = run_folder or os.environ[RUN_FOLDER_VARIABLE]
+    return msgspec.json.decode((Path(folder) / "config.json").read_bytes(), type=ServeConfig)

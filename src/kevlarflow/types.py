@@ -1,0 +1,111 @@
+"""The glossary as types: the words of ARCHITECTURE.md, each with one meaning.
+
+Everything here is plain data: immutable, comparable, and able to round-trip through JSON, because
+the same values travel on the wire, stand in the journal and drive the simulator.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NewType
+
+import msgspec
+
+NodeId = NewType("NodeId", str)
+"""Name of a place in the grid, ``node-<pipeline>-<stage>``; with an incarnation it names a member."""
+PipelineId = NewType("PipelineId", int)
+"""Index of a pipeline, 0 to R - 1; also the index of its engine, and of its lane on any node."""
+Stage = NewType("Stage", int)
+"""Index of a stage, 0 to S - 1."""
+Epoch = NewType("Epoch", int)
+"""Grows with each re-forming of a pipeline; whatever carries an old one is dropped."""
+RecoveryId = NewType("RecoveryId", int)
+
+
+class NodeState(enum.StrEnum):
+    """State of a node, as `status` shows it."""
+
+    STARTING = "starting"
+    READY = "ready"
+    SUSPECT = "suspect"
+    DEAD = "dead"
+    DRAINING = "draining"
+
+
+class PipelineState(enum.StrEnum):
+    """State of a pipeline, as `status` shows it; ``waiting`` means that a stage has no node."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    RECOVERING = "recovering"
+    WAITING = "waiting"
+
+
+class EngineState(enum.StrEnum):
+    """State of an engine, as `status` shows it."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DEAD = "dead"
+
+
+class RecoveryState(enum.StrEnum):
+    """State of a recovery, as `status` shows it."""
+
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Cause(enum.StrEnum):
+    """Why a pipeline was formed."""
+
+    START = "start"
+    CRASH = "crash"
+    HANG = "hang"
+    REJOIN = "rejoin"
+    ATTACH = "attach"
+
+
+class Member(msgspec.Struct, frozen=True, order=True):
+    """A node in one of its lives. A node that was declared dead never comes back as the same member."""
+
+    node: NodeId
+    incarnation: int
+
+    def __str__(self) -> str:
+        return f"{self.node}#{self.incarnation}"
+
+
+class NodeInfo(msgspec.Struct, frozen=True):
+    """What a node says of itself when it joins."""
+
+    member: Member
+    stage: Stage
+    host: str
+    pid: int
+    """The process that holds the weights and computes (rank 0 of the node's T ranks)."""
+    pids: tuple[int, ...]
+    """One process id for each tensor-parallel rank."""
+    step_address: str
+    """Where engines send steps."""
+    activation_address: str
+    """Where the node of the stage before sends activations."""
+    lanes: int
+    """How many lanes it has KV memory for: its own, and those it can take over."""
+
+
+class Phases(msgspec.Struct, frozen=True):
+    """Seconds of each phase of a recovery. `detect` counts from the last proof of life."""
+
+    detect: float = 0.0
+    plan: float = 0.0
+    relink: float = 0.0
+    restore: float = 0.0
+    recompute: float = 0.0
+    reissue: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Seconds from the last proof of life to the first re-issued step's completion."""
+        return self.detect + self.plan + self.relink + self.restore + self.recompute + self.reissue

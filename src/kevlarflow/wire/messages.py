@@ -1,0 +1,241 @@
+"""Every control message, typed. Encoded as MessagePack by `encode`, checked against its type by `decode`.
+
+Three conversations meet at the controller's one ROUTER socket (``controller.sock``):
+
+* a **node** introduces itself, beats, and says when it is ready or why it failed;
+* an **engine** attaches, is told which nodes form its pipeline, and reports what that cost;
+* an **observer** (supervisor, API server, ``kevlarflow status``) asks once or subscribes.
+
+Steps and activations do not pass here: engines talk to nodes directly (`kevlarflow.wire.steps`).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kevlarflow.types import Cause, Epoch, Member, NodeId, NodeInfo, Phases, PipelineId, Stage
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of every control message; the tag on the wire is the class name."""
+
+
+# ---- node -> controller
+
+
+class NodeStarting(Message, frozen=True):
+    """A node process exists and has begun to load. Sent once at start, and again when asked to introduce itself."""
+
+    member: Member
+    stage: Stage
+    host: str
+    pids: tuple[int, ...]
+
+
+class NodeReady(Message, frozen=True):
+    """The node holds its weights and KV memory and can join pipelines; also the answer to `Introduce`."""
+
+    info: NodeInfo
+    epochs: dict[PipelineId, Epoch]
+    """The newest epoch seen on each lane, so that a restarted controller continues above it."""
+
+
+class NodeFailed(Message, frozen=True):
+    """The node cannot start; it exits after this."""
+
+    member: Member
+    reason: str
+    """One line for a person."""
+
+
+class Heartbeat(Message, frozen=True):
+    """Proof of life, from a thread of its own. Also carries progress, so that a stuck step can be seen."""
+
+    member: Member
+    steps_done: int
+    step_running_seconds: float
+    """How long the step now on the device has been running; 0.0 when idle."""
+
+
+# ---- controller -> node
+
+
+class Introduce(Message, frozen=True):
+    """The controller does not know the sender (it restarted): say who you are."""
+
+
+class Retire(Message, frozen=True):
+    """Leave: exit 0 at once. Sent to a member that was replaced, or when the cluster stops."""
+
+
+# ---- engine -> controller
+
+
+class EngineAttached(Message, frozen=True):
+    """An engine's executor is there and waits for `Form`; also the answer to `Introduce`."""
+
+    pipeline: PipelineId
+    pid: int
+    epoch: Epoch
+    """The epoch it serves in now; 0 when it has none yet."""
+    members: tuple[Member, ...]
+    """The members it serves with now, in stage order; empty when it has none yet."""
+
+
+class EngineReport(Message, frozen=True):
+    """Load of an engine, several times a second. `running == waiting == 0` is a quiet point."""
+
+    pipeline: PipelineId
+    running: int
+    waiting: int
+    kv_blocks: int
+    """KV blocks that vLLM's scheduler has."""
+    in_flight: int
+    """Steps issued and not completed."""
+
+
+class EngineReady(Message, frozen=True):
+    """The engine has its scheduler and takes requests."""
+
+    pipeline: PipelineId
+    kv_blocks: int
+
+
+class Formed(Message, frozen=True):
+    """The pipeline generates in this epoch: the re-issued steps have started to complete."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    seconds: Phases
+    """Only relink, restore, recompute and reissue are the engine's to fill."""
+    requests: int
+    """Live requests carried over."""
+    lost_requests: int
+    recomputed_tokens: int
+
+
+class MemberFailed(Message, frozen=True):
+    """The engine could not use a member (refused, wrong epoch, broken channel): evidence, not a verdict."""
+
+    pipeline: PipelineId
+    member: Member
+    reason: str
+
+
+# ---- controller -> engine
+
+
+class Form(Message, frozen=True):
+    """Serve with these nodes from now on. A newer epoch replaces whatever is under way."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    nodes: tuple[NodeInfo, ...]
+    """In stage order."""
+    released: tuple[NodeInfo, ...]
+    """Living nodes whose lane of this pipeline is no longer used: tell them to leave it."""
+    cause: Cause
+    lost_stages: tuple[Stage, ...]
+    """Stages whose node is new to this pipeline and holds no KV of it."""
+
+
+class Suspend(Message, frozen=True):
+    """A stage has no node: end the requests in flight with this reason and wait for `Form`."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    stage: Stage
+    reason: str
+
+
+# ---- observers
+
+
+class AskStatus(Message, frozen=True):
+    """One question, one `Status`."""
+
+
+class Status(Message, frozen=True):
+    """The contract's status document."""
+
+    document: bytes
+    """JSON."""
+
+
+class Subscribe(Message, frozen=True):
+    """From now on send the observer every change of `Availability`, `Narration` and `Fatal`; the current one first."""
+
+    narration: bool = False
+
+
+class Availability(Message, frozen=True):
+    """Whether at least one pipeline can generate."""
+
+    serving: bool
+    started: bool
+    """Whether the cluster has ever served: before that a missing node is start-up, not failure."""
+    reason: str
+    retry_after_seconds: int
+
+
+class Narration(Message, frozen=True):
+    """One line about something that happened, for people."""
+
+    time: float
+    text: str
+
+
+class Fatal(Message, frozen=True):
+    """The cluster cannot start; the supervisor prints this one line and exits."""
+
+    reason: str
+
+
+# ---- controller -> launcher (the zygote's own socket), and back
+
+
+class StartNode(Message, frozen=True):
+    """Fork a node."""
+
+    node: NodeId
+    incarnation: int
+    stage: Stage
+
+
+class StartApiServer(Message, frozen=True):
+    """Fork the API server with its engines."""
+
+
+class Started(Message, frozen=True):
+    """The process id of what was forked."""
+
+    pid: int
+
+
+AnyMessage = (
+    NodeStarting | NodeReady | NodeFailed | Heartbeat | Introduce | Retire | EngineAttached | EngineReport
+    | EngineReady | Formed | MemberFailed | Form | Suspend | AskStatus | Status | Subscribe | Availability
+    | Narration | Fatal | StartNode | StartApiServer | Started
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+__all__ = [
+    "AnyMessage", "AskStatus", "Availability", "EngineAttached", "EngineReady", "EngineReport", "Fatal", "Form",
+    "Formed", "Heartbeat", "Introduce", "MemberFailed", "Message", "Narration", "NodeFailed", "NodeReady",
+    "NodeStarting", "Retire", "StartApiServer", "StartNode", "Started", "Status", "Subscribe", "Suspend",
+    "decode", "encode",
+]  # fmt: skip
+
+
+def encode(message: AnyMessage) -> bytes:
+    """One frame for the wire."""
+    return _encoder.encode(message)
+
+
+def decode(frame: bytes) -> AnyMessage:
+    """The message in a frame. Raises `msgspec.DecodeError` (or `ValidationError`) for anything else."""
+    return _decoder.decode(frame)
+
+
