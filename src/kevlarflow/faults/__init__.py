@@ -1,1 +1,51 @@
-"""faults"""
+"""Faults on purpose: what strikes (`kinds`), when (`triggers`), and how it is proved (`processes`)."""
+
+from kevlarflow.faults.kinds import (
+    AnyFault,
+    Fault,
+    FaultDidNotHappen,
+    KillNode,
+    KillProcesses,
+    KillServing,
+    StatusDocument,
+    Struck,
+    Target,
+    inject,
+    strike,
+    verify,
+)
+from kevlarflow.faults.triggers import (
+    AfterCancel,
+    AfterTokens,
+    AnyTrigger,
+    DuringPrefill,
+    Idle,
+    Progress,
+    SeveralInFlight,
+    Trigger,
+    WhilePreempting,
+)
+
+__all__ = [
+    "AfterCancel",
+    "AfterTokens",
+    "AnyFault",
+    "AnyTrigger",
+    "DuringPrefill",
+    "Fault",
+    "FaultDidNotHappen",
+    "Idle",
+    "KillNode",
+    "KillProcesses",
+    "KillServing",
+    "Progress",
+    "SeveralInFlight",
+    "StatusDocument",
+    "Struck",
+    "Target",
+    "Trigger",
+    "WhilePreempting",
+    "inject",
+    "strike",
+    "verify",
+]

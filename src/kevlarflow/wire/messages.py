@@ -120,6 +120,8 @@ class MemberFailed(Message, frozen=True):
     pipeline: PipelineId
     member: Member
     reason: str
+    epoch: Epoch = Epoch(0)
+    """The epoch of the `Form` that named the member: a complaint about an older one is void. 0: not known."""
 
 
 # ---- controller -> engine
@@ -162,8 +164,23 @@ class Status(Message, frozen=True):
     """JSON."""
 
 
+class AskMetrics(Message, frozen=True):
+    """One question, one `Metrics`."""
+
+
+class Metrics(Message, frozen=True):
+    """The controller's metrics, to be appended to those of the API server."""
+
+    exposition: bytes
+    """Prometheus text format."""
+
+
 class Subscribe(Message, frozen=True):
-    """From now on send the observer every change of `Availability`, `Narration` and `Fatal`; the current one first."""
+    """From now on send the observer every change of `Availability`, `Narration` and `Fatal`; the current one first.
+
+    A controller that was started again knows no observers: send this again every second or two. Doing so is
+    harmless, and is answered with the current `Availability`.
+    """
 
     narration: bool = False
 
@@ -214,16 +231,16 @@ class Started(Message, frozen=True):
 
 AnyMessage = (
     NodeStarting | NodeReady | NodeFailed | Heartbeat | Introduce | Retire | EngineAttached | EngineReport
-    | EngineReady | Formed | MemberFailed | Form | Suspend | AskStatus | Status | Subscribe | Availability
-    | Narration | Fatal | StartNode | StartApiServer | Started
+    | EngineReady | Formed | MemberFailed | Form | Suspend | AskStatus | Status | AskMetrics | Metrics
+    | Subscribe | Availability | Narration | Fatal | StartNode | StartApiServer | Started
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 __all__ = [
-    "AnyMessage", "AskStatus", "Availability", "EngineAttached", "EngineReady", "EngineReport", "Fatal", "Form",
-    "Formed", "Heartbeat", "Introduce", "MemberFailed", "Message", "Narration", "NodeFailed", "NodeReady",
+    "AnyMessage", "AskMetrics", "AskStatus", "Availability", "EngineAttached", "EngineReady", "EngineReport",
+    "Fatal", "Form", "Formed", "Heartbeat", "Introduce", "MemberFailed", "Message", "Metrics", "Narration", "NodeFailed", "NodeReady",
     "NodeStarting", "Retire", "StartApiServer", "StartNode", "Started", "Status", "Subscribe", "Suspend",
     "decode", "encode",
 ]  # fmt: skip
@@ -237,5 +254,3 @@ def encode(message: AnyMessage) -> bytes:
 def decode(frame: bytes) -> AnyMessage:
     """The message in a frame. Raises `msgspec.DecodeError` (or `ValidationError`) for anything else."""
     return _decoder.decode(frame)
-
-

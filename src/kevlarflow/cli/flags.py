@@ -1,0 +1,114 @@
+"""The command line of ``kevlarflow serve``: takes the flags that are KevlarFlow's, keeps the rest for vLLM.
+
+vLLM has some three hundred flags, and its parser takes 8 s to import. So this parser knows KevlarFlow's flags only,
+and leaves everything else as it was typed. It cannot know whether a foreign flag takes a value; a word that stands
+behind one therefore goes to vLLM with it, and MODEL is a word that does not: it comes first, or behind a flag of ours.
+Names are read as vLLM reads them: long or short, ``--flag value`` or ``--flag=value``, dashes or underscores.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from kevlarflow.errors import UsageError
+
+DEFAULT_PORT = 8000
+
+
+class ServeFlags(msgspec.Struct):
+    """What was typed. None stands for "not said"."""
+
+    model: str | None = None
+    stages: int = 1
+    pipelines: int = 1
+    ranks: int = 1
+    host: str | None = None
+    port: int = DEFAULT_PORT
+    kv_cache_memory_bytes: int | None = None
+    reserve_lanes: int | None = None
+    vllm_args: list[str] = msgspec.field(default_factory=list)
+    help: str | None = None
+    """Empty for ``--help``; the topic in ``--help=topic``, which is vLLM's to explain."""
+
+
+def _integer(text: str) -> int:
+    return int(text)
+
+
+def _human_integer(text: str) -> int:
+    """vLLM's notation for large numbers: 512m is 512,000,000 and 512M is 512 x 2**20."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgtKMGT]?)", text.strip())
+    if not match or ("." in match[1] and not match[2].islower()):
+        raise ValueError(text)
+    number, suffix = match.groups()
+    power = "kmgt".find(suffix.lower()) + 1 if suffix else 0
+    return int(float(number) * 1000**power) if suffix.islower() else int(number) * 1024**power
+
+
+_TAKEN: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "--model": ("model", str),
+    "-pp": ("stages", _integer),
+    "--pipeline-parallel-size": ("stages", _integer),
+    "-dp": ("pipelines", _integer),
+    "--data-parallel-size": ("pipelines", _integer),
+    "-tp": ("ranks", _integer),
+    "--tensor-parallel-size": ("ranks", _integer),
+    "--host": ("host", str),
+    "--port": ("port", _integer),
+    "--kv-cache-memory-bytes": ("kv_cache_memory_bytes", _human_integer),
+    "--reserve-lanes": ("reserve_lanes", _integer),
+}
+
+
+def parse(words: list[str]) -> ServeFlags:
+    """Read a command line; raise `UsageError` for a flag of ours that makes no sense."""
+    flags = ServeFlags()
+    rest = list(words)
+    foreign_flag_is_open = False
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-") if name.startswith("--") else name
+        if name in {"-h", "--help"}:
+            flags.help = value
+        elif name in _TAKEN:
+            if not equals:
+                value = _value_of(name, rest)
+            _take(flags, name, value)
+            foreign_flag_is_open = False
+        elif word.startswith("-"):
+            flags.vllm_args.append(word)
+            foreign_flag_is_open = not equals
+        elif foreign_flag_is_open or flags.model is not None:
+            flags.vllm_args.append(word)
+        else:
+            flags.model = word
+    return flags
+
+
+def _value_of(name: str, rest: list[str]) -> str:
+    if not rest:
+        raise UsageError(f"{name} needs a value")
+    return rest.pop(0)
+
+
+def _take(flags: ServeFlags, name: str, value: str) -> None:
+    field, convert = _TAKEN[name]
+    try:
+        setattr(flags, field, convert(value))
+    except ValueError as error:
+        raise UsageError(f"{name} {value} is not a number") from error
+
+
+def value_given(vllm_args: list[str], name: str) -> str | None:
+    """Return the first value of a flag of vLLM's, when it was typed in full."""
+    for position, word in enumerate(vllm_args):
+        flag, equals, value = word.partition("=")
+        if flag.replace("_", "-") == name:
+            following = vllm_args[position + 1 : position + 2]
+            return value if equals else next(iter(following), None)
+    return None

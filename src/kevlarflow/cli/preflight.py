@@ -1,0 +1,151 @@
+"""Before anything is started: can this work at all, and with how much KV memory?
+
+Only what a look at files, ports and memory can tell, in a moment; what needs vLLM is checked by the zygote. The sum
+for memory is deliberately simple and on the safe side, and each of its terms was measured.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from pathlib import Path
+
+import msgspec
+
+from kevlarflow.cli.model_files import ModelFiles
+from kevlarflow.errors import NotEnoughMemory, UsageError
+
+MIB = 2**20
+GIB = 2**30
+
+NODE_BYTES = 400 * MIB
+"""What a node takes besides weights and KV: activations, buffers, its unshared part of the zygote's pages."""
+ENGINE_BYTES = 250 * MIB
+"""What an engine takes; it holds no weights."""
+FIXED_BYTES = 1200 * MIB
+"""The zygote, the API server with its tokenizer, the controller."""
+LARGEST_DEFAULT_KV_BYTES = GIB
+SMALLEST_DEFAULT_KV_BYTES = 64 * MIB
+DEFAULT_SHARE = 0.7
+"""How much of the free memory a cluster takes when nobody says how much KV memory it should have."""
+
+
+class Size(msgspec.Struct, frozen=True):
+    """What a cluster is to consist of."""
+
+    stages: int
+    pipelines: int
+    reserve_lanes: int
+    weight_bytes: int
+    """Of one whole pipeline, in the type it computes with."""
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes there are."""
+        return self.stages * self.pipelines
+
+    @property
+    def lanes(self) -> int:
+        """How many lanes all nodes have KV memory for."""
+        return self.nodes * (1 + self.reserve_lanes)
+
+    @property
+    def bytes_without_kv(self) -> int:
+        """What everything but KV takes."""
+        per_pipeline = self.weight_bytes + self.stages * NODE_BYTES + ENGINE_BYTES
+        return FIXED_BYTES + self.pipelines * per_pipeline
+
+
+def check_layers(stages: int, files: ModelFiles) -> None:
+    """Raise `UsageError` when there are more stages than layers."""
+    if files.layers is not None and stages > files.layers:
+        raise UsageError(
+            f"-pp {stages} asks for more stages than the model has layers ({files.layers}): "
+            f"use -pp {files.layers} or less"
+        )
+
+
+def loaded_bytes(files: ModelFiles, dtype: str | None) -> int:
+    """Bytes of the weights in memory: on disk they may be half as wide."""
+    wide = dtype in {"float", "float32"}
+    return files.weight_bytes * 4 // files.bytes_per_weight if wide else files.weight_bytes
+
+
+def choose_kv_bytes(size: Size, available: int) -> int:
+    """KV bytes of a lane when nobody asked for a size; raise `NotEnoughMemory` when there is too little for any."""
+    budget = int(available * DEFAULT_SHARE) - size.bytes_without_kv
+    chosen = min(LARGEST_DEFAULT_KV_BYTES, budget // size.lanes) // MIB * MIB
+    if chosen < SMALLEST_DEFAULT_KV_BYTES:
+        needed = int((size.bytes_without_kv + size.lanes * SMALLEST_DEFAULT_KV_BYTES) / DEFAULT_SHARE)
+        raise NotEnoughMemory(_too_little(size, needed, available))
+    return chosen
+
+
+def check_memory(size: Size, kv_bytes: int, available: int) -> None:
+    """Raise `NotEnoughMemory` when the cluster cannot fit."""
+    needed = size.bytes_without_kv + size.lanes * kv_bytes
+    if needed > available:
+        raise NotEnoughMemory(_too_little(size, needed, available) + ", --kv-cache-memory-bytes")
+
+
+def _too_little(size: Size, needed: int, available: int) -> str:
+    lanes = 1 + size.reserve_lanes
+    return (
+        f"{size.nodes} nodes with {lanes} KV lane{'s' * (lanes > 1)} each need {gib(needed)} of memory and "
+        f"{gib(available)} are free: lower -dp" + (", --reserve-lanes" if size.reserve_lanes else "")
+    )
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping: of the machine, or of the container if that is less."""
+    meminfo = Path("/proc/meminfo").read_text()
+    machine = next(int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return machine  # No container, or one without a limit.
+    return min(machine, max(0, limit - used))
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise `UsageError` when the API server could not listen there."""
+    if not 0 < port < 2**16:
+        raise UsageError(f"--port {port} is no port: use 1 to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as error:
+            raise UsageError(_cannot_listen(host, port, error)) from error
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} is in use{_owner_of(port)}: choose another with --port"
+    if error.errno == errno.EACCES:
+        return f"port {port} needs privileges: choose one above 1023 with --port"
+    return f"cannot listen on {host} port {port} ({error.strerror}): change --host or --port"
+
+
+def _owner_of(port: int) -> str:
+    import psutil
+
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
+                if connection.pid is None or connection.pid == os.getpid():
+                    continue
+                return f" by {psutil.Process(connection.pid).name()} (process {connection.pid})"
+    except psutil.Error:
+        pass
+    return ""
+
+
+def gib(number: int) -> str:
+    """A number of bytes, for people."""
+    return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number // MIB} MiB"

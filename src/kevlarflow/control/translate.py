@@ -1,0 +1,65 @@
+"""Messages from the wire as events of the cluster, and commands of the cluster as messages."""
+
+from __future__ import annotations
+
+from kevlarflow.recovery import events
+from kevlarflow.wire import messages
+
+FromPeer = (
+    messages.NodeStarting
+    | messages.NodeReady
+    | messages.NodeFailed
+    | messages.EngineAttached
+    | messages.EngineReady
+    | messages.EngineReport
+    | messages.Formed
+    | messages.MemberFailed
+)
+
+
+def event_of(message: FromPeer) -> events.AnyEvent:
+    """What a node's or an engine's message means to the cluster."""
+    match message:
+        case messages.NodeStarting(member=member, host=host, pids=pids):
+            return events.NodeStarting(member, host, pids)
+        case messages.NodeReady(info=info, epochs=epochs):
+            return events.NodeReady(info, epochs)
+        case messages.NodeFailed(member=member, reason=reason):
+            return events.NodeFailed(member, reason)
+        case messages.EngineAttached(pipeline=pipeline, pid=pid, epoch=epoch, members=members):
+            return events.EngineAttached(pipeline, pid, epoch, members)
+        case messages.EngineReady(pipeline=pipeline, kv_blocks=kv_blocks):
+            return events.EngineReady(pipeline, kv_blocks)
+        case messages.EngineReport():
+            return events.EngineReport(
+                pipeline=message.pipeline,
+                running=message.running,
+                waiting=message.waiting,
+                in_flight=message.in_flight,
+                kv_blocks=message.kv_blocks,
+            )
+        case messages.Formed():
+            return events.Formed(
+                pipeline=message.pipeline,
+                epoch=message.epoch,
+                seconds=message.seconds,
+                requests=message.requests,
+                lost_requests=message.lost_requests,
+                recomputed_tokens=message.recomputed_tokens,
+            )
+        case messages.MemberFailed(pipeline=pipeline, member=member, reason=reason, epoch=epoch):
+            return events.MemberFailed(pipeline, epoch, member, reason)
+
+
+def order_of(command: events.Form | events.Suspend) -> messages.Form | messages.Suspend:
+    """The message that carries an order to an engine."""
+    if isinstance(command, events.Suspend):
+        return messages.Suspend(command.pipeline, command.epoch, command.stage, command.reason)
+    return messages.Form(
+        pipeline=command.pipeline,
+        epoch=command.epoch,
+        nodes=command.nodes,
+        released=command.released,
+        cause=command.cause,
+        lost_stages=command.lost_stages,
+    )

@@ -1,0 +1,71 @@
+"""The API server: vLLM's own OpenAI server, on engines whose executor is KevlarFlow's.
+
+This is what `vllm.entrypoints.launchers.api_server.entry` does, with one difference: the engines are forked. vLLM's
+CPU platform asks for `spawn`, which would import everything once more for each engine; here the imports are the
+zygote's, and this process has no thread yet when the engines are forked.
+
+It runs until it is told to stop, or until vLLM gives up an engine. Then it leaves together with all its engines,
+and the supervisor starts the whole again, which attaches to the living nodes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from argparse import Namespace
+from typing import Any, NoReturn
+
+import uvloop
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.entry import build_and_serve
+from vllm.entrypoints.launchers.launcher import setup_server
+from vllm.logger import configure_logging_from_args
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.system_utils import decorate_logs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from kevlarflow.config import ServeConfig
+from kevlarflow.engine import availability
+from kevlarflow.engine.arguments import namespace
+
+
+def run(config: ServeConfig) -> None:
+    """Serve until SIGTERM or SIGINT. Runs in a process that the zygote forked."""
+    args = namespace(config)
+    configure_logging_from_args(args)
+    decorate_logs("APIServer", skip_if_decorated=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    availability.configure(config)
+    availability.explain_failed_requests()
+    listen_address, sock = setup_server(args, reuse_port=False)
+    try:
+        uvloop.run(_serve(args, listen_address, sock))
+    finally:
+        sock.close()
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    # Until uvicorn runs, which has handlers of its own.
+    raise KeyboardInterrupt("terminated")
+
+
+async def _serve(args: Namespace, listen_address: str, sock: socket.socket) -> None:
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    usage = UsageContext.OPENAI_API_SERVER
+    vllm_config = engine_args.create_engine_config(usage_context=usage)
+    # Creating the configuration has set it to "spawn".
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    engines = AsyncLLM.from_vllm_config(
+        vllm_config=vllm_config,
+        usage_context=usage,
+        enable_log_requests=engine_args.enable_log_requests,
+        aggregate_engine_logging=engine_args.aggregate_engine_logging,
+        disable_log_stats=engine_args.disable_log_stats,
+    )
+    try:
+        await engines.reset_mm_cache()
+        stopped = await build_and_serve(engines, listen_address, sock, args)
+    finally:
+        engines.shutdown(timeout=vllm_config.shutdown_timeout)
+    await stopped

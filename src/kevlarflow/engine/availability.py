@@ -1,0 +1,187 @@
+"""What clients are told while nothing can generate, and why a request has failed.
+
+vLLM's server knows its engines, not the nodes behind them. The controller knows both, and `Watch` holds its latest
+word. From it come four things that vLLM cannot say:
+
+* ``GET /health`` is 200 exactly while at least one pipeline can generate;
+* new generation requests get HTTP 503 with ``Retry-After`` while none can, rather than wait for a node;
+* a request that had to be ended says why, where vLLM says "Internal server error";
+* ``GET /metrics`` has the controller's metrics next to vLLM's.
+
+The first two are an ASGI middleware, which vLLM adds by its public ``--middleware``. The third replaces one method of
+vLLM, whose signature `kevlarflow.engine.arguments.check_vllm` checks at start. The last is a Prometheus collector.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from typing import Any
+
+import msgspec
+import zmq
+from prometheus_client import REGISTRY, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from kevlarflow.config import ServeConfig
+from kevlarflow.wire.messages import AskMetrics, Availability, Metrics, Subscribe, decode, encode
+
+log = logging.getLogger("kevlarflow.engine.availability")
+
+REFRESH_SECONDS = 1.0
+"""How often the subscription is renewed, so that a controller that was started again learns of it."""
+GENERATION_PREFIXES = ("/v1/", "/v2/", "/inference/", "/invocations", "/generate")
+FAILED_REQUEST = (
+    "This request was ended because the cluster could not complete it after a failure; "
+    "the log of the API server and `kevlarflow status` say more."
+)
+UNKNOWN = Availability(serving=False, started=False, reason="the cluster is starting", retry_after_seconds=1)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Watch:
+    """The controller's latest word on availability, kept by a thread.
+
+    When the controller dies its last word stays: the pipelines go on without it.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.latest = UNKNOWN
+        self.metrics = b""
+        """The controller's metrics in Prometheus' text format, at most a refresh old."""
+        self._address = address
+
+    def start(self) -> None:
+        """Begin to listen. Only after the engines were forked: a fork must not meet a second thread."""
+        threading.Thread(target=self._listen, name="kevlarflow-availability", daemon=True).start()
+
+    def _listen(self) -> None:
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        # Nothing is queued for a controller that is away; the next refresh asks again.
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        socket.connect(self._address)
+        refresh = 0.0
+        while True:
+            now = time.monotonic()
+            if now >= refresh:
+                self._ask(socket)
+                refresh = now + REFRESH_SECONDS
+            if socket.poll(max(1, int((refresh - now) * 1000))):
+                self._take(socket.recv())
+
+    def _ask(self, socket: zmq.Socket[bytes]) -> None:
+        try:
+            socket.send(encode(Subscribe()), zmq.NOBLOCK)
+            socket.send(encode(AskMetrics()), zmq.NOBLOCK)
+        except zmq.Again:
+            return  # Not connected.
+
+    def _take(self, frame: bytes) -> None:
+        try:
+            message = decode(frame)
+        except msgspec.DecodeError:
+            return
+        if isinstance(message, Availability):
+            self.latest = message
+        elif isinstance(message, Metrics):
+            self.metrics = message.exposition
+
+
+_watch = Watch("")
+
+
+def configure(config: ServeConfig) -> None:
+    """Say where the controller is. vLLM makes the middleware without arguments, so this is process-wide."""
+    global _watch
+    _watch = Watch(config.controller_address)
+
+
+class ControllerMetrics(Collector):
+    """The controller's metrics, for the Prometheus registry of this process."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def describe(self) -> list[Metric]:
+        """Say nothing ahead: the controller decides what it has."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what the controller said last."""
+        yield from text_string_to_metric_families(self._watch.metrics.decode())
+
+
+def explain_failed_requests() -> None:
+    """Let a request that ends in an error say why, where vLLM says "Internal server error"."""
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+    from vllm.exceptions import GenerationError, RetryableRequestError
+
+    def raise_if_error(_: object, finish_reason: str | None, request_id: str) -> None:
+        if finish_reason != "error":
+            return
+        now = _watch.latest
+        log.error("request %s was ended with an error: %s", request_id, now.reason or "unknown")
+        if now.serving:
+            raise GenerationError(FAILED_REQUEST)
+        raise RetryableRequestError(now.reason)
+
+    GenerateBaseServing._raise_if_error = raise_if_error
+
+
+class AvailabilityMiddleware:
+    """Answers for the cluster where the cluster has something to say, and leaves the rest to vLLM."""
+
+    def __init__(self, app: Application, watch: Watch | None = None) -> None:
+        self._app = app
+        self._watch = watch or _watch
+        if watch is None:
+            # vLLM builds its middleware when the server starts, which is after the engines were forked.
+            self._watch.start()
+            REGISTRY.register(ControllerMetrics(self._watch))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection, as ASGI defines it."""
+        if scope["type"] == "http":
+            now = self._watch.latest
+            if not now.serving and scope["path"] == "/health":
+                await _answer(send, now, _health_body(now))
+                return
+            if not now.serving and now.started and _generates(scope):
+                await _answer(send, now, _error_body(now))
+                return
+        await self._app(scope, receive, send)
+
+
+def _generates(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return scope["method"] == "POST" and path.startswith(GENERATION_PREFIXES)
+
+
+def _health_body(now: Availability) -> dict[str, Any]:
+    return {"status": "unavailable" if now.started else "starting", "reason": now.reason}
+
+
+def _error_body(now: Availability) -> dict[str, Any]:
+    """OpenAI's form of an error."""
+    return {"error": {"message": now.reason, "type": "ServiceUnavailableError", "param": None, "code": 503}}
+
+
+async def _answer(send: Send, now: Availability, body: dict[str, Any]) -> None:
+    content = json.dumps(body).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(content)).encode()),
+        (b"retry-after", str(now.retry_after_seconds).encode()),
+    ]
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

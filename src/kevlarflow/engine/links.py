@@ -1,0 +1,86 @@
+"""Channels from an engine to the nodes of its pipeline: one DEALER socket a node, opened and closed as nodes change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+import zmq
+
+from kevlarflow.types import NodeInfo, Stage
+from kevlarflow.wire import steps
+
+MAX_WAITING_MESSAGES = 10_000
+"""High-water mark of each socket, in messages."""
+
+
+class NodeLinks:
+    """Not thread-safe: the session's door guards it."""
+
+    def __init__(self, bell: int) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._nodes: tuple[NodeInfo, ...] = ()
+        self._bell = bell
+        self._poller = zmq.Poller()
+        self.dropped = 0
+        """Messages that could not be sent or decoded."""
+
+    def use(self, nodes: Sequence[NodeInfo]) -> None:
+        """Talk to these nodes, in stage order; channels to others are closed."""
+        self._nodes = tuple(nodes)
+        wanted = {node.step_address for node in nodes}
+        for address in self._sockets.keys() - wanted:
+            self._sockets.pop(address).close(linger=0)
+        for address in wanted - self._sockets.keys():
+            self._sockets[address] = self._open(address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._bell, zmq.POLLIN)
+        for sock in self._sockets.values():
+            self._poller.register(sock, zmq.POLLIN)
+
+    def _open(self, address: str) -> zmq.Socket[bytes]:
+        sock = self._context.socket(zmq.DEALER)
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.setsockopt(zmq.SNDHWM, MAX_WAITING_MESSAGES)
+        sock.setsockopt(zmq.RCVHWM, MAX_WAITING_MESSAGES)
+        sock.connect(address)
+        return sock
+
+    def close(self) -> None:
+        """Close all channels."""
+        for sock in self._sockets.values():
+            sock.close(linger=0)
+        self._sockets.clear()
+
+    def send(self, stage: Stage, header: steps.AnyStepMessage, *payload: bytes) -> None:
+        """Send to the node of `stage`, without waiting."""
+        self._send(self._sockets[self._nodes[stage].step_address], header, payload)
+
+    def send_once(self, address: str, header: steps.AnyStepMessage) -> None:
+        """Send to a node that is not part of the pipeline any more."""
+        sock = self._open(address)
+        self._send(sock, header, ())
+        sock.close(linger=1_000)
+
+    def _send(self, sock: zmq.Socket[bytes], header: steps.AnyStepMessage, payload: Sequence[bytes]) -> None:
+        try:
+            sock.send_multipart([steps.encode(header), *payload], zmq.NOBLOCK)
+        except zmq.Again:
+            self.dropped += 1
+
+    def receive(self, timeout_ms: int) -> Iterator[tuple[steps.AnyStepMessage, list[bytes]]]:
+        """What has arrived, after waiting at most `timeout_ms` for something (the bell included)."""
+        ready = dict(self._poller.poll(timeout_ms))
+        for sock in [sock for sock in self._sockets.values() if sock in ready]:
+            while True:
+                try:
+                    frame, *payload = sock.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                try:
+                    header = steps.decode(frame)
+                except msgspec.MsgspecError:
+                    self.dropped += 1
+                    continue
+                yield header, payload

@@ -1,0 +1,286 @@
+"""The shell around `recovery.pipeline`: it owns the channels to the nodes and carries out the core's commands.
+
+Two threads use it. vLLM's engine thread issues steps and waits for their results; the attendant
+(`engine.attendant`) brings the controller's orders. One lock, the door, guards the core and the channels, and whoever
+holds it pumps messages. An order is left in the mailbox and a bell is rung: if the engine thread is waiting for a
+step, it hears the bell and carries the order out itself; if it is not (an idle engine), the attendant finds the door
+open and does. So recovery needs no traffic, and always runs between two messages, never inside one.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import os
+import pickle
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+
+from kevlarflow.engine.links import NodeLinks
+from kevlarflow.errors import StartupFailed
+from kevlarflow.recovery import pipeline as core
+from kevlarflow.recovery.ledger import Step, StepResult
+from kevlarflow.recovery.recompute import Limits
+from kevlarflow.types import Member, PipelineId, Stage
+from kevlarflow.wire import steps
+from kevlarflow.wire.messages import AnyMessage, Form, Formed, MemberFailed, Suspend
+
+log = logging.getLogger("kevlarflow.engine")
+
+MAX_ORDERS = 1_000
+"""Orders of the controller that may wait; only the newest counts."""
+
+
+class StepFuture(Future[Any]):
+    """The result of a step; waiting for it pumps the session, so recovery runs on the waiting thread."""
+
+    def __init__(self, session: Session, sequence: int) -> None:
+        super().__init__()
+        self._session = session
+        self._sequence = sequence
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The step's `ModelRunnerOutput`, or the session's `abandoned` value. `timeout` is seconds, None for ever."""
+        if not self.done():
+            self._session.wait_for(self, timeout)
+        return super().result(timeout=0)
+
+
+class Session:
+    """See the module's text.
+
+    `translate` turns a node's (output, generators) into what the ledger has to know; `abandoned` makes the value
+    that a step's future gets, given the reason, when the step will never have a result.
+    """
+
+    def __init__(self, pipeline: PipelineId, limits: Limits, translate: Any, abandoned: Any) -> None:
+        self.pipeline = pipeline
+        self._core = core.Pipeline(limits)
+        self._translate = translate
+        self._abandoned = abandoned
+        self._door = threading.Lock()
+        self._mailbox: collections.deque[Form | Suspend] = collections.deque(maxlen=MAX_ORDERS)
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._links = NodeLinks(self._bell)
+        self._links.use(())
+        self._futures: dict[int, StepFuture] = {}
+        self._payloads: dict[int, tuple[bytes, bytes]] = {}
+        self._outputs: dict[int, Any] = {}
+        self._descriptions: list[bytes] = []
+        self._evict = False
+        self._lost_requests = 0
+        self.reports: collections.deque[AnyMessage] = collections.deque(maxlen=MAX_ORDERS)
+        """What the attendant has to tell the controller."""
+        self.report_bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    # ---- the engine thread
+
+    def begin_scheduling(self) -> tuple[int, bool]:
+        """(formation count, whether to evict the prefix cache now): called before the scheduler makes a step."""
+        with self._door:
+            evict, self._evict = self._evict, False
+            return self._core.formations, evict
+
+    def issue(self, step: Step, scheduled: Any, grammar: Any) -> StepFuture:
+        """Send a step to the pipeline."""
+        future = StepFuture(self, step.sequence)
+        payload = pickle.dumps(scheduled, pickle.HIGHEST_PROTOCOL)
+        grammar_payload = pickle.dumps(grammar, pickle.HIGHEST_PROTOCOL)
+        with self._door:
+            self._futures[step.sequence] = future
+            self._payloads[step.sequence] = (payload, grammar_payload)
+            self._take_orders()
+            self._handle(core.StepIssued(step))
+        return future
+
+    def wait_for(self, future: StepFuture, timeout: float | None) -> None:
+        """Pump until `future` is done, or `timeout` seconds have passed."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._door:
+            while not future.done() and (deadline is None or time.monotonic() < deadline):
+                self._pump(1_000)
+
+    def note_lost(self, requests: int) -> None:
+        """The scheduler ended this many requests with an error."""
+        self._lost_requests += requests
+
+    @property
+    def suspended_reason(self) -> str:
+        """Why the pipeline cannot generate; empty when it can."""
+        return self._core.reason if self._core.phase is core.Phase.SUSPENDED else ""
+
+    @property
+    def in_flight(self) -> int:
+        """Steps issued and not completed."""
+        return len(self._core.in_flight)
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch."""
+        return self._core.epoch
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The current members, in stage order."""
+        return tuple(node.member for node in self._core.nodes)
+
+    # ---- start-up
+
+    def wait_formed(self, timeout: float) -> list[Any]:
+        """Wait until the pipeline is formed; returns the unpickled description of each stage.
+
+        Raises `StartupFailed` after `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        with self._door:
+            while self._core.phase is not core.Phase.SERVING and time.monotonic() < deadline:
+                self._pump(100)
+            for stage in range(len(self._core.nodes)):
+                self._links.send(Stage(stage), steps.Describe())
+            while len(self._descriptions) < max(1, len(self._core.nodes)) and time.monotonic() < deadline:
+                self._pump(100)
+        if len(self._descriptions) < max(1, len(self._core.nodes)):
+            raise StartupFailed(f"pipeline {self.pipeline} was not formed within {timeout:.0f} s: see the nodes' logs")
+        return [pickle.loads(description) for description in self._descriptions]
+
+    def close(self) -> None:
+        """Give up the lanes and close all channels."""
+        with self._door:
+            for stage in range(len(self._core.nodes)):
+                self._links.send(Stage(stage), steps.Leave(self.pipeline, self._core.epoch))
+            self._links.close()
+
+    # ---- the attendant
+
+    def post(self, order: Form | Suspend) -> None:
+        """Leave an order of the controller and ring the bell."""
+        self._mailbox.append(order)
+        os.eventfd_write(self._bell, 1)
+
+    def attend(self, patience: float) -> bool:
+        """Carry out orders if the engine thread is away; returns whether there is still something to do.
+
+        Waits at most `patience` seconds for the door, and then pumps for about as long.
+        """
+        if not self._mailbox and self._core.phase is not core.Phase.FORMING:
+            return False
+        if self._door.acquire(timeout=patience):
+            try:
+                self._pump(round(patience * 1_000))
+            finally:
+                self._door.release()
+        return bool(self._mailbox) or self._core.phase is core.Phase.FORMING
+
+    # ---- behind the door
+
+    def _pump(self, timeout_ms: int) -> None:
+        self._take_orders()
+        for header, payload in self._links.receive(timeout_ms):
+            self._receive(header, payload)
+        self._take_orders()
+
+    def _take_orders(self) -> None:
+        if not self._mailbox:
+            return
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
+        while self._mailbox:
+            order = self._mailbox.popleft()
+            if isinstance(order, Form):
+                if order.epoch > self._core.epoch:
+                    self._links.use(order.nodes)
+                self._handle(core.FormationOrdered(order.epoch, order.nodes, order.released))
+            else:
+                self._handle(core.SuspensionOrdered(order.epoch, order.reason))
+
+    def _receive(self, header: steps.AnyStepMessage, payload: list[bytes]) -> None:
+        match header:
+            case steps.Executed(epoch=epoch, sequence=sequence):
+                if epoch == self._core.epoch:
+                    output, generators = pickle.loads(payload[0])
+                    self._outputs[sequence] = output
+                    result: StepResult = self._translate(output, generators)
+                    self._handle(core.StepExecuted(epoch, sequence, result))
+            case steps.Joined(epoch=epoch, stage=stage):
+                self._handle(core.StageJoined(epoch, stage))
+            case steps.Recomputed(epoch=epoch, sequence=sequence):
+                self._handle(core.ChunkRecomputed(epoch, -sequence))
+            case steps.Restored(epoch=epoch, stage=stage):
+                self._handle(core.StageRestored(epoch, stage))
+            case steps.StepFailed(epoch=epoch, sequence=sequence, stage=stage, reason=reason):
+                log.error("step %d failed at stage %d: %s", sequence, stage, reason)
+                self._handle(core.StepBroken(epoch, sequence, stage, reason))
+            case steps.Refused(epoch=epoch, stage=stage, reason=reason):
+                if epoch == self._core.epoch:
+                    self._report(MemberFailed(self.pipeline, self._core.nodes[stage].member, reason))
+            case steps.Description():
+                self._descriptions.append(payload[0])
+            case _:
+                self._links.dropped += 1
+
+    def _handle(self, event: core.Event) -> None:
+        for command in self._core.handle(event, time.monotonic()):
+            self._carry_out(command)
+
+    def _carry_out(self, command: core.Command) -> None:
+        match command:
+            case core.Execute(sequence):
+                self._execute(sequence)
+            case core.Deliver(sequence):
+                self._finish(sequence, self._outputs.pop(sequence, None))
+            case core.Abandon(sequence, reason):
+                self._finish(sequence, self._abandoned(reason))
+            case core.EvictPrefixCache():
+                self._evict = True
+            case core.FormationDone(epoch, seconds, requests, tokens):
+                lost, self._lost_requests = self._lost_requests, 0
+                self._report(Formed(self.pipeline, epoch, seconds, requests, lost, tokens))
+            case core.RequestFormation(stage, reason):
+                self._report(MemberFailed(self.pipeline, self._core.nodes[stage].member, reason))
+            case _:
+                self._form(command)
+
+    def _form(self, command: core.Join | core.Leave | core.Recompute | core.Restore) -> None:
+        pipeline, epoch, nodes = self.pipeline, self._core.epoch, self._core.nodes
+        match command:
+            case core.Join(stage):
+                following = nodes[stage + 1].activation_address if stage + 1 < len(nodes) else ""
+                self._links.send(stage, steps.Join(pipeline, epoch, stage, following))
+            case core.Leave(node):
+                self._links.send_once(node.step_address, steps.Leave(pipeline, epoch))
+            case core.Recompute(sequence, chunk):
+                self._send_to_all(
+                    chunk.through + 1,
+                    steps.Recompute(pipeline, epoch, -sequence, chunk.through),
+                    pickle.dumps(chunk, pickle.HIGHEST_PROTOCOL),
+                )
+            case core.Restore(entries):
+                self._send_to_all(
+                    len(nodes), steps.Restore(pipeline, epoch), pickle.dumps(entries, pickle.HIGHEST_PROTOCOL)
+                )
+
+    def _send_to_all(self, stages: int, header: steps.AnyStepMessage, payload: bytes) -> None:
+        for stage in range(stages):
+            self._links.send(Stage(stage), header, payload)
+
+    def _execute(self, sequence: int) -> None:
+        scheduled, grammar = self._payloads[sequence]
+        header = steps.Execute(self.pipeline, self._core.epoch, sequence, self._core.has_tokens(sequence))
+        last = len(self._core.nodes) - 1
+        for stage in range(last + 1):
+            self._links.send(Stage(stage), header, scheduled, grammar if stage == last else _NONE)
+
+    def _finish(self, sequence: int, value: Any) -> None:
+        self._payloads.pop(sequence, None)
+        self._outputs.pop(sequence, None)
+        self._futures.pop(sequence).set_result(value)
+
+    def _report(self, message: AnyMessage) -> None:
+        self.reports.append(message)
+        os.eventfd_write(self.report_bell, 1)
+
+
+_NONE = pickle.dumps(None)

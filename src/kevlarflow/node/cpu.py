@@ -1,0 +1,213 @@
+"""One stage on the CPU: vLLM's CPU worker, brought up with no peer.
+
+vLLM's worker expects a process group of S ranks before it builds anything. Here the process makes a world of one, and
+then puts `LoneStageGroup` where vLLM keeps its pipeline group: it says "rank s of S" and refuses to communicate. That
+is all that model code asks of it; activations travel outside of torch (`kevlarflow.node.lanes`).
+
+Every lane has a model runner of its own (about 13 MB) over the same module and the same KV tensors, which hold
+`lanes` times the blocks. Memory that no lane has used yet costs nothing: the kernel backs a page when it is written.
+
+Non-public names of vLLM, all used in this module only: `parallel_state._PP`, the attributes of `GroupCoordinator`,
+`gpu_worker.init_worker_distributed_environment`, `CPUModelRunner.initialize_kv_cache_tensors`.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm.distributed.parallel_state as parallel_state
+import vllm.v1.worker.cpu_worker as cpu_worker
+from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
+from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
+from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, resolve_kv_cache_block_sizes
+from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from kevlarflow.errors import StartupFailed
+from kevlarflow.node.stage import StageDescription
+from kevlarflow.node.v1_runner import V1LaneRunner
+
+
+class LoneStageGroup(GroupCoordinator):
+    """What `get_pp_group()` returns on a node: rank `stage` of `stages`, with no process group behind it.
+
+    Plain attributes only: the compiler traces through it.
+    """
+
+    def __init__(self, stage: int, stages: int) -> None:
+        self.rank = self.rank_in_group = stage
+        self.ranks = list(range(stages))
+        self.world_size = stages
+        self.local_rank = self.device_index = 0
+        self.group_ranks = [self.ranks]
+        self.unique_name = "kevlarflow_stage"
+        self.cpu_group = self.device_group = None
+        self.device_communicator = None
+        self.mq_broadcaster = None
+        self.use_device_communicator = False
+        self.use_custom_op_call = False
+        self.use_cpu_custom_send_recv = False
+        self.device = torch.device("cpu")
+        self._pending_isends: collections.deque[Any] = collections.deque()
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("a stage has no process group: vLLM tried to communicate with another stage")
+
+    broadcast = all_reduce = all_gather = gather = reduce_scatter = _refuse
+    send_tensor_dict = recv_tensor_dict = isend_tensor_dict = irecv_tensor_dict = broadcast_tensor_dict = _refuse
+    broadcast_object = barrier = send = recv = _refuse
+
+    def destroy(self) -> None:
+        """Nothing to destroy."""
+
+
+class _LaneModelRunner(CPUModelRunner):
+    """A further runner over the weights and KV tensors of the first one."""
+
+    def __init__(self, vllm_config: VllmConfig, first: CPUModelRunner) -> None:
+        super().__init__(vllm_config, torch.device("cpu"))
+        self._first = first
+        self.model = first.model
+
+    def initialize_kv_cache_tensors(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        """Share the tensors of the first runner; the attention layers are bound to them already."""
+        self.kv_caches.extend(self._first.kv_caches)
+        return {}
+
+
+class _StageWorker(CPUWorker):
+    """vLLM's CPU worker in a world of one, under the identity of a stage."""
+
+    def __init__(self, vllm_config: VllmConfig, stage: int) -> None:
+        self.stage = stage
+        super().__init__(vllm_config, local_rank=0, rank=stage, distributed_init_method="env://", is_driver_worker=True)
+
+    def init_device(self) -> None:
+        """Make the world of one, then let vLLM build its model runner in it."""
+        original = cpu_worker.init_worker_distributed_environment
+        cpu_worker.init_worker_distributed_environment = self._init_alone
+        try:
+            super().init_device()
+        finally:
+            cpu_worker.init_worker_distributed_environment = original
+
+    def _init_alone(self, vllm_config: VllmConfig, *_: Any, **__: Any) -> None:
+        parallel_state.set_custom_all_reduce(False)
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        parallel_state.init_distributed_environment(1, 0, "env://", 0, "gloo")
+        parallel_state.initialize_model_parallel(1, 1)
+        parallel_state._PP = LoneStageGroup(self.stage, vllm_config.parallel_config.pipeline_parallel_size)
+
+
+class CpuStage:
+    """`StageDevice` for vLLM's CPU build.
+
+    `lanes` is how many lanes the KV memory is made for; `compile_lock` is a file that nodes of the same stage share,
+    so that one of them compiles and the others read its cache.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, stage: int, lanes: int, compile_lock: Path) -> None:
+        self._config = vllm_config
+        self._stage = stage
+        self._stages = vllm_config.parallel_config.pipeline_parallel_size
+        self._lanes = lanes
+        self._compile_lock = compile_lock
+        self._runners: list[V1LaneRunner] = []
+        self._description: StageDescription | None = None
+
+    def load(self) -> None:
+        """See `StageDevice.load`. Raises `StartupFailed` when the KV memory holds not even one request."""
+        current_platform.register_triton_kernel_overrides()
+        with set_current_vllm_config(self._config):
+            worker = _StageWorker(self._config, self._stage)
+            worker.init_device()
+            worker.load_model()
+            self._prepare_activations(worker.model_runner)
+            self._allocate(worker)
+
+    def description(self) -> StageDescription:
+        """See `StageDevice.description`."""
+        assert self._description is not None, "load() comes first"
+        return self._description
+
+    def lane(self, slot: int) -> V1LaneRunner:
+        """See `StageDevice.lane`."""
+        return self._runners[slot]
+
+    def _prepare_activations(self, runner: CPUModelRunner) -> None:
+        """Stages behind the first read their input from this buffer; vLLM makes it only while it profiles."""
+        if self._stage > 0:
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+            )
+
+    def _allocate(self, worker: _StageWorker) -> None:
+        """Size the KV memory as vLLM's engine would, for this stage alone, and make a runner for each lane."""
+        register_all_kvcache_specs(self._config)
+        spec = worker.get_kv_cache_spec()
+        layouts = worker.get_supported_kv_cache_layouts()
+        layout = resolve_kv_cache_layout(self._config, [layouts], list(spec.values()))
+        worker.set_kv_cache_layout(layout.name)
+        with self._one_compiles():
+            available = worker.determine_available_memory()
+        try:
+            one_lane = get_kv_cache_configs(self._config, [spec], [available])[0]
+        except ValueError as error:
+            raise StartupFailed(str(error).splitlines()[0]) from error
+        one_lane.kv_cache_layout = layout.name
+        one_lane.hash_block_size = resolve_kv_cache_block_sizes(one_lane, self._config)[1]
+        all_lanes = _times(one_lane, self._lanes)
+        worker.initialize_from_config(all_lanes)
+        times = worker.compile_or_warm_up_model()
+        self._make_lanes(worker.model_runner, all_lanes, one_lane.num_blocks)
+        self._description = StageDescription(
+            kv_cache_spec=spec,
+            kv_cache_layouts=layouts,
+            available_memory=available,
+            num_blocks=one_lane.num_blocks,
+            supported_tasks=tuple(worker.get_supported_tasks()),
+            compilation_seconds=times.language_model,
+        )
+
+    def _make_lanes(self, first: CPUModelRunner, all_lanes: KVCacheConfig, blocks_per_lane: int) -> None:
+        runners = [first]
+        for _ in range(1, self._lanes):
+            runner = _LaneModelRunner(self._config, first)
+            runner.initialize_kv_cache(all_lanes)
+            self._prepare_activations(runner)
+            runners.append(runner)
+        self._runners = [V1LaneRunner(r, slot * blocks_per_lane) for slot, r in enumerate(runners)]
+
+    @contextmanager
+    def _one_compiles(self) -> Iterator[None]:
+        """Only one node of a stage compiles at a time; eager nodes need not wait."""
+        if self._config.compilation_config.mode == CompilationMode.NONE:
+            yield
+            return
+        with self._compile_lock.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _times(config: KVCacheConfig, lanes: int) -> KVCacheConfig:
+    """The same KV cache with `lanes` times the blocks, in vLLM's layer-outermost layout."""
+    larger = copy.deepcopy(config)
+    larger.num_blocks *= lanes
+    for tensor in larger.kv_cache_tensors:
+        if len(tensor.layers) > 1 and tensor.layer_stride != tensor.block_stride * config.num_blocks:
+            raise StartupFailed("the KV cache layout is not layer-outermost: KevlarFlow cannot split it into lanes")
+        tensor.size *= lanes
+        tensor.layer_stride *= lanes
+        tensor.offset *= lanes
+    return larger

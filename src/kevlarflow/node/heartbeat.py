@@ -1,0 +1,133 @@
+"""The node's voice to the controller: a thread of its own, so that a long prefill does not make a node look dead.
+
+It introduces the node, beats at a fixed interval, answers when a restarted controller asks who it is, and makes the
+process leave when it is told to. The main loop never waits for it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import zmq
+
+from kevlarflow.config import ServeConfig
+from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId
+from kevlarflow.wire.messages import (
+    AnyMessage,
+    Heartbeat,
+    Introduce,
+    NodeFailed,
+    NodeReady,
+    NodeStarting,
+    Retire,
+    decode,
+    encode,
+)
+
+
+class Progress:
+    """What the main loop has done, read by the heartbeat thread. Times are monotonic seconds."""
+
+    def __init__(self) -> None:
+        self.steps_done = 0
+        self._running_since: float | None = None
+
+    def begin(self) -> None:
+        """A step goes onto the device."""
+        self._running_since = time.monotonic()
+
+    def end(self) -> None:
+        """The step is done."""
+        self.steps_done += 1
+        self._running_since = None
+
+    def running_seconds(self) -> float:
+        """How long the current step has been running; 0.0 when idle."""
+        since = self._running_since
+        return 0.0 if since is None else time.monotonic() - since
+
+
+class HeartbeatThread(threading.Thread):
+    """See the module's text. `epochs` is asked for the newest epoch of each lane."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        starting: NodeStarting,
+        progress: Progress,
+        epochs: Callable[[], dict[PipelineId, Epoch]],
+    ) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self._config = config
+        self._member: Member = starting.member
+        self._introduction: AnyMessage = starting
+        self._progress = progress
+        self._epochs = epochs
+        self._inbox: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
+        self._inbox.bind(self._bell_address())
+
+    def _bell_address(self) -> str:
+        return f"inproc://heartbeat-{id(self)}"
+
+    def say_ready(self, info: NodeInfo) -> None:
+        """Called by the main thread once the node can join pipelines."""
+        self._post(NodeReady(info, dict(self._epochs())))
+
+    def say_failed(self, reason: str) -> None:
+        """Called by the main thread when the node cannot start; give it a moment to be sent before exiting."""
+        self._post(NodeFailed(self._member, reason))
+        self.join(timeout=2.0)
+
+    def _post(self, message: AnyMessage) -> None:
+        bell: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        bell.connect(self._bell_address())
+        bell.send(encode(message))
+        bell.close(linger=1_000)
+
+    def run(self) -> None:
+        """Beat until the process ends."""
+        controller: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        controller.setsockopt(zmq.LINGER, 1_000)
+        controller.setsockopt(zmq.SNDHWM, 1_000)
+        controller.connect(self._config.controller_address)
+        controller.send(encode(self._introduction))
+        interval_ms = self._config.timeouts.heartbeat_interval_ms
+        poller = zmq.Poller()
+        poller.register(controller, zmq.POLLIN)
+        poller.register(self._inbox, zmq.POLLIN)
+        due = time.monotonic()
+        while True:
+            wait_ms = max(0, round((due - time.monotonic()) * 1_000))
+            ready = dict(poller.poll(wait_ms))
+            if self._inbox in ready:
+                self._introduction = decode(self._inbox.recv())
+                controller.send(encode(self._introduction))
+                if isinstance(self._introduction, NodeFailed):
+                    controller.close()
+                    return
+            if controller in ready:
+                self._answer(controller)
+            if time.monotonic() >= due:
+                due = time.monotonic() + interval_ms / 1_000
+                beat = Heartbeat(self._member, self._progress.steps_done, self._progress.running_seconds())
+                self._try_send(controller, beat)
+
+    def _answer(self, controller: zmq.Socket[bytes]) -> None:
+        match decode(controller.recv()):
+            case Introduce():
+                if isinstance(self._introduction, NodeReady):
+                    self._introduction = NodeReady(self._introduction.info, dict(self._epochs()))
+                self._try_send(controller, self._introduction)
+            case Retire():
+                os._exit(0)
+
+    @staticmethod
+    def _try_send(controller: zmq.Socket[bytes], message: AnyMessage) -> None:
+        """With no controller there, beats pile up to the socket's limit and are then dropped: it will ask again."""
+        try:
+            controller.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return

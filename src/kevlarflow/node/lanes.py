@@ -1,0 +1,152 @@
+"""Lanes: who may run what next on a node.
+
+A node serves one pipeline, or more when it helps out; each has a lane, which is a KV slot, an epoch, a queue of work
+in the order the engine sent it, and the activations that the stage before has sent. Work runs when it is at the head
+of its lane and its activations are there. Among lanes that can run, the one that ran longest ago goes first.
+
+Epochs fence: a `Join` opens the lane under a newer epoch and forgets everything older, and whatever arrives with an
+older epoch is dropped. Activations may overtake the `Join` of their epoch (they come from another node), so newer
+ones are kept.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from kevlarflow.node.stage import Activations, LaneRunner
+from kevlarflow.types import Epoch, PipelineId
+from kevlarflow.wire.steps import Execute, Recompute, Restore
+
+MAX_QUEUED_WORK = 4_096
+"""Items of work that a lane holds; an engine has at most S steps and one recovery under way, so this is a bug guard."""
+MAX_EARLY_ACTIVATIONS = 4_096
+"""Activations that wait for their step."""
+
+Header = Execute | Recompute | Restore
+
+
+@dataclasses.dataclass(slots=True)
+class Work:
+    """Something an engine asked for, with the engine's address to answer to."""
+
+    engine: bytes
+    header: Header
+    payload: list[bytes]
+
+
+@dataclasses.dataclass(slots=True)
+class Lane:
+    """One pipeline's place on this node."""
+
+    pipeline: PipelineId
+    slot: int
+    runner: LaneRunner
+    epoch: Epoch
+    link: Any = None
+    """PUSH socket to the next stage; None at the last."""
+    queue: collections.deque[Work] = dataclasses.field(default_factory=collections.deque)
+    last_ran: int = 0
+    broken: bool = False
+    """Work failed, so what follows it would compute nonsense: the lane takes none until it is opened again."""
+
+
+class Lanes:
+    """All lanes of a node; see the module's text."""
+
+    def __init__(self, runners: list[LaneRunner], is_first_stage: bool) -> None:
+        self._is_first_stage = is_first_stage
+        self._free = list(enumerate(runners))
+        self._lanes: dict[PipelineId, Lane] = {}
+        self._activations: dict[tuple[PipelineId, Epoch, int], Activations] = {}
+        self._turn = 0
+        self.epochs: dict[PipelineId, Epoch] = {}
+        """The newest epoch seen of each pipeline, lanes that were left included."""
+
+    def __iter__(self) -> Iterator[Lane]:
+        return iter(self._lanes.values())
+
+    def open(self, pipeline: PipelineId, epoch: Epoch) -> Lane | None:
+        """The lane under a new epoch, emptied; None when no KV slot is free or the epoch is old."""
+        if epoch <= self.epochs.get(pipeline, 0):
+            return None
+        lane = self._lanes.get(pipeline)
+        if lane is None:
+            if not self._free:
+                return None
+            slot, runner = self._free.pop(0)
+            lane = self._lanes[pipeline] = Lane(pipeline, slot, runner, epoch)
+        self._fence(lane, epoch)
+        return lane
+
+    def leave(self, pipeline: PipelineId, epoch: Epoch) -> Lane | None:
+        """Give the lane up, unless it was opened again under a newer epoch; returns it for its link to be closed."""
+        lane = self._lanes.get(pipeline)
+        if lane is None or epoch < lane.epoch:
+            return None
+        self._fence(lane, epoch)
+        del self._lanes[pipeline]
+        self._free.append((lane.slot, lane.runner))
+        return lane
+
+    def _fence(self, lane: Lane, epoch: Epoch) -> None:
+        self.epochs[lane.pipeline] = lane.epoch = epoch
+        lane.queue.clear()
+        lane.broken = False
+        lane.runner.reset()
+        stale = [key for key in self._activations if key[0] == lane.pipeline and key[1] < epoch]
+        for key in stale:
+            del self._activations[key]
+
+    def add_work(self, work: Work) -> bool:
+        """Queue work; False when its epoch is not the lane's, or the queue is full."""
+        lane = self._lanes.get(work.header.pipeline)
+        if lane is None or lane.broken or work.header.epoch != lane.epoch or len(lane.queue) >= MAX_QUEUED_WORK:
+            return False
+        lane.queue.append(work)
+        return True
+
+    def break_off(self, lane: Lane) -> None:
+        """Work of this lane has failed: drop what is queued, and take no more in this epoch."""
+        lane.broken = True
+        lane.queue.clear()
+
+    def add_activations(self, pipeline: PipelineId, epoch: Epoch, sequence: int, tensors: Activations) -> bool:
+        """Keep activations until their step comes; False when they are old or too many wait."""
+        if epoch < self.epochs.get(pipeline, 0) or len(self._activations) >= MAX_EARLY_ACTIVATIONS:
+            return False
+        self._activations[pipeline, epoch, sequence] = tensors
+        return True
+
+    def next_work(self) -> tuple[Lane, Work, Activations | None] | None:
+        """Take the next work that can run, or None."""
+        for lane in sorted(self._lanes.values(), key=lambda lane: lane.last_ran):
+            if not lane.queue:
+                continue
+            work = lane.queue[0]
+            activations = None
+            if self._needs_activations(work):
+                activations = self._activations.pop(_key(work.header), None)
+                if activations is None:
+                    continue
+            lane.queue.popleft()
+            self._turn += 1
+            lane.last_ran = self._turn
+            return lane, work, activations
+        return None
+
+    def _needs_activations(self, work: Work) -> bool:
+        match work.header:
+            case Execute(has_tokens=has_tokens):
+                return has_tokens and not self._is_first_stage
+            case Recompute():
+                return not self._is_first_stage
+            case Restore():
+                return False
+
+
+def _key(header: Header) -> tuple[PipelineId, Epoch, int]:
+    assert not isinstance(header, Restore), "restoring needs no activations"
+    return header.pipeline, header.epoch, header.sequence

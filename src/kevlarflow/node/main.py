@@ -1,0 +1,255 @@
+"""The life of a node: load the stage alone, say so, then serve lanes until told to leave.
+
+Follow a step from here: it comes in at `_take_from_engines`, waits in its lane (`node.lanes`) for the activations that
+arrive at `_take_activations`, runs in `_run`, and leaves to the next node or, at the last stage, back to the engine.
+Everything but the heartbeat happens on this one thread, so a lane is never touched while it computes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import socket
+import warnings
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import zmq
+
+from kevlarflow.config import ServeConfig
+from kevlarflow.errors import KevlarFlowError
+from kevlarflow.node.device import stage_device
+from kevlarflow.node.heartbeat import HeartbeatThread, Progress
+from kevlarflow.node.lanes import Lane, Lanes, Work
+from kevlarflow.node.stage import Activations, Sampled, StageDevice
+from kevlarflow.types import Member, NodeInfo, Stage
+from kevlarflow.wire import steps
+from kevlarflow.wire.messages import NodeStarting
+
+log = logging.getLogger("kevlarflow.node")
+
+# Received frames are read-only; they are copied into the runner's own buffer before anything is computed.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+MAX_WAITING_MESSAGES = 10_000
+"""High-water mark of each socket, in messages."""
+
+
+def run(config: ServeConfig, member: Member, stage: Stage) -> None:
+    """Serve as `member` until the process is told to leave. Does not return.
+
+    A failure to load is reported to the controller in one line, and the process exits with status 1.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    progress = Progress()
+    server = NodeServer(config, member, stage, progress)
+    starting = NodeStarting(member, stage, socket.gethostname(), (os.getpid(),))
+    heartbeat = HeartbeatThread(config, starting, progress, server.epochs)
+    heartbeat.start()
+    try:
+        device = stage_device(config, stage)
+        device.load()
+    except Exception as error:
+        log.exception("%s cannot load stage %d", member, stage)
+        heartbeat.say_failed(_for_people(error))
+        raise SystemExit(1) from error
+    heartbeat.say_ready(server.attach(device))
+    server.serve()
+
+
+def _for_people(error: Exception) -> str:
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return first_line if isinstance(error, KevlarFlowError) else f"{type(error).__name__}: {first_line}"
+
+
+class NodeServer:
+    """The node's sockets and main loop."""
+
+    def __init__(self, config: ServeConfig, member: Member, stage: Stage, progress: Progress) -> None:
+        self._config = config
+        self._member = member
+        self._stage = stage
+        self._progress = progress
+        self._lanes = Lanes([], is_first_stage=stage == 0)
+        self._description = b""
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        name = f"{member.node}-{member.incarnation}"
+        self._step_path = config.path(f"{name}.steps")
+        self._activation_path = config.path(f"{name}.acts")
+        self._engines = self._bind(zmq.ROUTER, self._step_path)
+        self._upstream = self._bind(zmq.PULL, self._activation_path)
+        self.dropped = 0
+        """Messages that carried an old epoch or made no sense."""
+
+    def _bind(self, kind: int, path: str) -> zmq.Socket[bytes]:
+        Path(path).unlink(missing_ok=True)
+        sock: zmq.Socket[bytes] = self._context.socket(kind)
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.setsockopt(zmq.SNDHWM, MAX_WAITING_MESSAGES)
+        sock.setsockopt(zmq.RCVHWM, MAX_WAITING_MESSAGES)
+        sock.bind(f"ipc://{path}")
+        return sock
+
+    def epochs(self) -> Any:
+        """The newest epoch of each pipeline that this node has seen."""
+        return self._lanes.epochs
+
+    def attach(self, device: StageDevice) -> NodeInfo:
+        """Take over a loaded device; returns what the node says of itself."""
+        count = self._config.reserve_lanes + 1
+        self._lanes = Lanes([device.lane(slot) for slot in range(count)], is_first_stage=self._stage == 0)
+        self._description = pickle.dumps(device.description())
+        return NodeInfo(
+            member=self._member,
+            stage=self._stage,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            pids=(os.getpid(),),
+            step_address=f"ipc://{self._step_path}",
+            activation_address=f"ipc://{self._activation_path}",
+            lanes=count,
+        )
+
+    def serve(self) -> None:
+        """Take messages and run work, for ever."""
+        poller = zmq.Poller()
+        poller.register(self._engines, zmq.POLLIN)
+        poller.register(self._upstream, zmq.POLLIN)
+        while True:
+            self._take_from_engines()
+            self._take_activations()
+            ready = self._lanes.next_work()
+            if ready is None:
+                poller.poll()
+            else:
+                self._run(*ready)
+
+    # ---- coming in
+
+    def _take_from_engines(self) -> None:
+        while True:
+            try:
+                engine, frame, *payload = self._engines.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                self._take(engine, steps.decode(frame), payload)
+            except msgspec.MsgspecError:
+                self.dropped += 1
+
+    def _take(self, engine: bytes, header: steps.AnyStepMessage, payload: list[bytes]) -> None:
+        match header:
+            case steps.Describe():
+                self._answer(engine, steps.Description(), self._description)
+            case steps.Join():
+                self._join(engine, header)
+            case steps.Leave(pipeline, epoch):
+                left = self._lanes.leave(pipeline, epoch)
+                if left is not None:
+                    _unlink(left)
+            case steps.Execute() | steps.Recompute() | steps.Restore():
+                if not self._lanes.add_work(Work(engine, header, payload)):
+                    self.dropped += 1
+            case _:
+                self.dropped += 1
+
+    def _join(self, engine: bytes, join: steps.Join) -> None:
+        lane = self._lanes.open(join.pipeline, join.epoch) if join.stage == self._stage else None
+        if lane is None:
+            reason = f"{self._member} serves stage {self._stage} and has no lane for epoch {join.epoch}"
+            self._answer(engine, steps.Refused(join.pipeline, join.epoch, join.stage, reason))
+            return
+        _unlink(lane)
+        if join.next_address:
+            lane.link = self._context.socket(zmq.PUSH)
+            lane.link.setsockopt(zmq.LINGER, 0)
+            lane.link.setsockopt(zmq.SNDHWM, MAX_WAITING_MESSAGES)
+            lane.link.connect(join.next_address)
+        self._answer(engine, steps.Joined(join.pipeline, join.epoch, join.stage, self._member))
+
+    def _take_activations(self) -> None:
+        while True:
+            try:
+                frame, *raw = self._upstream.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                header = steps.decode(frame)
+            except msgspec.MsgspecError:
+                self.dropped += 1
+                continue
+            if not isinstance(header, steps.Activations) or not self._lanes.add_activations(
+                header.pipeline, header.epoch, header.sequence, _unpack(header, raw)
+            ):
+                self.dropped += 1
+
+    # ---- running
+
+    def _run(self, lane: Lane, work: Work, activations: Activations | None) -> None:
+        header = work.header
+        self._progress.begin()
+        try:
+            self._run_work(lane, work, activations)
+        except Exception as error:
+            log.exception("%s: %s failed on lane %d", self._member, type(header).__name__, header.pipeline)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            sequence = 0 if isinstance(header, steps.Restore) else header.sequence
+            self._lanes.break_off(lane)
+            self._answer(work.engine, steps.StepFailed(header.pipeline, header.epoch, sequence, self._stage, reason))
+        finally:
+            self._progress.end()
+
+    def _run_work(self, lane: Lane, work: Work, activations: Activations | None) -> None:
+        match work.header:
+            case steps.Restore(pipeline, epoch):
+                lane.runner.restore(pickle.loads(work.payload[0]))
+                self._answer(work.engine, steps.Restored(pipeline, epoch, self._stage))
+            case steps.Recompute(pipeline, epoch, sequence, through):
+                output = lane.runner.recompute(pickle.loads(work.payload[0]), activations)
+                if self._stage == through:
+                    self._answer(work.engine, steps.Recomputed(pipeline, epoch, sequence))
+                elif output is not None:
+                    self._forward(lane, sequence, output)
+            case steps.Execute(pipeline, epoch, sequence):
+                scheduled, grammar = pickle.loads(work.payload[0]), pickle.loads(work.payload[1])
+                result = lane.runner.execute(scheduled, activations, grammar)
+                if isinstance(result, Sampled):
+                    payload = pickle.dumps((result.output, result.generators), pickle.HIGHEST_PROTOCOL)
+                    self._answer(work.engine, steps.Executed(pipeline, epoch, sequence), payload)
+                elif result is not None:
+                    self._forward(lane, sequence, result)
+
+    # ---- going out
+
+    def _forward(self, lane: Lane, sequence: int, output: Activations) -> None:
+        tensors = {name: tensor.contiguous() for name, tensor in output.items()}
+        shapes = tuple((name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items())
+        header = steps.encode(steps.Activations(lane.pipeline, lane.epoch, sequence, shapes))
+        self._send(lane.link, [header, *(t.view(torch.uint8).numpy() for t in tensors.values())])
+
+    def _answer(self, engine: bytes, header: steps.AnyStepMessage, *payload: bytes) -> None:
+        self._send(self._engines, [engine, steps.encode(header), *payload])
+
+    def _send(self, sock: Any, frames: list[Any]) -> None:
+        """Send without waiting: a peer that does not read is dead or about to be replaced."""
+        try:
+            sock.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            self.dropped += 1
+
+
+def _unlink(lane: Lane) -> None:
+    if lane.link is not None:
+        lane.link.close(linger=0)
+        lane.link = None
+
+
+def _unpack(header: steps.Activations, raw: list[bytes]) -> Activations:
+    """Tensors over the received frames, without a copy."""
+    return {
+        name: torch.frombuffer(frame, dtype=getattr(torch, dtype)).view(shape)
+        for (name, dtype, shape), frame in zip(header.tensors, raw, strict=True)
+    }

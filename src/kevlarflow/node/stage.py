@@ -1,0 +1,74 @@
+"""The two seams behind which everything that differs between devices and model runners stands.
+
+`StageDevice` is device and stage set-up: bring up one stage alone, with no peer and no world communicator, load its
+weights, size its KV memory. `LaneRunner` is runner state: run a step, rebuild request state, forget it. The CPU build
+with vLLM's V1 model runner is `kevlarflow.node.cpu` and `kevlarflow.node.v1_runner`; a GPU build is another pair.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from kevlarflow.recovery.ledger import LedgerEntry
+from kevlarflow.recovery.recompute import Chunk
+
+Activations = Mapping[str, torch.Tensor]
+"""Output of a stage by name, each of shape (tokens, hidden size)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageDescription:
+    """What vLLM's engine asks of a worker; the node answers once, and the executor keeps it."""
+
+    kv_cache_spec: Any
+    """Layer name to vLLM `KVCacheSpec`."""
+    kv_cache_layouts: list[str]
+    available_memory: int
+    """Bytes for KV of one lane."""
+    num_blocks: int
+    """KV blocks that each lane has memory for."""
+    supported_tasks: tuple[str, ...]
+    compilation_seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the last stage returns for a step."""
+
+    output: Any
+    """vLLM `ModelRunnerOutput`."""
+    generators: dict[str, bytes]
+    """State of the random generator of each seeded request that sampled."""
+
+
+class LaneRunner(Protocol):
+    """Request state of one lane, over the node's shared weights and KV memory."""
+
+    def execute(self, step: Any, activations: Activations | None, grammar: Any) -> Activations | Sampled | None:
+        """Run a vLLM `SchedulerOutput`; None for a step without tokens. `grammar` counts at the last stage only."""
+
+    def recompute(self, chunk: Chunk, activations: Activations | None) -> Activations | None:
+        """Write the KV of a chunk without sampling; the last stage gathers owed prompt log-probabilities."""
+
+    def reset(self) -> None:
+        """Forget all requests; the KV memory stays as it is."""
+
+    def restore(self, entries: Sequence[LedgerEntry]) -> None:
+        """Rebuild the state of these requests, as of the ledger."""
+
+
+class StageDevice(Protocol):
+    """One stage on one device."""
+
+    def load(self) -> None:
+        """Load weights, compile if configured, allocate KV memory for all lanes. Needs no peer."""
+
+    def description(self) -> StageDescription:
+        """See `StageDescription`; after `load`."""
+
+    def lane(self, slot: int) -> LaneRunner:
+        """The runner of KV slot `slot`, 0 to lanes - 1."""

@@ -1,0 +1,164 @@
+"""The cluster as a pure state machine: `Cluster.handle(event, now)` returns the commands that follow.
+
+No socket, clock, thread or process is known here. The controller's shell turns messages, exits of processes
+and the passing of time into events, and carries the commands out; the simulator does the same with a toy
+world. Both run this code.
+
+Handling an event has two halves. First the fact is noted by the handler of its type (`nodes`, `formation`). Then
+every pipeline is reconciled with the facts, in order. After `Abort` nothing is decided any more.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from kevlarflow.config import ServeConfig
+from kevlarflow.recovery import events, formation, nodes
+from kevlarflow.recovery.events import AnyCommand, AnyEvent, KnownNode, Snapshot
+from kevlarflow.recovery.grid import Grid
+from kevlarflow.recovery.members import subject
+from kevlarflow.types import Epoch, Member, NodeState, PipelineId, PipelineState, RecoveryState
+
+DEFAULT_START_SECONDS = 10.0
+"""What a node takes to start, until one has been seen to."""
+
+
+def _begin(grid: Grid, event: events.ClusterBegun) -> None:
+    """Ask for every node at once: they need nothing of each other."""
+    grid.begun = True
+    for slot in grid.slots.values():
+        nodes.start(grid, slot)
+
+
+def _resume(grid: Grid, event: events.ControllerResumed) -> None:
+    """Take up what an earlier life of the controller knew, and wait a moment for everybody to appear."""
+    snapshot = event.snapshot
+    grid.begun = True
+    grid.resumed_at = grid.now
+    grid.served = snapshot.served
+    grid.next_recovery = snapshot.next_recovery
+    grid.start_seconds.extend(snapshot.start_seconds)
+    for number, epoch in snapshot.epochs.items():
+        pipeline = grid.pipeline(PipelineId(number))
+        if pipeline is not None:
+            pipeline.epoch = epoch
+            pipeline.served = snapshot.served
+    for kept in snapshot.recoveries:
+        # A mutable record must not be shared with an event.
+        recovery = copy.copy(kept)
+        grid.recoveries.append(recovery)
+        pipeline = grid.pipeline(recovery.pipeline)
+        if recovery.state is RecoveryState.RUNNING and pipeline is not None:
+            pipeline.recoveries[recovery.stage] = recovery
+    known = {each.member.node: each for each in snapshot.nodes}
+    for slot in grid.slots.values():
+        if slot.node in known:
+            nodes.expect(grid, slot, known[slot.node])
+        else:
+            slot.start_at = grid.now + grid.config.timeouts.confirm_after_ms / 1_000
+    grid.narrate("the controller was started again: it waits for nodes and engines to appear")
+
+
+def _tick(grid: Grid, event: events.Tick) -> None:
+    nodes.on_tick(grid, event)
+    formation.on_tick(grid, event)
+
+
+_HANDLERS: dict[type, Callable[[Grid, Any], None]] = {
+    events.ClusterBegun: _begin,
+    events.ControllerResumed: _resume,
+    events.Tick: _tick,
+    events.NodeLaunched: nodes.on_launched,
+    events.LaunchFailed: nodes.on_launch_failed,
+    events.NodeStarting: nodes.on_starting,
+    events.NodeReady: nodes.on_ready,
+    events.NodeFailed: nodes.on_failed,
+    events.NodeExited: nodes.on_exited,
+    events.NodeSuspected: nodes.on_suspected,
+    events.NodeCleared: nodes.on_cleared,
+    events.NodeSilent: nodes.on_silent,
+    events.EngineAttached: formation.on_attached,
+    events.EngineReady: formation.on_engine_ready,
+    events.EngineReport: formation.on_report,
+    events.EngineLost: formation.on_engine_lost,
+    events.Formed: formation.on_formed,
+    events.MemberFailed: formation.on_member_failed,
+}
+
+
+class Cluster(Grid):
+    """The one door into the state of the cluster."""
+
+    def __init__(self, config: ServeConfig, unix_offset: float = 0.0) -> None:
+        """`unix_offset` is Unix seconds minus monotonic seconds: only records for people need it."""
+        super().__init__(config, unix_offset)
+
+    def handle(self, event: AnyEvent, now: float) -> list[AnyCommand]:
+        """Note what happened at `now`, in monotonic seconds, and return what is to be done about it, in order."""
+        if self.aborted is not None:
+            return []
+        self.now = now
+        self.cause = type(event).__name__
+        self.commands = []
+        _HANDLERS[type(event)](self, event)
+        for pipeline in self.pipelines:
+            if self.aborted is None:
+                formation.reconcile(self, pipeline)
+            if pipeline.news:
+                self.narrate(pipeline.news)
+                pipeline.news = ""
+        return self.commands
+
+    def snapshot(self) -> Snapshot:
+        """What the next life of the controller has to know."""
+        return Snapshot(
+            nodes=tuple(
+                KnownNode(slot.member, slot.pids, slot.living, slot.failed_starts)
+                for slot in self.slots.values()
+                if slot.state is not NodeState.DEAD
+            ),
+            epochs={pipeline.id: Epoch(pipeline.epoch) for pipeline in self.pipelines},
+            served=self.served,
+            recoveries=tuple(map(copy.copy, self.recoveries)),
+            next_recovery=self.next_recovery,
+            start_seconds=tuple(self.start_seconds),
+        )
+
+    # ---- what observers ask
+
+    @property
+    def serving(self) -> bool:
+        """Whether at least one pipeline can generate: one that recovers finishes all it has and takes more."""
+        return any(each.state in (PipelineState.SERVING, PipelineState.RECOVERING) for each in self.pipelines)
+
+    def settling(self, now: float) -> bool:
+        """Whether, after a restart, engines and nodes that serve may have yet to appear."""
+        patience = self.config.timeouts.confirm_after_ms / 1_000
+        return self.resumed_at is not None and not self.serving and now < self.resumed_at + patience
+
+    def why_not_serving(self) -> str:
+        """One line for a client that is turned away; empty while the cluster serves."""
+        if self.serving:
+            return ""
+        parts = []
+        for pipeline in self.pipelines:
+            if pipeline.state is PipelineState.WAITING and isinstance(pipeline.order, events.Suspend):
+                parts.append(pipeline.order.reason)
+            else:
+                parts.append(f"{subject(pipeline.id)} is {pipeline.state}")
+        return "; ".join(parts)
+
+    def retry_after_seconds(self, now: float) -> int:
+        """When a node that is being started is likely to be ready: what starts have taken, less what has passed."""
+        typical = statistics.median(self.start_seconds) if self.start_seconds else DEFAULT_START_SECONDS
+        starting = [slot for slot in self.slots.values() if slot.state is NodeState.STARTING]
+        passed = max((now - slot.started_at for slot in starting), default=0.0)
+        return max(1, round(typical - passed))
+
+    def member_is_current(self, member: Member) -> bool:
+        """Whether `member` fills its slot and has not been declared dead."""
+        slot = self.slot_of(member)
+        return slot is not None and slot.state is not NodeState.DEAD

@@ -1,0 +1,274 @@
+"""What can happen to a cluster, and what its state machine can ask for: plain values, nothing else.
+
+Every event and command is immutable and round-trips through JSON under the name of its class, so that the
+journal of a production run is a list of these and replays in the simulator. Times are seconds on the
+monotonic clock, which all processes of a host share; they are arguments, never read here.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kevlarflow.types import (
+    Cause,
+    Epoch,
+    Member,
+    NodeId,
+    NodeInfo,
+    Phases,
+    PipelineId,
+    RecoveryId,
+    RecoveryState,
+    Stage,
+)
+
+# ---- what a controller remembers over its own restart
+
+
+class Recovery(msgspec.Struct):
+    """How one stage of one pipeline came by another node. The only value here that grows: it is a record."""
+
+    id: RecoveryId
+    pipeline: PipelineId
+    stage: Stage
+    cause: Cause
+    origin: NodeId
+    """The node that was lost, or that gives a lane back."""
+    time: float
+    """Unix seconds at which it was decided."""
+    decided_at: float
+    state: RecoveryState = RecoveryState.RUNNING
+    target: NodeId | None = None
+    """The node that takes over; None while there is none."""
+    formed_at: float | None = None
+    """When the pipeline was last told to form with `target`."""
+    requests: int = 0
+    lost_requests: int = 0
+    recomputed_tokens: int = 0
+    seconds: Phases = Phases()
+
+
+class KnownNode(msgspec.Struct, frozen=True):
+    """A member as the snapshot keeps it."""
+
+    member: Member
+    pids: tuple[int, ...]
+    ready: bool
+    failed_starts: int
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """What the next life of the controller has to know: who exists, and which numbers are used up."""
+
+    nodes: tuple[KnownNode, ...]
+    epochs: dict[PipelineId, Epoch]
+    served: bool
+    recoveries: tuple[Recovery, ...] = ()
+    next_recovery: RecoveryId = RecoveryId(1)
+    start_seconds: tuple[float, ...] = ()
+
+
+# ---- events
+
+
+class Event(msgspec.Struct, frozen=True, tag=True):
+    """Base of every event."""
+
+
+class ClusterBegun(Event, frozen=True):
+    """A new cluster: nothing runs yet."""
+
+
+class ControllerResumed(Event, frozen=True):
+    """The controller was started again; nodes and engines may be alive and serving."""
+
+    snapshot: Snapshot
+
+
+class Tick(Event, frozen=True):
+    """Time has passed: deadlines and retries are looked at."""
+
+
+class NodeLaunched(Event, frozen=True):
+    """The launcher has forked the process."""
+
+    member: Member
+    pid: int
+
+
+class LaunchFailed(Event, frozen=True):
+    """The launcher could not fork, or has gone before it said whether it did."""
+
+    member: Member
+    reason: str
+
+
+class NodeStarting(Event, frozen=True):
+    """The process has begun to load."""
+
+    member: Member
+    host: str
+    pids: tuple[int, ...]
+
+
+class NodeReady(Event, frozen=True):
+    """The node can join pipelines. `epochs` holds the newest epoch that it has seen on each lane."""
+
+    info: NodeInfo
+    epochs: dict[PipelineId, Epoch]
+
+
+class NodeFailed(Event, frozen=True):
+    """The node says why it cannot start, and exits."""
+
+    member: Member
+    reason: str
+
+
+class NodeExited(Event, frozen=True):
+    """The node's process has begun to die. `alive_at` is the last proof that it was alive."""
+
+    member: Member
+    alive_at: float
+
+
+class NodeSuspected(Event, frozen=True):
+    """Silent for long enough to be no choice as a donor; nothing is moved yet."""
+
+    member: Member
+    beat_at: float
+
+
+class NodeCleared(Event, frozen=True):
+    """A suspect has beaten again."""
+
+    member: Member
+
+
+class NodeSilent(Event, frozen=True):
+    """Silent for so long that it is fenced, whatever became of it."""
+
+    member: Member
+    beat_at: float
+
+
+class EngineAttached(Event, frozen=True):
+    """An engine waits for a formation (epoch 0), or still serves in one that an earlier controller made."""
+
+    pipeline: PipelineId
+    pid: int
+    epoch: Epoch
+    members: tuple[Member, ...]
+
+
+class EngineReady(Event, frozen=True):
+    """The engine has its scheduler."""
+
+    pipeline: PipelineId
+    kv_blocks: int
+
+
+class EngineReport(Event, frozen=True):
+    """The engine's load; all three counts zero is a quiet point."""
+
+    pipeline: PipelineId
+    running: int
+    waiting: int
+    in_flight: int
+    kv_blocks: int
+
+
+class EngineLost(Event, frozen=True):
+    """The engine's process has ended, and its requests with it."""
+
+    pipeline: PipelineId
+    pid: int
+
+
+class Formed(Event, frozen=True):
+    """The pipeline generates in this epoch."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    seconds: Phases
+    requests: int
+    lost_requests: int
+    recomputed_tokens: int
+
+
+class MemberFailed(Event, frozen=True):
+    """An engine could not use a member in this epoch: evidence, not a verdict."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    member: Member
+    reason: str
+
+
+AnyEvent = (
+    ClusterBegun | ControllerResumed | Tick | NodeLaunched | LaunchFailed | NodeStarting | NodeReady | NodeFailed
+    | NodeExited | NodeSuspected | NodeCleared | NodeSilent | EngineAttached | EngineReady | EngineReport
+    | EngineLost | Formed | MemberFailed
+)  # fmt: skip
+
+
+# ---- commands
+
+
+class Command(msgspec.Struct, frozen=True, tag=True):
+    """Base of every command."""
+
+
+class StartNode(Command, frozen=True):
+    """Fork this member."""
+
+    member: Member
+    stage: Stage
+
+
+class KillNode(Command, frozen=True):
+    """SIGKILL to every process of the member."""
+
+    member: Member
+    pids: tuple[int, ...]
+
+
+class Retire(Command, frozen=True):
+    """Tell a member that was replaced to leave."""
+
+    member: Member
+
+
+class Form(Command, frozen=True):
+    """Tell an engine which nodes form its pipeline from now on; see the message of the same name."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    nodes: tuple[NodeInfo, ...]
+    released: tuple[NodeInfo, ...]
+    cause: Cause
+    lost_stages: tuple[Stage, ...]
+
+
+class Suspend(Command, frozen=True):
+    """Tell an engine that a stage has no node."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    stage: Stage
+    reason: str
+
+
+class Narrate(Command, frozen=True):
+    """One line for people."""
+
+    text: str
+
+
+class Abort(Command, frozen=True):
+    """The cluster cannot start; one line for a person."""
+
+    reason: str
+
+
+AnyCommand = StartNode | KillNode | Retire | Form | Suspend | Narrate | Abort

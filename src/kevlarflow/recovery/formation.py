@@ -1,0 +1,441 @@
+"""What becomes of pipelines: formed, served, bereaved, formed again.
+
+The events only record facts. Then `reconcile` compares, for one pipeline, what is with what could be, and takes at
+most one step: adopt what an engine serves already, fill the stages that have no node, or give a borrowed
+lane back at a quiet point. Because it looks at levels and not at edges, it does not matter in which order
+things happened, nor whether several happened at once: a second loss during a recovery is simply the next
+comparison, and its order, with a higher epoch, replaces the one that is under way.
+"""
+
+from __future__ import annotations
+
+from kevlarflow.recovery import events
+from kevlarflow.recovery.events import Form, KillNode, Recovery, Suspend
+from kevlarflow.recovery.grid import Grid
+from kevlarflow.recovery.members import Pipeline, Slot, node_id, subject
+from kevlarflow.recovery.planner import Candidate, choose
+from kevlarflow.recovery.transitions import PipelineStep
+from kevlarflow.types import (
+    Cause,
+    EngineState,
+    Epoch,
+    Member,
+    NodeInfo,
+    NodeState,
+    Phases,
+    PipelineState,
+    RecoveryState,
+    Stage,
+)
+
+AVOID_SECONDS = 5.0
+"""How long a donor that an engine could not use is left out of its plans."""
+COMPLAINT_SECONDS = 0.1
+"""How long a member that an engine could not use has to be seen to die, before something is done about it."""
+
+
+# ---- events
+
+
+def on_attached(grid: Grid, event: events.EngineAttached) -> None:
+    """An engine is there: fresh, or still at work, or the same one again."""
+    pipeline = grid.pipeline(event.pipeline)
+    if pipeline is None:
+        return
+    pipeline.epoch = Epoch(max(pipeline.epoch, event.epoch))
+    engine = pipeline.engine
+    again = engine.attached and engine.pid == event.pid
+    if again and pipeline.order is not None:
+        if event.epoch < pipeline.order.epoch:
+            # The order has not reached it. It knows by the epoch should it come twice.
+            grid.command(pipeline.order)
+        pipeline.reform = pipeline.reform or event.epoch > pipeline.order.epoch
+        return
+    if not again:
+        detach(grid, pipeline)
+        engine.pid = event.pid
+        engine.kv_blocks = 0
+        engine.state = EngineState.STARTING
+        engine.attached = True
+        grid.tell(subject(pipeline.id), f"engine {event.pid} attaches in epoch {event.epoch}")
+    for member in event.members:
+        slot = grid.slots.get(member.node)
+        if slot is not None:
+            slot.incarnation_floor = max(slot.incarnation_floor, member.incarnation)
+    if event.epoch > 0 and len(event.members) == len(pipeline.members):
+        engine.claim = event
+    else:
+        pipeline.cause = Cause.ATTACH if pipeline.served or grid.served else Cause.START
+
+
+def detach(grid: Grid, pipeline: Pipeline) -> None:
+    """Forget an engine that is gone. Its lanes stay where they are until the next engine can give them up."""
+    if not pipeline.engine.attached:
+        return
+    grid.step_pipeline(pipeline, PipelineStep.DETACH)
+    for stage in list(pipeline.recoveries):
+        grid.close_recovery(pipeline, stage, RecoveryState.FAILED)
+    pipeline.leaving |= {member for member in pipeline.members if member is not None}
+    pipeline.members = [None] * len(pipeline.members)
+    pipeline.forming = pipeline.formed = pipeline.reform = False
+    pipeline.order = None
+    pipeline.unrestored.clear()
+    pipeline.avoided.clear()
+    pipeline.struck.clear()
+    pipeline.complaints.clear()
+    engine = pipeline.engine
+    engine.attached = False
+    engine.claim = engine.report = None
+    engine.report_is_new = False
+    engine.state = EngineState.DEAD
+
+
+def on_engine_ready(grid: Grid, event: events.EngineReady) -> None:
+    """The engine has its scheduler."""
+    pipeline = grid.pipeline(event.pipeline)
+    if pipeline is not None and pipeline.engine.attached:
+        pipeline.engine.kv_blocks = event.kv_blocks
+        pipeline.engine.state = EngineState.READY
+
+
+def on_report(grid: Grid, event: events.EngineReport) -> None:
+    """The engine's load. One that counts KV blocks has its scheduler, even if its saying so was missed."""
+    pipeline = grid.pipeline(event.pipeline)
+    if pipeline is None or not pipeline.engine.attached:
+        return
+    pipeline.engine.report = event
+    pipeline.engine.report_is_new = True
+    if event.kv_blocks > 0:
+        pipeline.engine.kv_blocks = event.kv_blocks
+        pipeline.engine.state = EngineState.READY
+
+
+def on_engine_lost(grid: Grid, event: events.EngineLost) -> None:
+    """The process is gone. A later one will attach."""
+    pipeline = grid.pipeline(event.pipeline)
+    if pipeline is None or pipeline.engine.pid != event.pid or not pipeline.engine.attached:
+        return
+    detach(grid, pipeline)
+    grid.narrate(f"the engine of {subject(pipeline.id)} ended (pid {event.pid}): its requests are lost")
+
+
+def on_formed(grid: Grid, event: events.Formed) -> None:
+    """The answer to the newest order; answers to older ones say nothing about what is now."""
+    pipeline = grid.pipeline(event.pipeline)
+    if pipeline is None or not pipeline.forming or event.epoch != pipeline.epoch:
+        return
+    pipeline.forming = False
+    pipeline.formed = True
+    pipeline.leaving.clear()
+    pipeline.unrestored.clear()
+    pipeline.avoided.clear()
+    pipeline.struck.clear()
+    pipeline.complaints.clear()
+    grid.tell(subject(pipeline.id), f"formed in epoch {event.epoch}")
+    _finish_recoveries(grid, pipeline, event)
+
+
+def on_member_failed(grid: Grid, event: events.MemberFailed) -> None:
+    """An engine could not use a member. If it has crashed we shall see that; so wait for a moment."""
+    pipeline = grid.pipeline(event.pipeline)
+    if pipeline is None or event.epoch not in (0, pipeline.epoch) or event.member not in pipeline.members:
+        return
+    grid.tell(event.member.node, f"{subject(pipeline.id)} could not use it: {event.reason}")
+    pipeline.complaints.setdefault(event.member, grid.now + COMPLAINT_SECONDS)
+
+
+def on_tick(grid: Grid, event: events.Tick) -> None:
+    """Act on complaints about members that turn out to be alive."""
+    for pipeline in grid.pipelines:
+        pipeline.avoided = {each: until for each, until in pipeline.avoided.items() if grid.now < until}
+        for member, due in list(pipeline.complaints.items()):
+            if grid.now >= due:
+                del pipeline.complaints[member]
+                _settle_complaint(grid, pipeline, member)
+
+
+def _settle_complaint(grid: Grid, pipeline: Pipeline, member: Member) -> None:
+    """The first time try it again under a new epoch; then do without it, and if it is its own, replace it."""
+    slot = grid.slot_of(member)
+    if slot is None or member not in pipeline.members:
+        return
+    if member not in pipeline.struck:
+        pipeline.struck.add(member)
+        pipeline.reform = True
+        pipeline.news = f"{subject(pipeline.id)} could not use {slot.node}"
+        return
+    pipeline.struck.discard(member)
+    if slot.pipeline == pipeline.id:
+        slot.silent_since = grid.now
+        slot.fenced_by = grid.now + grid.config.timeouts.suspect_after_ms / 1_000
+        grid.command(KillNode(member, slot.pids))
+        return
+    pipeline.avoided[member] = grid.now + AVOID_SECONDS
+    pipeline.members[slot.stage] = None
+    pipeline.leaving.add(member)
+    pipeline.forming = pipeline.formed = False
+    pipeline.news = f"{slot.node} could not help {subject(pipeline.id)}"
+    if pipeline.state is not PipelineState.STARTING:
+        pipeline.cause = Cause.CRASH
+        _record(grid, pipeline, slot.stage, Cause.CRASH, slot)
+
+
+# ---- comparing what is with what could be
+
+
+def reconcile(grid: Grid, pipeline: Pipeline) -> None:
+    """Take the one step that is due for this pipeline, if any."""
+    if not pipeline.engine.attached:
+        return
+    if pipeline.engine.claim is not None and not _adopt(grid, pipeline, pipeline.engine.claim):
+        return
+    _serve_if_formed(grid, pipeline)
+    holes = pipeline.holes
+    if holes:
+        _fill(grid, pipeline, holes)
+    elif pipeline.reform:
+        form(grid, pipeline, {}, Cause.ATTACH if pipeline.state is PipelineState.STARTING else Cause.CRASH)
+    elif pipeline.state is PipelineState.SERVING and pipeline.formed and pipeline.engine.quiet:
+        _take_back(grid, pipeline)
+
+
+def _serve_if_formed(grid: Grid, pipeline: Pipeline) -> None:
+    """A pipeline serves once its nodes generate and its engine schedules."""
+    if not pipeline.formed or pipeline.engine.state is not EngineState.READY:
+        return
+    if pipeline.state not in (PipelineState.STARTING, PipelineState.RECOVERING):
+        return
+    if pipeline.state is PipelineState.STARTING:
+        names = ", ".join(member.node for member in pipeline.members if member is not None)
+        grid.narrate(f"{subject(pipeline.id)} serves with {names}")
+    grid.step_pipeline(pipeline, PipelineStep.SERVE)
+    pipeline.served = grid.served = True
+
+
+def _adopt(grid: Grid, pipeline: Pipeline, claim: events.EngineAttached) -> bool:
+    """Take over what an engine serves, when all its members are known to be alive or not.
+
+    Returns False as long as one of them has yet to introduce itself.
+    """
+    if any(_awaited(grid, member) for member in claim.members):
+        return False
+    slots = [grid.slot_of(member) for member in claim.members]
+    pipeline.engine.claim = None
+    pipeline.engine.state = EngineState.READY
+    pipeline.served = grid.served = True
+    pipeline.members = [
+        slot.member if slot is not None and slot.living and slot.stage == stage else None
+        for stage, slot in enumerate(slots)
+    ]
+    pipeline.formed = True
+    pipeline.leaving -= {member for member in pipeline.members if member is not None}
+    grid.step_pipeline(pipeline, PipelineStep.SERVE)
+    holes = pipeline.holes
+    for stage in holes:
+        pipeline.formed = False
+        pipeline.cause = Cause.CRASH
+        origin = grid.slots.get(claim.members[stage].node) or grid.home(pipeline, stage)
+        if stage not in pipeline.recoveries:
+            _record(grid, pipeline, stage, Cause.CRASH, origin)
+    if not holes:
+        _finish_recoveries(grid, pipeline, None)
+        # Someone has seen a newer epoch: what the engine sends would be refused.
+        pipeline.reform = claim.epoch < pipeline.epoch
+    return True
+
+
+def _awaited(grid: Grid, member: Member) -> bool:
+    """Whether a member may yet introduce itself after a restart of the controller."""
+    slot = grid.slots.get(member.node)
+    if slot is None:
+        return False
+    unheard = slot.incarnation == 0 and slot.start_at is not None
+    expected = slot.incarnation == member.incarnation and slot.state is NodeState.STARTING
+    return unheard or expected
+
+
+def _fill(grid: Grid, pipeline: Pipeline, holes: list[Stage]) -> None:
+    """Form with a node for each empty stage; if one cannot be had, tell the engine to wait."""
+    chosen: dict[Stage, NodeInfo] = {}
+    lacking: list[Stage] = []
+    for stage in holes:
+        slot = grid.home(pipeline, stage)
+        if not pipeline.served and slot.state is NodeState.STARTING:
+            # It has no request to save: its own node is worth waiting for.
+            return
+        info = choose(_candidates(grid, pipeline, stage), pipeline.id, len(grid.pipelines))
+        if info is None:
+            lacking.append(stage)
+        else:
+            chosen[stage] = info
+    if not lacking:
+        form(grid, pipeline, chosen, pipeline.cause)
+    elif pipeline.state in (PipelineState.SERVING, PipelineState.RECOVERING):
+        _suspend(grid, pipeline, lacking)
+
+
+def _candidates(grid: Grid, pipeline: Pipeline, stage: Stage) -> list[Candidate]:
+    """The ready nodes of a stage that the pipeline has no reason to avoid."""
+    return [
+        Candidate(slot.info, slot.pipeline, grid.foreign_lanes(slot, pipeline.id))
+        for slot in grid.slots.values()
+        if slot.stage == stage
+        and slot.state is NodeState.READY
+        and slot.info is not None
+        and slot.exit_due is None
+        and slot.fenced_by is None
+        and slot.member not in pipeline.avoided
+    ]
+
+
+def _take_back(grid: Grid, pipeline: Pipeline) -> None:
+    """At a quiet point, return to the pipeline's own nodes wherever they are ready again: all in one go."""
+    chosen: dict[Stage, NodeInfo] = {}
+    for number, member in enumerate(pipeline.members):
+        slot = grid.home(pipeline, Stage(number))
+        ready = slot.state is NodeState.READY and slot.fenced_by is None
+        if ready and slot.info is not None and member is not None and slot.member != member:
+            chosen[Stage(number)] = slot.info
+            _record(grid, pipeline, Stage(number), Cause.REJOIN, grid.slots[member.node])
+    if chosen:
+        pipeline.cause = Cause.REJOIN
+        form(grid, pipeline, chosen, Cause.REJOIN)
+
+
+# ---- orders to engines
+
+
+def form(grid: Grid, pipeline: Pipeline, chosen: dict[Stage, NodeInfo], cause: Cause) -> None:
+    """Order the pipeline to go on with `chosen` in place of what those stages had, under a new epoch."""
+    for stage, info in chosen.items():
+        before = pipeline.members[stage]
+        if before is not None:
+            pipeline.leaving.add(before)
+        pipeline.members[stage] = info.member
+        pipeline.unrestored.add(stage)
+    if pipeline.state is PipelineState.STARTING:
+        pipeline.unrestored.clear()
+    members = [member for member in pipeline.members if member is not None]
+    pipeline.leaving = {each for each in pipeline.leaving if _is_living(grid, each)}
+    released = sorted(pipeline.leaving - set(members))
+    pipeline.leaving -= set(members)
+    grid.step_pipeline(pipeline, PipelineStep.FORM)
+    pipeline.forming = True
+    pipeline.formed = pipeline.reform = False
+    pipeline.engine.report_is_new = False
+    pipeline.order = Form(
+        pipeline=pipeline.id,
+        epoch=grid.raise_epoch(pipeline),
+        nodes=tuple(map(grid.info, members)),
+        released=tuple(map(grid.info, released)),
+        cause=cause,
+        lost_stages=tuple(sorted(pipeline.unrestored)),
+    )
+    _plan_recoveries(grid, pipeline)
+    _tell_of_loans(grid, pipeline, chosen, cause)
+    grid.tell(subject(pipeline.id), f"is told to form in epoch {pipeline.epoch}: {', '.join(map(str, members))}")
+    grid.command(pipeline.order)
+
+
+def _suspend(grid: Grid, pipeline: Pipeline, lacking: list[Stage]) -> None:
+    """Order the engine to end what it has and wait."""
+    stage = lacking[0]
+    nodes = [node_id(each.id, stage) for each in grid.pipelines]
+    starting = any(not grid.slots[node].hopeless for node in nodes)
+    reason = f"no node with room is left for stage {stage} of {subject(pipeline.id)} (of {', '.join(nodes)}); " + (
+        "a replacement is being started" if starting else "none could be started again"
+    )
+    grid.step_pipeline(pipeline, PipelineStep.SUSPEND)
+    pipeline.forming = pipeline.formed = pipeline.reform = False
+    pipeline.engine.report_is_new = False
+    pipeline.order = Suspend(pipeline.id, grid.raise_epoch(pipeline), stage, reason)
+    grid.narrate(f"{pipeline.news}: {reason}" if pipeline.news else reason)
+    pipeline.news = ""
+    grid.command(pipeline.order)
+
+
+def _tell_of_loans(grid: Grid, pipeline: Pipeline, chosen: dict[Stage, NodeInfo], cause: Cause) -> None:
+    """Say in one line what happened and who helps out."""
+    if cause in (Cause.START, Cause.REJOIN):
+        return
+    borrowed = [info.member.node for info in chosen.values() if grid.slots[info.member.node].pipeline != pipeline.id]
+    own = [info.member.node for info in chosen.values() if grid.slots[info.member.node].pipeline == pipeline.id]
+    deeds = []
+    if borrowed:
+        deeds.append(f"borrows {', '.join(borrowed)}")
+    if own and cause is not Cause.ATTACH:
+        deeds.append(f"goes on with {', '.join(own)}")
+    if deeds or pipeline.news:
+        deed = f"{subject(pipeline.id)} {' and '.join(deeds) or 'is formed again'}"
+        grid.narrate(f"{pipeline.news}: {deed}" if pipeline.news else deed)
+    pipeline.news = ""
+
+
+def _is_living(grid: Grid, member: Member) -> bool:
+    slot = grid.slot_of(member)
+    return slot is not None and slot.living
+
+
+# ---- records
+
+
+def _record(grid: Grid, pipeline: Pipeline, stage: Stage, cause: Cause, origin: Slot) -> None:
+    """Begin the record of a recovery that no loss seen by this controller has begun."""
+    grid.open_recovery(
+        Recovery(
+            id=grid.next_recovery,
+            pipeline=pipeline.id,
+            stage=stage,
+            cause=cause,
+            origin=origin.node,
+            time=grid.now + grid.unix_offset,
+            decided_at=grid.now,
+        )
+    )
+
+
+def _plan_recoveries(grid: Grid, pipeline: Pipeline) -> None:
+    """Note in the running records who takes over, and how long it took to find one."""
+    for stage, recovery in pipeline.recoveries.items():
+        member = pipeline.members[stage]
+        recovery.target = member.node if member is not None else None
+        recovery.formed_at = grid.now
+        recovery.seconds = Phases(detect=recovery.seconds.detect, plan=grid.now - recovery.decided_at)
+
+
+def _finish_recoveries(grid: Grid, pipeline: Pipeline, answer: events.Formed | None) -> None:
+    """End all running records of a pipeline that generates again.
+
+    Stages that came back by one order share its requests and tokens: each record names them all.
+    Without an answer, after a restart of the controller, what the recovery cost is not known.
+    """
+    ended = []
+    for stage in list(pipeline.recoveries):
+        recovery = pipeline.recoveries[stage]
+        if answer is not None:
+            recovery.requests = answer.requests
+            recovery.lost_requests = answer.lost_requests
+            recovery.recomputed_tokens = answer.recomputed_tokens
+            recovery.seconds = Phases(
+                detect=recovery.seconds.detect,
+                plan=recovery.seconds.plan,
+                relink=answer.seconds.relink,
+                restore=answer.seconds.restore,
+                recompute=answer.seconds.recompute,
+                reissue=answer.seconds.reissue,
+            )
+        ended.append(recovery)
+        grid.close_recovery(pipeline, stage, RecoveryState.DONE)
+    rejoined = [each.target for each in ended if each.cause is Cause.REJOIN and each.target]
+    if rejoined:
+        verb, lane = ("is", "its lane") if len(rejoined) == 1 else ("are", "their lanes")
+        grid.narrate(f"{', '.join(rejoined)} {verb} back and took {lane} of {subject(pipeline.id)} again")
+    crashed = [each for each in ended if each.cause is not Cause.REJOIN]
+    if crashed:
+        slowest = max(each.seconds.total for each in crashed)
+        last = crashed[-1]
+        lost = f", {last.lost_requests:,} lost" if last.lost_requests else ""
+        grid.narrate(
+            f"{subject(pipeline.id)} recovered in {slowest * 1_000:,.0f} ms: {last.requests:,} requests"
+            f"{lost}, {last.recomputed_tokens:,} tokens recomputed"
+        )

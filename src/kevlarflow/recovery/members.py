@@ -1,0 +1,159 @@
+"""The nouns that the cluster's state machine keeps: slots, engines and pipelines.
+
+A slot is a place in the grid, `node-<pipeline>-<stage>`; it is filled by one member at a time, each a new incarnation.
+A pipeline names, for each stage, the member that serves it: the one in its own slot, a donor's, or none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kevlarflow.recovery.events import EngineAttached, EngineReport, Form, Recovery, Suspend
+from kevlarflow.types import (
+    Cause,
+    EngineState,
+    Epoch,
+    Member,
+    NodeId,
+    NodeInfo,
+    NodeState,
+    PipelineId,
+    PipelineState,
+    Stage,
+)
+
+NO_EPOCH = Epoch(0)
+LIVING = (NodeState.READY, NodeState.SUSPECT)
+
+
+def node_id(pipeline: int, stage: int) -> NodeId:
+    """Name of the slot of `stage` in `pipeline`."""
+    return NodeId(f"node-{pipeline}-{stage}")
+
+
+def subject(pipeline: PipelineId) -> str:
+    """What stories and people call a pipeline."""
+    return f"pipeline {pipeline}"
+
+
+@dataclasses.dataclass
+class Slot:
+    """A place in the grid and the member that fills it, or last filled it."""
+
+    node: NodeId
+    pipeline: PipelineId
+    stage: Stage
+    incarnation: int = 0
+    state: NodeState = NodeState.DEAD
+    host: str = ""
+    pids: tuple[int, ...] = ()
+    info: NodeInfo | None = None
+    started_at: float = 0.0
+    incarnation_floor: int = 0
+    """The highest incarnation that anybody has spoken of."""
+    failed_starts: int = 0
+    """In a row."""
+    ready_by: float | None = None
+    """When a starting member is given up."""
+    start_at: float | None = None
+    """When the next member is to be started; None while there is one, and when there will be none."""
+    exit_due: float | None = None
+    """When the exit of a starting member is believed: until then it may say why."""
+    fenced_by: float | None = None
+    """When a member that was sent SIGKILL counts as lost, seen to die or not."""
+    silent_since: float = 0.0
+    """The last beat of a member that is being fenced."""
+
+    @property
+    def member(self) -> Member:
+        """The member that fills the slot, or last filled it."""
+        return Member(self.node, self.incarnation)
+
+    @property
+    def living(self) -> bool:
+        """Whether the member serves the lanes it has."""
+        return self.state in LIVING and self.fenced_by is None
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether nothing will fill it any more."""
+        return self.state is NodeState.DEAD and self.start_at is None
+
+    def renew(self, incarnation: int) -> None:
+        """Forget the last member: the next one is `incarnation`."""
+        self.incarnation = incarnation
+        self.incarnation_floor = max(self.incarnation_floor, incarnation)
+        self.host = ""
+        self.pids = ()
+        self.info = None
+        self.ready_by = self.start_at = self.exit_due = self.fenced_by = None
+
+
+@dataclasses.dataclass
+class Engine:
+    """The engine of one pipeline."""
+
+    pid: int | None = None
+    state: EngineState = EngineState.STARTING
+    attached: bool = False
+    claim: EngineAttached | None = None
+    """What it says to serve already, until it is known whether it can."""
+    report: EngineReport | None = None
+    """The last one."""
+    report_is_new: bool = False
+    """Whether it was made since the pipeline was last told to form."""
+    kv_blocks: int = 0
+
+    @property
+    def quiet(self) -> bool:
+        """Whether it is known to have no request and no step."""
+        report = self.report
+        return self.report_is_new and report is not None and report.running == report.waiting == report.in_flight == 0
+
+
+@dataclasses.dataclass
+class Pipeline:
+    """Who serves which stage, and in which epoch."""
+
+    id: PipelineId
+    members: list[Member | None]
+    """In stage order; None where a stage has no node. Only living members stand here."""
+    state: PipelineState = PipelineState.STARTING
+    epoch: Epoch = NO_EPOCH
+    """The newest that anybody has seen."""
+    cause: Cause = Cause.START
+    """Why it is being formed, or was last formed."""
+    forming: bool = False
+    """Whether a `Form` is unanswered."""
+    formed: bool = False
+    """Whether the last `Form` was answered and nothing has happened since."""
+    served: bool = False
+    """Whether it has ever served."""
+    engine: Engine = dataclasses.field(default_factory=Engine)
+    order: Form | Suspend | None = None
+    """The last order to the engine."""
+    leaving: set[Member] = dataclasses.field(default_factory=set)
+    """Living members that may still hold a lane of this pipeline, though it is not used any more."""
+    unrestored: set[Stage] = dataclasses.field(default_factory=set)
+    """Stages whose member has changed since the pipeline last generated."""
+    avoided: dict[Member, float] = dataclasses.field(default_factory=dict)
+    """Members that its engine could not use, and until when they are left out."""
+    complaints: dict[Member, float] = dataclasses.field(default_factory=dict)
+    """Members that its engine could not use, and when that is acted upon."""
+    struck: set[Member] = dataclasses.field(default_factory=set)
+    """Members that were already tried a second time."""
+    reform: bool = False
+    """Whether it must be formed once more, though no stage has lost its node."""
+    recoveries: dict[Stage, Recovery] = dataclasses.field(default_factory=dict)
+    """Those that are running."""
+    news: str = ""
+    """What befell it in this event, for the line that tells what is done about it."""
+
+    @property
+    def holes(self) -> list[Stage]:
+        """Stages without a member."""
+        return [Stage(stage) for stage, member in enumerate(self.members) if member is None]
+
+    def holds(self, member: Member) -> bool:
+        """Whether it has a lane on `member`, used or not yet given up."""
+        return member in self.members or member in self.leaving

@@ -1,0 +1,270 @@
+"""What becomes of nodes: started, ready, suspect, lost, and started again.
+
+A loss is believed on one of three grounds: the process was seen to die, the node said that it fails, or it was
+silent for so long that it was killed first. What the pipelines do about it is not decided here: a lost member
+simply no longer stands in any of them.
+"""
+
+from __future__ import annotations
+
+from kevlarflow.recovery import events
+from kevlarflow.recovery.events import KillNode, KnownNode, Recovery, Retire, StartNode
+from kevlarflow.recovery.grid import Grid
+from kevlarflow.recovery.members import Pipeline, Slot
+from kevlarflow.recovery.transitions import NodeStep
+from kevlarflow.types import Cause, Epoch, Member, NodeState, Phases, PipelineId, PipelineState
+
+START_ATTEMPTS = 5
+"""Failed starts in a row after which a slot stays empty."""
+RETRY_SECONDS = 0.5
+"""Pause after the first failed start; doubled after each further one."""
+EXIT_PATIENCE_SECONDS = 0.1
+"""How long the reason of a node that died while starting may be under way."""
+
+
+def log_path(grid: Grid, slot: Slot) -> str:
+    """Where a node's output goes."""
+    return f"{grid.config.log_folder}/{slot.node}-{slot.incarnation}.log"
+
+
+def start(grid: Grid, slot: Slot) -> None:
+    """Ask for the slot's next member."""
+    slot.renew(slot.incarnation_floor + 1)
+    grid.step_node(slot, NodeStep.START)
+    slot.started_at = grid.now
+    slot.ready_by = grid.now + grid.config.timeouts.startup_timeout_s
+    grid.command(StartNode(slot.member, slot.stage))
+
+
+def expect(grid: Grid, slot: Slot, known: KnownNode) -> None:
+    """Wait for a member of the controller's earlier life to introduce itself, but not for long."""
+    timeouts = grid.config.timeouts
+    slot.renew(known.member.incarnation)
+    slot.failed_starts = known.failed_starts
+    if not known.pids:
+        # Whether it was ever forked is not known; if it was, it will find itself replaced.
+        start(grid, slot)
+        return
+    grid.step_node(slot, NodeStep.START)
+    slot.pids = known.pids
+    slot.started_at = grid.now
+    patience = timeouts.confirm_after_ms / 1_000 if known.ready else timeouts.startup_timeout_s
+    slot.ready_by = grid.now + patience
+
+
+# ---- events
+
+
+def on_launched(grid: Grid, event: events.NodeLaunched) -> None:
+    """The process exists."""
+    slot = grid.slot_of(event.member)
+    if slot is not None and slot.state is NodeState.STARTING and not slot.pids:
+        slot.pids = (event.pid,)
+
+
+def on_launch_failed(grid: Grid, event: events.LaunchFailed) -> None:
+    """A start that did not even lead to a process."""
+    slot = grid.slot_of(event.member)
+    if slot is not None and slot.state is NodeState.STARTING and not slot.pids:
+        lose(grid, slot, Cause.CRASH, grid.now, f"could not be started: {event.reason}")
+
+
+def on_starting(grid: Grid, event: events.NodeStarting) -> None:
+    """The process says who it is."""
+    slot = _admit(grid, event.member, event.pids)
+    if slot is not None and slot.state is NodeState.STARTING:
+        slot.pids = event.pids
+        slot.host = event.host
+
+
+def on_ready(grid: Grid, event: events.NodeReady) -> None:
+    """The node holds its weights. Said again, it changes nothing but the epochs that are used up."""
+    info = event.info
+    for number, epoch in event.epochs.items():
+        pipeline = grid.pipeline(PipelineId(number))
+        if pipeline is not None:
+            pipeline.epoch = Epoch(max(pipeline.epoch, epoch))
+    slot = _admit(grid, info.member, info.pids)
+    if slot is None or slot.state is not NodeState.STARTING or slot.exit_due is not None:
+        return
+    slot.info = info
+    slot.host = info.host
+    slot.pids = info.pids
+    slot.ready_by = None
+    slot.failed_starts = 0
+    grid.start_seconds.append(grid.now - slot.started_at)
+    grid.step_node(slot, NodeStep.READY)
+
+
+def on_failed(grid: Grid, event: events.NodeFailed) -> None:
+    """The node says why it cannot start."""
+    slot = grid.slot_of(event.member)
+    if slot is not None and slot.state is not NodeState.DEAD:
+        lose(grid, slot, Cause.CRASH, grid.now, f"failed: {event.reason}")
+
+
+def on_exited(grid: Grid, event: events.NodeExited) -> None:
+    """The process has begun to die. One that was only starting gets a moment for its reason to arrive."""
+    slot = grid.slot_of(event.member)
+    if slot is None or slot.state is NodeState.DEAD:
+        return
+    if slot.fenced_by is not None:
+        _lose_silent(grid, slot)
+    elif slot.state is NodeState.STARTING:
+        slot.exit_due = slot.exit_due or grid.now + EXIT_PATIENCE_SECONDS
+    else:
+        if len(slot.pids) > 1:
+            # What is left of its ranks is of no use without the one that died.
+            grid.command(KillNode(slot.member, slot.pids))
+        lose(grid, slot, Cause.CRASH, event.alive_at, f"died (pid {_pid(slot)})")
+
+
+def on_suspected(grid: Grid, event: events.NodeSuspected) -> None:
+    """Too silent to be a donor."""
+    slot = grid.slot_of(event.member)
+    if slot is not None and slot.state is NodeState.READY:
+        grid.step_node(slot, NodeStep.SUSPECT)
+
+
+def on_cleared(grid: Grid, event: events.NodeCleared) -> None:
+    """It was only busy, unless it has been sent SIGKILL by now."""
+    slot = grid.slot_of(event.member)
+    if slot is not None and slot.state is NodeState.SUSPECT and slot.fenced_by is None:
+        grid.step_node(slot, NodeStep.CLEAR)
+
+
+def on_silent(grid: Grid, event: events.NodeSilent) -> None:
+    """Fence it: what has been sent SIGKILL can do nothing more, even if it takes long to vanish."""
+    slot = grid.slot_of(event.member)
+    if slot is None or not slot.living:
+        return
+    if slot.state is NodeState.READY:
+        grid.step_node(slot, NodeStep.SUSPECT)
+    fence(grid, slot, event.beat_at)
+
+
+def fence(grid: Grid, slot: Slot, silent_since: float) -> None:
+    """Kill first; the loss is believed when the process was seen to die, or soon after in any case."""
+    slot.silent_since = silent_since
+    slot.fenced_by = grid.now + grid.config.timeouts.suspect_after_ms / 1_000
+    grid.tell(slot.node, f"#{slot.incarnation} is fenced")
+    grid.command(KillNode(slot.member, slot.pids))
+
+
+def on_tick(grid: Grid, event: events.Tick) -> None:
+    """Deadlines and retries."""
+    now = grid.now
+    for slot in grid.slots.values():
+        if slot.fenced_by is not None and now >= slot.fenced_by:
+            _lose_silent(grid, slot)
+        elif slot.exit_due is not None and now >= slot.exit_due:
+            lose(grid, slot, Cause.CRASH, now, f"died while it was starting (pid {_pid(slot)})")
+        elif slot.ready_by is not None and now >= slot.ready_by:
+            if slot.pids:
+                grid.command(KillNode(slot.member, slot.pids))
+            lose(grid, slot, Cause.HANG, now, f"was not ready after {now - slot.started_at:.0f} s")
+        elif slot.start_at is not None and now >= slot.start_at:
+            start(grid, slot)
+
+
+# ---- the loss of a member
+
+
+def lose(grid: Grid, slot: Slot, cause: Cause, alive_at: float, what: str) -> None:
+    """Take the member out of every pipeline, and see to the next one. `what` completes "node-0-1 ..."."""
+    member = slot.member
+    was_starting = slot.state is NodeState.STARTING
+    grid.step_node(slot, NodeStep.LOSE)
+    slot.info = None
+    slot.ready_by = slot.exit_due = slot.fenced_by = None
+    if not grid.served:
+        grid.abort(f"{slot.node} {what}. Its log: {log_path(grid, slot)}")
+        return
+    concerned = [each for each in grid.pipelines if _bereave(grid, each, slot, member, cause, alive_at)]
+    for pipeline in concerned:
+        pipeline.news = f"{slot.node} {what}"
+    if not concerned:
+        grid.narrate(f"{slot.node} {what}")
+    _replace(grid, slot, was_starting)
+
+
+def _bereave(grid: Grid, pipeline: Pipeline, slot: Slot, member: Member, cause: Cause, alive_at: float) -> bool:
+    """Take a lost member out of one pipeline; says whether that leaves a hole."""
+    pipeline.leaving.discard(member)
+    pipeline.avoided.pop(member, None)
+    pipeline.struck.discard(member)
+    pipeline.complaints.pop(member, None)
+    if member not in pipeline.members:
+        return False
+    pipeline.members[slot.stage] = None
+    pipeline.forming = pipeline.formed = False
+    if pipeline.state is PipelineState.STARTING:
+        return True
+    pipeline.cause = cause
+    grid.open_recovery(
+        Recovery(
+            id=grid.next_recovery,
+            pipeline=pipeline.id,
+            stage=slot.stage,
+            cause=cause,
+            origin=slot.node,
+            time=grid.now + grid.unix_offset,
+            decided_at=grid.now,
+            seconds=Phases(detect=max(0.0, grid.now - alive_at)),
+        )
+    )
+    return True
+
+
+def _replace(grid: Grid, slot: Slot, was_starting: bool) -> None:
+    """Start the next member: at once after a crash, later and later while it does not even start."""
+    if not was_starting:
+        start(grid, slot)
+        return
+    slot.failed_starts += 1
+    if slot.failed_starts >= START_ATTEMPTS:
+        slot.start_at = None
+        grid.narrate(
+            f"{slot.node} could not be started {slot.failed_starts} times in a row and is given up: "
+            f"see {log_path(grid, slot)}"
+        )
+        return
+    pause = RETRY_SECONDS * 2 ** (slot.failed_starts - 1)
+    slot.start_at = grid.now + pause
+    grid.narrate(f"{slot.node} is started again in {pause:g} s")
+
+
+def _lose_silent(grid: Grid, slot: Slot) -> None:
+    """Believe the loss of a member that was fenced."""
+    silence = grid.now - slot.silent_since
+    lose(
+        grid,
+        slot,
+        Cause.HANG,
+        slot.silent_since,
+        f"did not answer for {silence:.1f} s and was killed (pid {_pid(slot)})",
+    )
+
+
+def _admit(grid: Grid, member: Member, pids: tuple[int, ...]) -> Slot | None:
+    """The slot of a member that introduces itself, or None when its place is taken: then it must go."""
+    slot = grid.slots.get(member.node)
+    if slot is None:
+        return None
+    slot.incarnation_floor = max(slot.incarnation_floor, member.incarnation)
+    if slot.incarnation == member.incarnation and slot.state is not NodeState.DEAD:
+        return slot
+    # After a restart without memory the newcomer may be the newest there is.
+    if member.incarnation > slot.incarnation and slot.state is NodeState.DEAD:
+        slot.renew(member.incarnation)
+        slot.started_at = grid.now
+        slot.ready_by = grid.now + grid.config.timeouts.startup_timeout_s
+        grid.step_node(slot, NodeStep.START)
+        return slot
+    grid.command(Retire(member))
+    grid.command(KillNode(member, pids))
+    return None
+
+
+def _pid(slot: Slot) -> str:
+    return ", ".join(map(str, slot.pids)) or "unknown"

@@ -1,0 +1,214 @@
+"""What has to be computed again after a stage was lost: a pure plan over the ledger and the steps in flight.
+
+A stage that is new to the pipeline holds none of its KV. Each token below a live request's computed count goes
+through the model again, up to the lost stage (stages behind it still hold theirs), in chunks that respect the
+scheduler's limits, without sampling. Three cases need more care than that:
+
+* A step in flight may count **prefix hits**: blocks that some finished request filled. The new stage does not hold
+  them either, so they are computed as well, once for each block however many requests share it. A hit on a block
+  that another step in flight fills is left to that step: it is issued again, first.
+* A step in flight may have **given away** blocks of a request that an earlier step in flight still computes (vLLM
+  delivers the token of a request that a later step preempts). Surviving stages may have run the later step
+  already, so the request's KV is damaged there too: it is computed from token 0 on all stages.
+* **Prompt log-probabilities** are gathered at the last stage while the prompt is computed. Where they are not
+  complete, the request runs through all stages from token 0 and gathers them again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+from kevlarflow.recovery.ledger import Ledger, LedgerEntry, Step
+from kevlarflow.types import Stage
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens `start` to `end` of one request, computed in one chunk."""
+
+    request: str
+    tokens: Sequence[int]
+    """All tokens up to `end` at least, so that a worker without history can run the span."""
+    blocks: Sequence[int]
+    start: int
+    end: int
+    prompt_logprobs: bool = False
+    """Gather prompt log-probabilities of this span at the last stage."""
+    sampling: object = None
+    """Sampling parameters; only needed to gather prompt log-probabilities."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """Spans that run in one forward pass."""
+
+    spans: tuple[Span, ...]
+    through: Stage
+    """The last stage that has to run it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the forward pass."""
+        return sum(span.end - span.start for span in self.spans)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """What a forward pass may hold, and the shape of the pipeline."""
+
+    max_batched_tokens: int
+    max_requests: int
+    block_size: int
+    """Tokens of a KV block."""
+    stages: int
+
+
+def plan(
+    ledger: Ledger, in_flight: Sequence[Step], lost_stages: Iterable[Stage], limits: Limits
+) -> list[Chunk]:
+    """The chunks to run, in order, before the steps in flight are issued again.
+
+    With no lost stage the plan is empty but for requests whose KV is damaged or whose prompt
+    log-probabilities are not complete.
+    """
+    lost = tuple(lost_stages)
+    taken = _taken(in_flight, limits.block_size)
+    needs = list(_live(ledger, in_flight, taken, max(lost, default=None), Stage(limits.stages - 1)))
+    if lost:
+        for step in in_flight:
+            needs += _hits(ledger, step, taken, max(lost), limits.block_size)
+    return list(_pack(_without_repeats(needs, limits.block_size), limits))
+
+
+def plan_hits(ledger: Ledger, step: Step, lost_stages: Iterable[Stage], limits: Limits) -> list[Chunk]:
+    """The chunks to run before `step` may be issued, when its prefix hits were counted before a stage was lost.
+
+    Such a step was being scheduled while the pipeline was formed anew, so `plan` did not see it.
+    """
+    needs = _hits(ledger, step, _taken([step], limits.block_size), max(lost_stages), limits.block_size)
+    return list(_pack(_without_repeats(needs, limits.block_size), limits))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Need:
+    """Tokens `start` to `end` that a request must have on the stages up to `through`."""
+
+    span: Span
+    through: Stage
+
+    def part(self, start: int, end: int) -> Span:
+        """The sub-span; log-probabilities of a prompt need the token behind each position as well."""
+        tokens = self.span.tokens if self.span.prompt_logprobs else self.span.tokens[:end]
+        return dataclasses.replace(self.span, tokens=tokens, start=start, end=end)
+
+
+def _live(
+    ledger: Ledger, in_flight: Sequence[Step], taken: set[int], lost: Stage | None, last: Stage
+) -> Iterator[_Need]:
+    """Computed tokens of the live requests: up to the lost stage, or on all stages where they are damaged."""
+    finished = {request for step in in_flight for request in step.finished}
+    for entry in ledger.entries():
+        used = _uses_its_blocks(entry, in_flight)
+        if entry.computed == 0 or entry.request in finished or not used:
+            continue
+        if entry.prompt_logprobs or not taken.isdisjoint(entry.blocks):
+            yield _need(entry, last)
+        elif lost is not None:
+            yield _need(entry, lost)
+
+
+def _uses_its_blocks(entry: LedgerEntry, in_flight: Sequence[Step]) -> bool:
+    """Whether the blocks that the ledger knows are read again: not once a step in flight has preempted it unseen."""
+    for step in in_flight:
+        if entry.request in step.preempted:
+            return False
+        if entry.request in step.scheduled:
+            return not any(c.resumed for c in step.continuations if c.request == entry.request)
+    return True
+
+
+def _need(entry: LedgerEntry, through: Stage) -> _Need:
+    return _Need(
+        Span(
+            request=entry.request,
+            tokens=tuple(entry.prompt if entry.prompt_logprobs else entry.tokens),
+            blocks=tuple(entry.blocks),
+            start=0,
+            end=entry.computed,
+            prompt_logprobs=entry.prompt_logprobs,
+            sampling=entry.sampling if entry.prompt_logprobs else None,
+        ),
+        through,
+    )
+
+
+def _tables(step: Step) -> Iterator[tuple[str, Sequence[int], int]]:
+    """(request, block table, tokens of the prefix hit) of what the step admits or resumes."""
+    for admission in step.admissions:
+        yield admission.request, admission.blocks, admission.computed
+    for going_on in step.continuations:
+        if going_on.resumed:
+            yield going_on.request, going_on.new_blocks, going_on.computed
+
+
+def _taken(in_flight: Sequence[Step], block_size: int) -> set[int]:
+    """Blocks that a step in flight took for new tokens: whoever held them before has lost them."""
+    taken: set[int] = set()
+    for step in in_flight:
+        for _, blocks, hit in _tables(step):
+            taken.update(blocks[hit // block_size :])
+        for going_on in step.continuations:
+            if not going_on.resumed:
+                taken.update(going_on.new_blocks)
+    return taken
+
+
+def _hits(ledger: Ledger, step: Step, taken: set[int], through: Stage, block_size: int) -> Iterator[_Need]:
+    """Prefix hits of a step, but for blocks that a step in flight fills itself."""
+    prompts = {admission.request: admission.prompt for admission in step.admissions}
+    for request, blocks, hit in _tables(step):
+        held = list(itertools.takewhile(lambda block: block not in taken, blocks[: hit // block_size]))
+        end = len(held) * block_size
+        tokens = prompts[request] if request in prompts else ledger[request].tokens
+        if end:
+            span = Span(request, tuple(tokens[:end]), blocks=tuple(held), start=0, end=end)
+            yield _Need(span, through)
+
+
+def _without_repeats(needs: Iterable[_Need], block_size: int) -> Iterator[_Need]:
+    """Skip leading blocks that an earlier need computes: a shared prefix is computed once."""
+    covered: dict[int, Stage] = {}
+    for need in needs:
+        span = need.span
+        start = span.start
+        if not span.prompt_logprobs:
+            for block in span.blocks[: span.end // block_size]:
+                if covered.get(block, -1) < need.through:
+                    break
+                start += block_size
+        for block in span.blocks[: span.end // block_size]:
+            covered[block] = max(need.through, covered.get(block, need.through))
+        if start < span.end:
+            yield _Need(need.part(start, span.end), need.through)
+
+
+def _pack(needs: Iterable[_Need], limits: Limits) -> Iterator[Chunk]:
+    """Cut needs into chunks, in order: a span may read what an earlier span, or the same pass, has written."""
+    spans: list[Span] = []
+    through = Stage(0)
+    room = limits.max_batched_tokens
+    for need in needs:
+        start = need.span.start
+        while start < need.span.end:
+            if spans and (need.through != through or len(spans) == limits.max_requests or room == 0):
+                yield Chunk(tuple(spans), through)
+                spans, room = [], limits.max_batched_tokens
+            through = need.through
+            end = min(need.span.end, start + room)
+            spans.append(need.part(start, end))
+            room -= end - start
+            start = end
+    if spans:
+        yield Chunk(tuple(spans), through)

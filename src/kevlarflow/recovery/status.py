@@ -1,0 +1,87 @@
+"""The status document: the contract of `kevlarflow status --json`, made from the cluster's state and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kevlarflow.recovery.cluster import Cluster
+from kevlarflow.recovery.events import Recovery
+from kevlarflow.recovery.members import Pipeline, Slot
+from kevlarflow.types import NodeState
+
+
+def status_document(cluster: Cluster, main_pid: int) -> dict[str, Any]:
+    """The document, ready to be written as JSON. `main_pid` is the process that the user started."""
+    return {
+        "model": cluster.config.served_model_name,
+        "main_pid": main_pid,
+        "pipelines": [_pipeline(each) for each in cluster.pipelines],
+        "engines": [_engine(each) for each in cluster.pipelines],
+        "nodes": [_node(cluster, slot) for slot in cluster.slots.values()],
+        "replication": [],
+        "recoveries": [_recovery(each) for each in cluster.recoveries],
+    }
+
+
+def _pipeline(pipeline: Pipeline) -> dict[str, Any]:
+    return {
+        "id": pipeline.id,
+        "state": str(pipeline.state),
+        "epoch": pipeline.epoch,
+        "nodes": [member.node if member is not None else None for member in pipeline.members],
+    }
+
+
+def _engine(pipeline: Pipeline) -> dict[str, Any]:
+    engine = pipeline.engine
+    report = engine.report
+    return {
+        "id": f"engine-{pipeline.id}",
+        "pid": engine.pid,
+        "pipeline": pipeline.id,
+        "state": str(engine.state),
+        "running": report.running if report else 0,
+        "waiting": report.waiting if report else 0,
+        "kv_blocks": engine.kv_blocks,
+    }
+
+
+def _node(cluster: Cluster, slot: Slot) -> dict[str, Any]:
+    """A dead node is shown until the process that replaces it exists."""
+    unborn = slot.state is NodeState.STARTING and not slot.pids and slot.incarnation > 1
+    return {
+        "id": slot.node,
+        "incarnation": slot.incarnation - 1 if unborn else slot.incarnation,
+        "pid": slot.pids[0] if slot.pids else None,
+        "pids": list(slot.pids),
+        "host": slot.host,
+        "stage": slot.stage,
+        "state": str(NodeState.DEAD if unborn else slot.state),
+        "lanes": [each.id for each in cluster.pipelines if slot.member in each.members],
+    }
+
+
+def _recovery(recovery: Recovery) -> dict[str, Any]:
+    seconds = recovery.seconds
+    return {
+        "id": recovery.id,
+        "state": str(recovery.state),
+        "time": recovery.time,
+        "pipeline": recovery.pipeline,
+        "stage": recovery.stage,
+        "cause": str(recovery.cause),
+        "from": recovery.origin,
+        "to": recovery.target,
+        "requests": recovery.requests,
+        "lost_requests": recovery.lost_requests,
+        "recomputed_tokens": recovery.recomputed_tokens,
+        "seconds": {
+            "detect": seconds.detect,
+            "plan": seconds.plan,
+            "relink": seconds.relink,
+            "restore": seconds.restore,
+            "recompute": seconds.recompute,
+            "reissue": seconds.reissue,
+            "total": seconds.total,
+        },
+    }

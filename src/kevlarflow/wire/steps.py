@@ -1,0 +1,162 @@
+"""What engines and nodes say to one another: steps, recovery work, results; and activations between nodes.
+
+A message is a small typed header, and for some kinds payload frames behind it that only the two ends
+understand (a pickled scheduler output, raw tensors). Pickle is safe here for one reason: these sockets live
+in the run folder, which only the user who started the cluster can enter (see `control.supervisor`).
+
+Everything carries ``(pipeline, epoch)``. A node drops what is older than the newest epoch that joined the
+lane; an engine drops what is not of its own epoch. Order is kept by each connection, so an engine may send
+`Join`, `Restore`, `Recompute` and `Execute` in one go without waiting for answers.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kevlarflow.types import Epoch, Member, PipelineId, Stage
+
+
+class StepMessage(msgspec.Struct, frozen=True, tag=True):
+    """Base of every header; the tag on the wire is the class name."""
+
+
+# ---- engine -> node
+
+
+class Describe(StepMessage, frozen=True):
+    """Ask for what vLLM wants to know of a worker (KV specs, memory, tasks)."""
+
+
+class Join(StepMessage, frozen=True):
+    """Open the pipeline's lane in this epoch: forget its requests, keep its KV, link to the next stage."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    stage: Stage
+    next_address: str
+    """Activation address of the next stage; empty at the last stage."""
+
+
+class Leave(StepMessage, frozen=True):
+    """The pipeline no longer uses this lane."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+
+
+class Restore(StepMessage, frozen=True):
+    """Rebuild request state; payload: pickled list of `recovery.ledger.LedgerEntry`."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+
+
+class Recompute(StepMessage, frozen=True):
+    """Run a chunk without sampling; payload: pickled `recovery.recompute.Chunk`. Chunks have negative numbers."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    sequence: int
+    through: Stage
+    """The last stage that has to run it."""
+
+
+class Execute(StepMessage, frozen=True):
+    """Run a step; payloads: pickled `SchedulerOutput`, pickled `GrammarOutput` or None."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    sequence: int
+    has_tokens: bool
+    """False for a step that only says which requests ended: it needs no activations and has no answer."""
+
+
+# ---- node -> engine
+
+
+class Description(StepMessage, frozen=True):
+    """Answer to `Describe`; payload: pickled `node.stage.StageDescription`."""
+
+
+class Joined(StepMessage, frozen=True):
+    """The lane is open in this epoch."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    stage: Stage
+    member: Member
+
+
+class Restored(StepMessage, frozen=True):
+    """Request state is rebuilt."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    stage: Stage
+
+
+class Refused(StepMessage, frozen=True):
+    """The node could not do what was asked: no free lane, or not its stage."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    stage: Stage
+    reason: str
+
+
+class Recomputed(StepMessage, frozen=True):
+    """A recompute chunk is done at the last stage that had to run it."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    sequence: int
+
+
+class Executed(StepMessage, frozen=True):
+    """A step is done; payload: pickled `(ModelRunnerOutput, generators)`."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    sequence: int
+
+
+class StepFailed(StepMessage, frozen=True):
+    """A step raised a Python exception at this stage."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    sequence: int
+    stage: Stage
+    reason: str
+
+
+# ---- node -> next node
+
+
+class Activations(StepMessage, frozen=True):
+    """Output of a stage; payload: one raw frame for each tensor."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    sequence: int
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    """(name, dtype, shape) of each frame."""
+
+
+AnyStepMessage = (
+    Describe | Join | Leave | Restore | Recompute | Execute
+    | Description | Joined | Restored | Refused | Recomputed | Executed | StepFailed | Activations
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyStepMessage] = msgspec.msgpack.Decoder(AnyStepMessage)
+
+
+def encode(message: AnyStepMessage) -> bytes:
+    """The header frame."""
+    return _encoder.encode(message)
+
+
+def decode(frame: bytes) -> AnyStepMessage:
+    """The header in a frame. Raises `msgspec.DecodeError` for anything else."""
+    return _decoder.decode(frame)
