@@ -103,9 +103,7 @@ def is_complete(folder: Path) -> bool:
 
 def write_manifest(folder: Path) -> None:
     """Declare the files now in `folder` to be the finished model."""
-    sizes = {
-        path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != MANIFEST_NAME
-    }
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != MANIFEST_NAME}
     manifest = {"format": FORMAT_VERSION, "source": f"{DISTRIBUTION}=={DISTRIBUTION_VERSION}", "sizes": sizes}
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
@@ -302,9 +300,7 @@ def _check(folder: Path) -> None:
     if model.generation_config.eos_token_id != tokenizer.convert_tokens_to_ids("<|im_end|>"):
         raise ValueError("<|im_end|> does not end a generation")
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0]
     answer = tokenizer.decode(tokens[prompt["input_ids"].shape[1] :])
     if "Paris" not in answer or not answer.endswith("<|im_end|>"):

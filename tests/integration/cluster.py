@@ -6,6 +6,7 @@ the status document and from /proc.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -96,7 +97,7 @@ class Cluster:
         calm = (
             [pipeline["nodes"] for pipeline in status["pipelines"]] == home
             and all(pipeline["state"] == "serving" for pipeline in status["pipelines"])
-            and sorted(node["id"] for node in status["nodes"]) == sorted(sum(home, []))
+            and sorted(node["id"] for node in status["nodes"]) == sorted(itertools.chain(*home))
             and all(node["state"] == "ready" for node in status["nodes"])
             and all(engine["state"] == "ready" for engine in status["engines"])
             and not any(engine["running"] or engine["waiting"] for engine in status["engines"])

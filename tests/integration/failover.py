@@ -11,7 +11,7 @@ import httpx
 
 from integration.cluster import Cluster, metric_in
 from kevlarflow.faults import Fault, FaultDidNotHappen, Progress, Struck, Target, Trigger, strike, verify
-from parity.client import Recording, Replay, replay
+from parity.client import Observer, Recording, Replay, replay
 from parity.compare import compare_all, unexcused
 from parity.reference import Reference
 from parity.workload import Request
@@ -71,11 +71,10 @@ def run(cluster: Cluster, requests: Sequence[Request], shots: Sequence[Shot] = (
     before = {name: cluster.metric(name) for name in (PREEMPTIONS, PREFIX_HITS)}
     for shot in shots:
         shot.target = cluster.aim(shot.fault)
-    start = time.monotonic()
 
-    def observe(progress: Progress) -> None:
+    def observe(progress: Progress, now: float) -> None:
         for shot in shots:
-            shot.consider(progress, time.monotonic() - start)
+            shot.consider(progress, now)
 
     async def watch(current: Replay) -> None:
         await _watch_preemptions(cluster, current, observe)
@@ -101,19 +100,18 @@ def run(cluster: Cluster, requests: Sequence[Request], shots: Sequence[Shot] = (
     )
 
 
-async def _watch_preemptions(cluster: Cluster, current: Replay, observe: object) -> None:
-    assert callable(observe)
+async def _watch_preemptions(cluster: Cluster, current: Replay, observe: Observer) -> None:
     pipelines = range(cluster.pipelines)
     async with httpx.AsyncClient(base_url=cluster.base_url, timeout=20.0) as client:
         page = (await client.get("/metrics")).text
         first = {pipeline: metric_in(page, PREEMPTIONS, pipeline) for pipeline in pipelines}
-        while True:
+        while not current.over:
             await asyncio.sleep(METRICS_POLL_SECONDS)
             page = (await client.get("/metrics")).text
             for pipeline in pipelines:
                 counted = metric_in(page, PREEMPTIONS, pipeline) - first[pipeline]
                 current.progress.preemptions[pipeline] = int(counted)
-            observe(current.progress)
+            observe(current.progress, current.now())
 
 
 def assert_identical(requests: Sequence[Request], stock: Reference, recordings: Mapping[str, Recording]) -> None:

@@ -16,14 +16,14 @@ from typing import Any
 
 import httpx
 
-from kevlarflow.faults.triggers import Progress
+from kevlarflow.faults import FaultDidNotHappen, Progress
 from parity.workload import Request
 
 REQUEST_TIMEOUT_SECONDS = 240.0
 """No request of a workload may take longer, failover included: longer means that it hangs."""
 
-Observer = Callable[[Progress], None]
-"""Is called on the event loop right after each change; must not block."""
+Observer = Callable[[Progress, float], None]
+"""Is called on the event loop right after each change, with the seconds since the start; must not block."""
 
 
 @dataclasses.dataclass
@@ -82,9 +82,12 @@ class Replay:
         self._base_url = base_url
         self._requests = requests
         self._pipelines = pipelines
-        self._observer = observer or (lambda progress: None)
+        self._observer = observer or (lambda progress, now: None)
         self._timeout = timeout
         self.progress = Progress()
+        self.over = False
+        """Whether every request has ended."""
+        self._changed = asyncio.Event()
         self._finished = {request.name: asyncio.Event() for request in requests}
 
     async def run(self) -> dict[str, Recording]:
@@ -94,7 +97,18 @@ class Replay:
         self._start = time.monotonic()
         async with httpx.AsyncClient(base_url=self._base_url, limits=limits, timeout=timeout) as client:
             recordings = await asyncio.gather(*(self._one(client, request) for request in self._requests))
+        self.over = True
+        self._changed.set()
         return {recording.name: recording for recording in recordings}
+
+    async def reached(self, condition: Callable[[Progress], bool]) -> bool:
+        """Wait until the progress meets a condition; False if everything ended first. For one waiter."""
+        while not condition(self.progress):
+            if self.over:
+                return False
+            self._changed.clear()
+            await self._changed.wait()
+        return True
 
     async def _one(self, client: httpx.AsyncClient, request: Request) -> Recording:
         recording = Recording(request.name)
@@ -104,7 +118,7 @@ class Replay:
                 await asyncio.sleep(request.at)
             else:
                 await asyncio.sleep(self._start + request.at - time.monotonic())
-            recording.sent_at = self._now()
+            recording.sent_at = self.now()
             self._tell(lambda: self.progress.sent(request.name, self._pipeline(request)))
             async with asyncio.timeout(self._timeout):
                 await self._exchange(client, request, recording)
@@ -139,18 +153,20 @@ class Replay:
 
     def _record(self, recording: Recording, event: Any) -> None:
         recording.events.append(event)
-        recording.times.append(self._now())
+        recording.times.append(self.now())
         count = tokens_in(event)
         self._tell(lambda: self.progress.received(recording.name, count))
 
     def _tell(self, change: Callable[[], None]) -> None:
         change()
-        self._observer(self.progress)
+        self._changed.set()
+        self._observer(self.progress, self.now())
 
     def _pipeline(self, request: Request) -> int | None:
         return None if request.pipeline is None else request.pipeline % self._pipelines
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds since the start of the replay."""
         return time.monotonic() - self._start
 
 
@@ -163,21 +179,21 @@ def replay(
     timeout: float = REQUEST_TIMEOUT_SECONDS,
     beside: Callable[[Replay], Awaitable[None]] | None = None,
 ) -> dict[str, Recording]:
-    """Run a workload to its end; `beside` runs next to it and is cancelled when it has ended."""
+    """Run a workload to its end, and `beside` next to it to its own, which must come soon once `over` is set."""
 
     async def main() -> dict[str, Recording]:
         run = Replay(base_url, requests, pipelines=pipelines, observer=observer, timeout=timeout)
-        companion = asyncio.ensure_future(beside(run)) if beside else None
-        try:
-            return await run.run()
-        finally:
-            if companion is not None:
-                companion.cancel()
-                outcome = (await asyncio.gather(companion, return_exceptions=True))[0]
-                if isinstance(outcome, Exception):
-                    raise outcome
+        async with asyncio.TaskGroup() as group:
+            recordings = group.create_task(run.run())
+            if beside:
+                group.create_task(beside(run))
+        return recordings.result()
 
-    return asyncio.run(main())
+    try:
+        return asyncio.run(main())
+    except* (FaultDidNotHappen, AssertionError) as group:
+        # One failure is enough to tell; pytest shows it better alone.
+        raise group.exceptions[0] from None
 
 
 def in_lanes(requests: Sequence[Request], lanes: int) -> list[Request]:

@@ -399,4 +399,41 @@ def full() -> list[Request]:
     return [request for group in groups for request in group()]
 
 
-FEATURES = covered(full())
+def cached() -> list[Request]:
+    """Prompts that share a prefix of several blocks, which a request hits after another has finished."""
+    left, right = "This is a play in five acts. " + passage(3, 9), "Dear diary, today " + passage(4, 9)
+    return [
+        completion("cache-a-first", left + " The king", "prefix greedy", max_tokens=12, pipeline=0),
+        completion("cache-a-again", left + " The queen", "prefix-hit greedy", max_tokens=12, pipeline=0),
+        completion("cache-a-third", left + " The fool", "prefix-hit greedy", max_tokens=12, pipeline=0),
+        completion("cache-b-first", right + " It was", "prefix greedy", max_tokens=48, pipeline=0),
+        completion("cache-b-again", right + " There was", "prefix-hit greedy", max_tokens=12, pipeline=0),
+    ]
+
+
+def steady() -> list[Request]:
+    """Streams that go on for a while, two for each of three pipelines."""
+    beginnings = ("The sun", "A river", "My house", "Their music", "The forest", "His ship")
+    return [
+        completion(
+            f"steady-{index}",
+            beginning,
+            "greedy" if index < 3 else "seeded",
+            max_tokens=96,
+            ignore_eos=True,
+            pipeline=index % 3,
+            **({} if index < 3 else {"temperature": 0.8, "seed": 500 + index}),
+        )
+        for index, beginning in enumerate(beginnings)
+    ]
+
+
+def everything() -> list[Request]:
+    """Whatever any test compares with stock vLLM."""
+    return [*full(), *cached(), *steady()]
+
+
+def named(*names: str) -> list[Request]:
+    """Requests by their names."""
+    table = by_name(everything())
+    return [table[name] for name in names]

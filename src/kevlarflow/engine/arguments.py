@@ -44,6 +44,7 @@ SEAMS = {
         "finish_reason",
         "request_id",
     ),
+    "vllm.distributed.utils:create_tcp_store": ("host", "port"),
     "vllm.v1.executor.abstract:Executor.execute_model": ("self", "scheduler_output", "non_block"),
     "vllm.v1.executor.abstract:Executor.sample_tokens": ("self", "grammar_output", "non_block"),
     "vllm.v1.executor.abstract:Executor.collective_rpc": ("self", "method", "timeout", "args", "kwargs"),

@@ -34,6 +34,7 @@ log = logging.getLogger("kevlarflow.engine.availability")
 
 REFRESH_SECONDS = 1.0
 """How often the subscription is renewed, so that a controller that was started again learns of it."""
+RETRY_SECONDS = 0.05
 GENERATION_PREFIXES = ("/v1/", "/v2/", "/inference/", "/invocations", "/generate")
 FAILED_REQUEST = (
     "This request was ended because the cluster could not complete it after a failure; "
@@ -74,17 +75,17 @@ class Watch:
         while True:
             now = time.monotonic()
             if now >= refresh:
-                self._ask(socket)
-                refresh = now + REFRESH_SECONDS
+                refresh = now + (REFRESH_SECONDS if self._ask(socket) else RETRY_SECONDS)
             if socket.poll(max(1, int((refresh - now) * 1000))):
                 self._take(socket.recv())
 
-    def _ask(self, socket: zmq.Socket[bytes]) -> None:
+    def _ask(self, socket: zmq.Socket[bytes]) -> bool:
         try:
             socket.send(encode(Subscribe()), zmq.NOBLOCK)
             socket.send(encode(AskMetrics()), zmq.NOBLOCK)
         except zmq.Again:
-            return  # Not connected.
+            return False  # Not connected.
+        return True
 
     def _take(self, frame: bytes) -> None:
         try:

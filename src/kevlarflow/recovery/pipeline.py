@@ -358,7 +358,7 @@ class Pipeline:
         commands: list[Command] = []
         lost = self._lost_since(step.formation)
         if lost:
-            chunks = plan_hits(self.ledger, step, lost, self.limits)
+            chunks = plan_hits(self.ledger, list(self._in_flight.values()), step, lost, self.limits)
             commands += [Recompute(next(self._chunk_numbers), chunk) for chunk in chunks]
         self._in_flight[step.sequence] = step
         commands.append(Execute(step.sequence))

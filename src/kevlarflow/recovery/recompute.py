@@ -65,9 +65,7 @@ class Limits:
     stages: int
 
 
-def plan(
-    ledger: Ledger, in_flight: Sequence[Step], lost_stages: Iterable[Stage], limits: Limits
-) -> list[Chunk]:
+def plan(ledger: Ledger, in_flight: Sequence[Step], lost_stages: Iterable[Stage], limits: Limits) -> list[Chunk]:
     """The chunks to run, in order, before the steps in flight are issued again.
 
     With no lost stage the plan is empty but for requests whose KV is damaged or whose prompt
@@ -77,17 +75,21 @@ def plan(
     taken = _taken(in_flight, limits.block_size)
     needs = list(_live(ledger, in_flight, taken, max(lost, default=None), Stage(limits.stages - 1)))
     if lost:
+        tokens = _tokens(ledger, in_flight)
         for step in in_flight:
-            needs += _hits(ledger, step, taken, max(lost), limits.block_size)
+            needs += _hits(tokens, step, taken, max(lost), limits.block_size)
     return list(_pack(_without_repeats(needs, limits.block_size), limits))
 
 
-def plan_hits(ledger: Ledger, step: Step, lost_stages: Iterable[Stage], limits: Limits) -> list[Chunk]:
+def plan_hits(
+    ledger: Ledger, in_flight: Sequence[Step], step: Step, lost_stages: Iterable[Stage], limits: Limits
+) -> list[Chunk]:
     """The chunks to run before `step` may be issued, when its prefix hits were counted before a stage was lost.
 
     Such a step was being scheduled while the pipeline was formed anew, so `plan` did not see it.
     """
-    needs = _hits(ledger, step, _taken([step], limits.block_size), max(lost_stages), limits.block_size)
+    tokens = _tokens(ledger, [*in_flight, step])
+    needs = _hits(tokens, step, _taken([step], limits.block_size), max(lost_stages), limits.block_size)
     return list(_pack(_without_repeats(needs, limits.block_size), limits))
 
 
@@ -165,15 +167,24 @@ def _taken(in_flight: Sequence[Step], block_size: int) -> set[int]:
     return taken
 
 
-def _hits(ledger: Ledger, step: Step, taken: set[int], through: Stage, block_size: int) -> Iterator[_Need]:
+def _tokens(ledger: Ledger, in_flight: Sequence[Step]) -> dict[str, Sequence[int]]:
+    """Tokens of each request; one that was admitted in flight has its prompt only."""
+    tokens: dict[str, Sequence[int]] = {
+        admission.request: admission.prompt for step in in_flight for admission in step.admissions
+    }
+    tokens.update((entry.request, entry.tokens) for entry in ledger.entries())
+    return tokens
+
+
+def _hits(
+    tokens: dict[str, Sequence[int]], step: Step, taken: set[int], through: Stage, block_size: int
+) -> Iterator[_Need]:
     """Prefix hits of a step, but for blocks that a step in flight fills itself."""
-    prompts = {admission.request: admission.prompt for admission in step.admissions}
     for request, blocks, hit in _tables(step):
         held = list(itertools.takewhile(lambda block: block not in taken, blocks[: hit // block_size]))
         end = len(held) * block_size
-        tokens = prompts[request] if request in prompts else ledger[request].tokens
         if end:
-            span = Span(request, tuple(tokens[:end]), blocks=tuple(held), start=0, end=end)
+            span = Span(request, tuple(tokens[request][:end]), blocks=tuple(held), start=0, end=end)
             yield _Need(span, through)
 
 

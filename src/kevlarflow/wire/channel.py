@@ -1,8 +1,8 @@
 """Channels: one hub, many peers, whole frames, no waiting.
 
-The controller is a hub; nodes, engines and observers are its peers. A hub sees from whom a frame comes and answers by that
-name; a frame to a peer that is gone, or that does not read, is dropped and the sender is told. Nothing here knows
-what is in a frame.
+The controller is a hub; nodes, engines and observers are its peers. A hub sees from whom a frame comes and
+answers by that name; a frame to a peer that is gone, or that does not read, is dropped and the sender is told.
+Nothing here knows what is in a frame.
 
 The transport is ZeroMQ over Unix sockets in the run folder, which only the user of the cluster can enter. Its twin
 in memory serves tests: the same promises, without a socket.

@@ -239,10 +239,10 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 __all__ = [
-    "AnyMessage", "AskMetrics", "AskStatus", "Availability", "EngineAttached", "EngineReady", "EngineReport",
-    "Fatal", "Form", "Formed", "Heartbeat", "Introduce", "MemberFailed", "Message", "Metrics", "Narration", "NodeFailed", "NodeReady",
-    "NodeStarting", "Retire", "StartApiServer", "StartNode", "Started", "Status", "Subscribe", "Suspend",
-    "decode", "encode",
+    "AnyMessage", "AskMetrics", "AskStatus", "Availability", "EngineAttached", "EngineReady",
+    "EngineReport", "Fatal", "Form", "Formed", "Heartbeat", "Introduce", "MemberFailed", "Message",
+    "Metrics", "Narration", "NodeFailed", "NodeReady", "NodeStarting", "Retire", "StartApiServer",
+    "StartNode", "Started", "Status", "Subscribe", "Suspend", "decode", "encode",
 ]  # fmt: skip
 
 

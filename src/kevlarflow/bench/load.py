@@ -1,0 +1,55 @@
+"""Load: which requests are under way at what time.
+
+In a **closed loop** so many clients each send their next request when the last one has ended; it shows what a system
+can do. In an **open loop** requests come when they come (a Poisson process), whether or not the system keeps up; it
+shows what users see when it does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator, Sequence
+
+from kevlarflow.bench.streams import Address, Listener, Request, Stream, send
+
+
+async def closed_loop(
+    address: Address, model: str, clients: Sequence[Sequence[Request]], listener: Listener | None = None
+) -> list[Stream]:
+    """Each client sends its requests one after the other; all of their streams."""
+
+    async def client(requests: Sequence[Request]) -> list[Stream]:
+        return [await send(address, model, request, listener) for request in requests]
+
+    streams = await asyncio.gather(*(client(requests) for requests in clients))
+    return [stream for each in streams for stream in each]
+
+
+async def open_loop(
+    address: Address,
+    model: str,
+    requests: Sequence[Request],
+    start_seconds: Sequence[float],
+    listener: Listener | None = None,
+) -> list[Stream]:
+    """Each request is sent at its time, in seconds from now; all of their streams."""
+
+    async def later(request: Request, seconds: float) -> Stream:
+        await asyncio.sleep(seconds)
+        return await send(address, model, request, listener)
+
+    pairs = zip(requests, start_seconds, strict=True)
+    return list(await asyncio.gather(*(later(request, seconds) for request, seconds in pairs)))
+
+
+def poisson_starts(count: int, requests_per_second: float, seed: int) -> list[float]:
+    """Start times in seconds of a Poisson process, the same for the same arguments."""
+    return list(_starts(count, requests_per_second, random.Random(seed)))
+
+
+def _starts(count: int, requests_per_second: float, chance: random.Random) -> Iterator[float]:
+    now = 0.0
+    for _ in range(count):
+        now += chance.expovariate(requests_per_second)
+        yield now

@@ -1,0 +1,57 @@
+"""What is asked: prompts of 100 to 300 tokens, none of which begins as another does.
+
+They differ from the first words on, so that no prefix cache helps, and are the same for the same seed, so that two
+systems are given the same work.
+"""
+
+from __future__ import annotations
+
+import random
+
+from kevlarflow.bench.streams import Request, completion
+
+WHO = (
+    "The captain", "An old farmer", "The librarian", "My neighbour", "The engineer", "A young doctor", "The baker",
+    "A travelling painter", "The watchmaker's daughter", "Our teacher",
+)  # fmt: skip
+DID = (
+    "walked to", "wrote a letter about", "repaired a bridge near", "told a story of", "drew a map of", "remembered",
+    "sold a horse at", "was looking for",
+)  # fmt: skip
+WHERE = (
+    "the quiet harbour", "a village in the hills", "the northern station", "the river market", "the empty theatre",
+    "an orchard behind the mill", "the lighthouse", "the old observatory",
+)  # fmt: skip
+WHEN = (
+    "before the first snow", "on a Sunday morning", "after the long war", "when the lamps were lit", "in late summer",
+    "while it rained", "at the end of the year",
+)  # fmt: skip
+
+FEWEST_SENTENCES, MOST_SENTENCES = 6, 17
+"""A sentence is some 16 tokens long."""
+
+
+def passage(seed: str) -> str:
+    """A passage to be continued."""
+    chance = random.Random(seed)
+    count = chance.randint(FEWEST_SENTENCES, MOST_SENTENCES)
+    sentences = [
+        f"{chance.choice(WHO)} {chance.choice(DID)} {chance.choice(WHERE)} {chance.choice(WHEN)}." for _ in range(count)
+    ]
+    return f"Chapter {chance.randint(1000, 999_999)}. " + " ".join(sentences)
+
+
+def clients(seed: str, streams: int, requests_each: int, tokens: int, pipelines: int) -> list[list[Request]]:
+    """The requests of each client of a closed loop, `tokens` output tokens each, spread evenly over the pipelines."""
+    return [
+        [
+            completion(
+                name=f"client {client} request {number}",
+                prompt=passage(f"{seed}/{client}/{number}"),
+                tokens=tokens,
+                pipeline=(client + number) % pipelines,
+            )
+            for number in range(requests_each)
+        ]
+        for client in range(streams)
+    ]

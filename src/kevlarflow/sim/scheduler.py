@@ -1,0 +1,246 @@
+"""A toy of vLLM's scheduler, with the habits that make recovery hard.
+
+Blocks are cached when a step is scheduled, before it has run; a request that is in flight can be preempted, and its
+token is delivered all the same; its blocks may be given away at once; a request may be aborted while it is in flight;
+prompts are cut into chunks; a resumed request hits its own old blocks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kevlarflow.recovery.ledger import Admission, Continuation, Step
+
+Table = list[int]
+
+
+@dataclass
+class Request:
+    """A request as the scheduler keeps it."""
+
+    name: str
+    tokens: list[int]
+    prompt_length: int
+    max_tokens: int
+    blocks: Table = field(default_factory=list)
+    computed: int = 0
+    in_flight: int = 0
+    known_to_workers: bool = False
+    aborted: bool = False
+
+    @property
+    def outputs(self) -> int:
+        """Output tokens so far."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def done(self) -> bool:
+        """Whether it has all its tokens."""
+        return self.outputs >= self.max_tokens
+
+
+class Blocks:
+    """A block pool with a prefix cache over full blocks. Block 0 is never given out, as in vLLM."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self.size = size
+        self.free: list[int] = list(range(1, count))
+        self.users: dict[int, int] = {}
+        self.hash_of: dict[int, tuple[int, ...]] = {}
+        self.cached: dict[tuple[int, ...], int] = {}
+
+    def hit(self, tokens: Sequence[int]) -> Table:
+        """Cached blocks of the longest known prefix; at least one token is left to compute."""
+        table: Table = []
+        for end in range(self.size, len(tokens), self.size):
+            block = self.cached.get(tuple(tokens[:end]))
+            if block is None:
+                break
+            table.append(block)
+        return table
+
+    def take(self, hits: Table, fresh: int) -> Table | None:
+        """Use `hits` and `fresh` new blocks; None when there are not enough."""
+        free = [block for block in self.free if block not in hits]
+        if len(free) < fresh:
+            return None
+        new = free[:fresh]
+        for block in new:
+            self._forget(block)
+        for block in [*hits, *new]:
+            self.users[block] = self.users.get(block, 0) + 1
+        self.free = [block for block in self.free if block not in hits and block not in new]
+        return new
+
+    def cache(self, table: Table, tokens: Sequence[int], computed: int) -> None:
+        """Remember full blocks, as vLLM does: when they are scheduled, not when they are computed."""
+        for index in range(computed // self.size):
+            key = tuple(tokens[: (index + 1) * self.size])
+            if key not in self.cached and table[index] not in self.hash_of:
+                self.cached[key] = table[index]
+                self.hash_of[table[index]] = key
+
+    def release(self, table: Table) -> None:
+        """Give blocks back; cached ones stay hittable until they are taken."""
+        for block in reversed(table):
+            self.users[block] -= 1
+            if self.users[block] == 0:
+                self.free.append(block)
+
+    def evict_unheld(self) -> None:
+        """Forget every cached block that nobody uses."""
+        for block in self.free:
+            self._forget(block)
+
+    def _forget(self, block: int) -> None:
+        key = self.hash_of.pop(block, None)
+        if key is not None:
+            self.cached.pop(key, None)
+
+
+class ToyScheduler:
+    """See the module's text. `budget` is tokens a step."""
+
+    def __init__(self, rng: random.Random, blocks: Blocks, budget: int, max_running: int) -> None:
+        self.rng = rng
+        self.blocks = blocks
+        self.budget = budget
+        self.max_running = max_running
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.ended: list[Request] = []
+        self._finished: set[str] = set()
+        self._preempted: set[str] = set()
+        self._sequence = 0
+        self.preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could do or say something."""
+        return bool(self.waiting or self.running or self._finished)
+
+    def schedule(self, formation: int) -> tuple[Step, dict[str, list[int]]]:
+        """The next step, and all known tokens of the requests in it."""
+        self._sequence += 1
+        self._preempted = set()
+        room = self.budget
+        scheduled: dict[str, int] = {}
+        continuations: list[Continuation] = []
+        for request in list(self.running):
+            if request.in_flight or request not in self.running or room == 0:
+                continue
+            count = min(len(request.tokens) - request.computed, room)
+            new = self._grow(request, count)
+            if new is None:
+                break
+            continuations.append(Continuation(request.name, False, tuple(new), request.computed, request.outputs))
+            scheduled[request.name] = count
+            room -= count
+        admissions: list[Admission] = []
+        while self.waiting and room and not self._preempted and len(self.running) < self.max_running:
+            started = self._start(self.waiting[0], room, admissions, continuations)
+            if started is None:
+                break
+            scheduled[self.waiting[0].name] = started
+            room -= started
+            self.running.append(self.waiting.pop(0))
+        return self._finish_step(scheduled, admissions, continuations, formation)
+
+    def _finish_step(
+        self,
+        scheduled: dict[str, int],
+        admissions: list[Admission],
+        continuations: list[Continuation],
+        formation: int,
+    ) -> tuple[Step, dict[str, list[int]]]:
+        known = {}
+        for request in self.running:
+            count = scheduled.get(request.name, 0)
+            if count:
+                known[request.name] = list(request.tokens)
+                request.computed += count
+                request.in_flight += count
+                self.blocks.cache(request.blocks, request.tokens, request.computed)
+        finished, self._finished = frozenset(self._finished), set()
+        step = Step(
+            self._sequence,
+            tuple(admissions),
+            tuple(continuations),
+            scheduled,
+            finished,
+            frozenset(self._preempted),
+            formation,
+        )
+        return step, known
+
+    def _grow(self, request: Request, count: int) -> Table | None:
+        """New blocks for `count` more tokens, preempting from the back; None when the request itself had to go."""
+        need = -(-(request.computed + count) // self.blocks.size) - len(request.blocks)
+        while True:
+            new = self.blocks.take([], need)
+            if new is not None:
+                request.blocks += new
+                return new
+            victims = [r for r in self.running if r.name not in self._scheduled_now(request)]
+            victim = victims[-1]
+            self._preempt(victim)
+            if victim is request:
+                return None
+
+    def _scheduled_now(self, request: Request) -> set[str]:
+        """Requests before this one in the queue: they are part of the step already and are not preempted."""
+        return {r.name for r in self.running[: self.running.index(request)]}
+
+    def _preempt(self, request: Request) -> None:
+        self.preemptions += 1
+        self.running.remove(request)
+        self.blocks.release(request.blocks)
+        request.blocks, request.computed = [], 0
+        self._preempted.add(request.name)
+        self.waiting.insert(0, request)
+
+    def _start(
+        self, request: Request, room: int, admissions: list[Admission], continuations: list[Continuation]
+    ) -> int | None:
+        hits = self.blocks.hit(request.tokens)
+        computed = len(hits) * self.blocks.size
+        count = min(len(request.tokens) - computed, room)
+        fresh = -(-(computed + count) // self.blocks.size) - len(hits)
+        new = self.blocks.take(hits, fresh)
+        if new is None:
+            return None
+        request.blocks, request.computed = [*hits, *new], computed
+        if request.known_to_workers:
+            continuations.append(Continuation(request.name, True, tuple(request.blocks), computed, request.outputs))
+        else:
+            admissions.append(Admission(request.name, tuple(request.tokens), tuple(request.blocks), computed, None))
+            request.known_to_workers = True
+        return count
+
+    def update(self, step: Step, tokens: dict[str, list[int]]) -> None:
+        """Take a step's output."""
+        for request in [*self.running, *self.waiting]:
+            if request.name not in step.scheduled:
+                continue
+            request.in_flight = max(0, request.in_flight - step.scheduled[request.name])
+            request.tokens += tokens.get(request.name, [])
+            if request.done:
+                self._end(request)
+
+    def abort(self, request: Request) -> None:
+        """The client has gone."""
+        request.aborted = True
+        self._end(request)
+
+    def _end(self, request: Request) -> None:
+        if request in self.running:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self.blocks.release(request.blocks)
+        request.blocks = []
+        if request.known_to_workers:
+            self._finished.add(request.name)
+        self.ended.append(request)

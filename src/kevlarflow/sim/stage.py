@@ -1,0 +1,124 @@
+"""A toy stage: KV memory whose content can be checked, and the bookkeeping of vLLM's V1 model runner.
+
+The "KV" of position i at stage s is a hash of s and of the tokens up to i. Computing a position reads every slot
+before it through the request's block table; a slot that does not hold exactly what it should is a `WrongKv`, the
+error that in a real system would be a silently wrong token. The next token is a hash of all tokens before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kevlarflow.recovery.ledger import LedgerEntry, Step
+from kevlarflow.recovery.recompute import Chunk
+from kevlarflow.sim.errors import WrongKv
+
+VOCABULARY = 50
+
+
+def digest(*parts: object) -> int:
+    """A stable hash: Python's own differs between runs."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """What the toy model generates after `tokens`."""
+    return digest("token", tuple(tokens)) % VOCABULARY
+
+
+@dataclass
+class Memory:
+    """KV memory of one node: it survives a re-forming, and is garbage on a new node."""
+
+    stage: int
+    block_size: int
+    slots: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def write(self, blocks: Sequence[int], position: int, tokens: Sequence[int]) -> None:
+        """Store the KV of `position`."""
+        self.slots[blocks[position // self.block_size], position % self.block_size] = self._content(position, tokens)
+
+    def check(self, request: str, blocks: Sequence[int], position: int, tokens: Sequence[int]) -> None:
+        """Read all slots before `position`; raise `WrongKv` unless each holds what it should."""
+        for earlier in range(position):
+            found = self.slots.get((blocks[earlier // self.block_size], earlier % self.block_size))
+            if found != self._content(earlier, tokens):
+                block = blocks[earlier // self.block_size]
+                raise WrongKv(f"{request} reads position {earlier} (block {block}) at stage {self.stage}: not its KV")
+
+    def _content(self, position: int, tokens: Sequence[int]) -> int:
+        return digest(self.stage, tuple(tokens[: position + 1]))
+
+
+@dataclass
+class Running:
+    """A request as a worker keeps it."""
+
+    tokens: list[int]
+    prompt_length: int
+    blocks: list[int]
+    computed: int
+
+
+@dataclass
+class ToyStage:
+    """A worker: applies the differences that steps carry, and computes. `aborted` requests may read anything."""
+
+    memory: Memory
+    is_last: bool
+    aborted: set[str]
+    requests: dict[str, Running] = field(default_factory=dict)
+
+    def reset(self) -> None:
+        """Forget requests, keep KV."""
+        self.requests.clear()
+
+    def restore(self, entries: Sequence[LedgerEntry]) -> None:
+        """Rebuild requests."""
+        for entry in entries:
+            self.requests[entry.request] = Running(
+                list(entry.tokens), len(entry.prompt), list(entry.blocks), entry.computed
+            )
+
+    def recompute(self, chunk: Chunk) -> None:
+        """Write the KV of a chunk."""
+        for span in chunk.spans:
+            for position in range(span.start, span.end):
+                self.memory.write(span.blocks, position, span.tokens)
+        for span in chunk.spans:
+            self.memory.check(span.request, span.blocks, span.end, span.tokens)
+
+    def execute(self, step: Step, known_tokens: dict[str, list[int]]) -> dict[str, list[int]]:
+        """Run a step; `known_tokens` are all tokens that the scheduler knows of each scheduled request."""
+        for request in step.finished:
+            self.requests.pop(request, None)
+        for admission in step.admissions:
+            self.requests[admission.request] = Running(
+                list(admission.prompt), len(admission.prompt), list(admission.blocks), admission.computed
+            )
+        for going_on in step.continuations:
+            running = self.requests[going_on.request]
+            running.computed = going_on.computed
+            running.blocks = [*([] if going_on.resumed else running.blocks), *going_on.new_blocks]
+        sampled = {}
+        for request, count in step.scheduled.items():
+            running = self.requests[request]
+            if not self.is_last or len(running.tokens) < len(known_tokens[request]):
+                running.tokens = list(known_tokens[request])
+            sampled[request] = self._compute(request, running, count)
+        return sampled
+
+    def _compute(self, request: str, running: Running, count: int) -> list[int]:
+        end = running.computed + count
+        for position in range(running.computed, end):
+            self.memory.write(running.blocks, position, running.tokens)
+        if request not in self.aborted:
+            self.memory.check(request, running.blocks, end, running.tokens)
+        running.computed = end
+        if not self.is_last or end < len(running.tokens):
+            return []
+        token = next_token(running.tokens)
+        running.tokens.append(token)
+        return [token]

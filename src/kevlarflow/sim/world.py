@@ -1,0 +1,277 @@
+"""One pipeline under faults, driven by a seed: the real `recovery.pipeline` between a toy scheduler and toy stages.
+
+Messages travel on queues that keep their order, as the real channels do, and are delivered in drawn order among
+queues. Faults are drawn: a node is lost (its successor has empty KV memory), again while the pipeline is still
+re-forming, or just between the scheduling of a step and its issue. After each run every request must have ended with
+exactly the tokens of a run without failure.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kevlarflow.recovery import pipeline as core
+from kevlarflow.recovery.ledger import Step, StepResult
+from kevlarflow.recovery.recompute import Chunk, Limits
+from kevlarflow.sim.errors import Stuck, WrongTokens
+from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler
+from kevlarflow.sim.stage import VOCABULARY, Memory, ToyStage, next_token
+from kevlarflow.types import Epoch, Member, NodeId, NodeInfo, Stage
+
+MAX_ACTIONS = 20_000
+
+
+@dataclass
+class Lane:
+    """A node's end of the pipeline: what was sent to it, in order, and what the stage before has passed on."""
+
+    info: NodeInfo
+    stage: ToyStage
+    epoch: int = 0
+    inbox: deque[tuple[int, core.Command]] = field(default_factory=deque)
+    activations: set[tuple[int, int]] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is drawn for one run."""
+
+    stages: int
+    blocks: int
+    block_size: int
+    budget: int
+    requests: int
+    losses: int
+    evicts: bool = True
+    """Whether the scheduler does what the core asks; False plants a bug for the tests."""
+
+
+def draw(rng: random.Random) -> Shape:
+    """A shape in which a request always fits into the KV memory alone."""
+    return Shape(
+        stages=rng.randint(1, 4),
+        blocks=rng.randint(9, 24),
+        block_size=rng.choice([2, 4]),
+        budget=rng.choice([4, 6, 16]),
+        requests=rng.randint(2, 8),
+        losses=rng.randint(0, 4),
+    )
+
+
+class World:
+    """See the module's text."""
+
+    def __init__(self, seed: int, shape: Shape | None = None) -> None:
+        self.rng = random.Random(seed)
+        self.shape = shape or draw(self.rng)
+        shape = self.shape
+        self.now = 0.0
+        self.pipeline = core.Pipeline(Limits(shape.budget, 3, shape.block_size, shape.stages))
+        self.scheduler = ToyScheduler(self.rng, Blocks(shape.blocks, shape.block_size), shape.budget, max_running=4)
+        self.aborted: set[str] = set()
+        self.incarnations = [0] * shape.stages
+        self.lanes = [self._new_lane(Stage(stage)) for stage in range(shape.stages)]
+        self.answers: deque[core.Event] = deque()
+        self.steps: dict[int, tuple[Step, dict[str, list[int]]]] = {}
+        self.outputs: dict[int, dict[str, list[int]]] = {}
+        self.expected = self._draw_requests()
+        self.losses_left = shape.losses
+        self.delivered: deque[int] = deque()
+        self.waits_for: deque[int] = deque()
+        self.evict_next = False
+        self.recoveries = 0
+        self._form()
+
+    def _draw_requests(self) -> dict[str, list[int]]:
+        """Prompts that share prefixes; the expected tokens of each."""
+        rng, shape = self.rng, self.shape
+        longest = (shape.blocks - 1) * shape.block_size - 1
+        common = [rng.randrange(VOCABULARY) for _ in range(longest)]
+        expected = {}
+        for index in range(shape.requests):
+            length = rng.randint(1, max(1, min(20, longest // 2)))
+            shared = rng.randint(0, length)
+            prompt = common[:shared] + [rng.randrange(VOCABULARY) for _ in range(length - shared)]
+            outputs = rng.randint(1, max(1, min(10, longest - length)))
+            tokens = list(prompt)
+            for _ in range(outputs):
+                tokens.append(next_token(tokens))
+            expected[f"r{index}"] = tokens
+            self.scheduler.waiting.append(Request(f"r{index}", prompt, length, outputs))
+        return expected
+
+    def _new_lane(self, stage: Stage) -> Lane:
+        self.incarnations[stage] += 1
+        member = Member(NodeId(f"n{stage}"), self.incarnations[stage])
+        info = NodeInfo(member, stage, "sim", 1, (1,), "", "", 1)
+        toy = ToyStage(Memory(stage, self.shape.block_size), stage == self.shape.stages - 1, self.aborted)
+        return Lane(info, toy)
+
+    # ---- running
+
+    def run(self) -> None:
+        """Act until every request has ended. Raises a `Violation` for whatever goes wrong."""
+        for _ in range(MAX_ACTIONS):
+            actions = self._possible()
+            if not actions:
+                break
+            self.now += 0.001
+            self.rng.choice(actions)()
+        for request in self.scheduler.ended:
+            if not request.aborted and request.tokens != self.expected[request.name]:
+                raise WrongTokens(f"{request.name}: {request.tokens} instead of {self.expected[request.name]}")
+        if len(self.scheduler.ended) < self.shape.requests:
+            raise Stuck(f"{len(self.scheduler.ended)} of {self.shape.requests} requests ended")
+
+    def _possible(self) -> list[Callable[[], None]]:
+        actions: list[Callable[[], None]] = [
+            lambda lane=lane: self._work(lane) for lane in self.lanes if self._can_work(lane)
+        ]
+        if self.answers:
+            actions.append(self._answer)
+        if self.waits_for and self.delivered and self.delivered[0] == self.waits_for[0]:
+            actions.append(self._update)
+        elif self.scheduler.has_work and len(self.waits_for) < self.shape.stages:
+            actions.append(self._schedule)
+        if self.losses_left and self.rng.random() < 0.1:
+            actions.append(self._lose)
+        if self.scheduler.running and self.rng.random() < 0.02:
+            actions.append(self._abort)
+        return actions
+
+    def _schedule(self) -> None:
+        formation = self.pipeline.formations
+        if self.evict_next and self.shape.evicts:
+            self.scheduler.blocks.evict_unheld()
+        self.evict_next = False
+        step, known = self.scheduler.schedule(formation)
+        if self.losses_left and self.rng.random() < 0.05:
+            self._lose()
+        self.steps[step.sequence] = (step, known)
+        if step.scheduled:
+            self.waits_for.append(step.sequence)
+        self._handle(core.StepIssued(step))
+
+    def _update(self) -> None:
+        sequence = self.waits_for.popleft()
+        self.delivered.popleft()
+        self.scheduler.update(self.steps.pop(sequence)[0], self.outputs.pop(sequence))
+
+    def _abort(self) -> None:
+        request = self.rng.choice(self.scheduler.running)
+        self.aborted.add(request.name)
+        self.scheduler.abort(request)
+
+    def _lose(self) -> None:
+        self.losses_left -= 1
+        self.recoveries += 1
+        stage = Stage(self.rng.randrange(self.shape.stages))
+        self.lanes[stage] = self._new_lane(stage)
+        self._form()
+
+    def _form(self) -> None:
+        epoch = Epoch(self.pipeline.epoch + 1)
+        self._handle(core.FormationOrdered(epoch, tuple(lane.info for lane in self.lanes)))
+
+    # ---- channels
+
+    def _handle(self, event: core.Event) -> None:
+        for command in self.pipeline.handle(event, self.now):
+            self._send(command)
+
+    def _send(self, command: core.Command) -> None:
+        match command:
+            case core.Join(stage):
+                self.lanes[stage].inbox.append((self.pipeline.epoch, command))
+            case core.Recompute(_, chunk):
+                for lane in self.lanes[: chunk.through + 1]:
+                    lane.inbox.append((self.pipeline.epoch, command))
+            case core.Restore() | core.Execute():
+                for lane in self.lanes:
+                    lane.inbox.append((self.pipeline.epoch, command))
+            case core.Deliver(sequence):
+                if self.steps[sequence][0].scheduled:
+                    self.delivered.append(sequence)
+                else:
+                    del self.steps[sequence]
+            case core.EvictPrefixCache():
+                self.evict_next = True
+            case _:
+                pass
+
+    def _answer(self) -> None:
+        self._handle(self.answers.popleft())
+
+    # ---- nodes
+
+    def _can_work(self, lane: Lane) -> bool:
+        return bool(lane.inbox) and (self._head_can_run(lane) or self._joins(lane))
+
+    @staticmethod
+    def _joins(lane: Lane) -> bool:
+        """A node takes a `Join` when it arrives, whatever is queued before it."""
+        return any(isinstance(command, core.Join) for _, command in lane.inbox)
+
+    def _head_can_run(self, lane: Lane) -> bool:
+        epoch, command = lane.inbox[0]
+        needs = lane.info.stage > 0 and epoch >= lane.epoch
+        match command:
+            case core.Recompute(sequence, _):
+                return not needs or (epoch, -sequence) in lane.activations
+            case core.Execute(sequence):
+                # A step of an old epoch may be gone already; it is dropped without its activations.
+                has_tokens = sequence in self.steps and bool(self.steps[sequence][0].scheduled)
+                return not needs or not has_tokens or (epoch, sequence) in lane.activations
+            case _:
+                return True
+
+    def _work(self, lane: Lane) -> None:
+        if not self._head_can_run(lane):
+            while not isinstance(lane.inbox[0][1], core.Join):
+                lane.inbox.popleft()
+        epoch, command = lane.inbox.popleft()
+        if epoch < lane.epoch:
+            return
+        match command:
+            case core.Join(stage):
+                lane.epoch = epoch
+                lane.stage.reset()
+                lane.activations = {key for key in lane.activations if key[0] >= epoch}
+                self.answers.append(core.StageJoined(Epoch(epoch), stage))
+            case core.Restore(entries):
+                lane.stage.restore(entries)
+                self.answers.append(core.StageRestored(Epoch(epoch), lane.info.stage))
+            case core.Recompute(sequence, chunk):
+                self._recompute(lane, epoch, sequence, chunk)
+            case core.Execute(sequence):
+                self._execute(lane, epoch, sequence)
+
+    def _recompute(self, lane: Lane, epoch: int, sequence: int, chunk: Chunk) -> None:
+        lane.stage.recompute(chunk)
+        if lane.info.stage == chunk.through:
+            self.answers.append(core.ChunkRecomputed(Epoch(epoch), sequence))
+        else:
+            self._pass_on(lane, (epoch, -sequence))
+
+    def _execute(self, lane: Lane, epoch: int, sequence: int) -> None:
+        if sequence not in self.steps:
+            return
+        step, known = self.steps[sequence]
+        sampled = lane.stage.execute(step, known)
+        if not step.scheduled:
+            return
+        if lane.stage.is_last:
+            if epoch == self.pipeline.epoch:
+                self.outputs.setdefault(sequence, sampled)
+            result = StepResult(tokens=sampled, generators={})
+            self.answers.append(core.StepExecuted(Epoch(epoch), sequence, result))
+        else:
+            self._pass_on(lane, (epoch, sequence))
+
+    def _pass_on(self, lane: Lane, key: tuple[int, int]) -> None:
+        following = self.lanes[lane.info.stage + 1]
+        if key[0] >= following.epoch:
+            following.activations.add(key)

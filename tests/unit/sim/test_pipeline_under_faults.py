@@ -1,0 +1,109 @@
+"""The real pipeline core over toy stages: no fault may change a token, and planted bugs must be found."""
+
+from collections.abc import Callable
+
+import pytest
+
+from kevlarflow.recovery import pipeline, recompute
+from kevlarflow.recovery.ledger import Ledger
+from kevlarflow.sim.errors import Violation
+from kevlarflow.sim.world import World
+
+SEEDS = range(400)
+PLANTED_SEEDS = range(2_000)
+
+
+@pytest.mark.parametrize("first", range(0, len(SEEDS), 100))
+def test_every_request_ends_with_the_tokens_of_a_run_without_failure(first: int) -> None:
+    recoveries = 0
+    for seed in SEEDS[first : first + 100]:
+        world = World(seed)
+        world.run()
+        recoveries += world.recoveries
+    assert recoveries > 50, "the runs have to contain faults"
+
+
+def test_the_toy_scheduler_preempts_and_hits_its_prefix_cache() -> None:
+    preemptions = 0
+    for seed in range(200):
+        world = World(seed)
+        world.run()
+        preemptions += world.scheduler.preemptions
+    assert preemptions > 20
+
+
+def no_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kevlarflow.sim.scheduler.Blocks.evict_unheld", lambda self: None)
+
+
+def no_recomputed_hits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "_hits", lambda *_: [])
+
+
+def no_late_hits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "plan_hits", lambda *_: [])
+
+
+def damage_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "_taken", lambda *_: set())
+
+
+def computed_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Ledger._continue
+
+    def shrink(self: Ledger, continuation: object) -> None:
+        original(self, continuation)  # type: ignore[arg-type]
+        self[continuation.request].computed -= 1  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(Ledger, "_continue", shrink)
+
+
+def steps_out_of_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = pipeline.Pipeline._form
+
+    def shuffled(self: pipeline.Pipeline, order: object, now: float) -> list[pipeline.Command]:
+        commands = original(self, order, now)  # type: ignore[arg-type]
+        steps = [c for c in commands if isinstance(c, pipeline.Execute)]
+        return [c for c in commands if not isinstance(c, pipeline.Execute)] + steps[::-1]
+
+    monkeypatch.setattr(pipeline.Pipeline, "_form", shuffled)
+
+
+def preemption_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "_uses_its_blocks", lambda *_: True)
+    monkeypatch.setattr(
+        Ledger, "_drop", lambda self, step: [self._entries.pop(request, None) for request in step.finished]
+    )
+
+
+def short_by_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = recompute._need
+
+    def short(entry: object, through: object) -> object:
+        need = original(entry, through)  # type: ignore[arg-type]
+        return need.__class__(need.part(need.span.start, max(0, need.span.end - 4)), need.through)
+
+    monkeypatch.setattr(recompute, "_need", short)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        no_eviction,
+        no_recomputed_hits,
+        no_late_hits,
+        damage_ignored,
+        computed_off_by_one,
+        steps_out_of_order,
+        preemption_ignored,
+        short_by_a_block,
+    ],
+)
+def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    for seed in PLANTED_SEEDS:
+        try:
+            World(seed).run()
+        except (Violation, KeyError, IndexError):
+            return
+    pytest.fail(f"{plant.__name__} was not found in {len(PLANTED_SEEDS)} runs")
