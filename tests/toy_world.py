@@ -171,9 +171,15 @@ class ToyWorld:
         snapshot = msgspec.json.decode(msgspec.json.encode(self.cluster.snapshot()), type=Snapshot)
         if not remembers:
             snapshot = Snapshot(nodes=(), epochs={}, served=True)
+        self.now += 0.2
         self.cluster = Cluster(self.config)
         self.invariants = Invariants(self.cluster)
         self.do(events.ControllerResumed(snapshot))
+        for known in snapshot.nodes:
+            if known.pids and known.member not in self.processes:
+                self.do(events.NodeExited(known.member, self.now))
+        for member in self.those("starting"):
+            self.do(events.NodeStarting(member, "here", (pid_of(member),)))
         for member in self.those("ready"):
             info = make_info(member.node, member.incarnation, self.config.reserve_lanes + 1)
             self.do(events.NodeReady(info, dict(self.lanes.get(member, {}))))

@@ -50,9 +50,9 @@ class Stream(msgspec.Struct):
     sent_at: float
     pipeline: int | None = None
     times: list[float] = msgspec.field(default_factory=list)
-    """When each event that carries tokens arrived."""
+    """When each event that carries tokens or text arrived."""
     counts: list[int] = msgspec.field(default_factory=list)
-    """How many tokens each of these events carried."""
+    """How many tokens each of these events carried; 0 for the rest of a character."""
     pieces: list[str] = msgspec.field(default_factory=list)
     """The text of each of these events."""
     usage_tokens: int | None = None
@@ -86,7 +86,7 @@ class Stream(msgspec.Struct):
 
 
 Listener = Callable[[Stream], None]
-"""Is called on the event loop after each event that carries tokens; must not block."""
+"""Is called on the event loop after each event that carries tokens or text; must not block."""
 
 
 class _Delta(msgspec.Struct):
@@ -229,12 +229,10 @@ def _take(stream: Stream, data: bytes, listener: Listener | None) -> None:
     for choice in event.choices:
         stream.finish_reason = choice.finish_reason or stream.finish_reason
         text = choice.text if choice.delta is None else choice.delta.content
-        if choice.token_ids:
+        count = len(choice.token_ids or ())
+        if count or text:
             stream.times.append(now)
-            stream.counts.append(len(choice.token_ids))
+            stream.counts.append(count)
             stream.pieces.append(text or "")
             if listener is not None:
                 listener(stream)
-        elif text:
-            # Text that came without a token of its own, such as the rest of a character.
-            stream.pieces.append(text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,16 @@ from kevlarflow.errors import ModelUnavailable
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 BYTES_PER_WEIGHT = {"float32": 4, "float16": 2, "bfloat16": 2}
+HUGGING_FACE_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DOWNLOAD = """
 import sys
 from huggingface_hub import snapshot_download
-snapshot_download(sys.argv[1], revision=sys.argv[2] or None, cache_dir=sys.argv[3] or None,
-                  ignore_patterns=["*.bin", "*.pt", "*.pth", "original/*", "*.gguf", "*.onnx*", "*.msgpack", "*.h5"])
+skipped = ["*.bin", "*.pt", "*.pth", "original/*", "*.gguf", "*.onnx*", "*.msgpack", "*.h5"]
+name, revision, cache = sys.argv[1:]
+try:
+    snapshot_download(name, revision=revision or None, cache_dir=cache or None, ignore_patterns=skipped)
+except Exception as error:
+    sys.exit(print(" ".join(str(error).split())) or 1)
 """
 
 
@@ -44,7 +50,7 @@ def find(model: str, revision: str | None = None, download_dir: str | None = Non
     """Return what is known about a model; raise `ModelUnavailable` when it cannot be served."""
     if Path(model).expanduser().is_dir():
         return examine(Path(model).expanduser().absolute())
-    if model.startswith(("/", ".", "~")) or model.count("/") != 1:
+    if model.startswith((".", "~")) or not HUGGING_FACE_NAME.fullmatch(model):
         raise ModelUnavailable(
             f"there is no model {model}: name a folder with config.json and weights, or a Hugging Face model "
             "as owner/name"
@@ -100,13 +106,9 @@ def download(name: str, revision: str | None, download_dir: str | None) -> None:
     advice = f"check the name, run hf download {name} where there is a network, or name a folder"
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "ON", "YES", "TRUE"}:
         raise ModelUnavailable(f"{name} is not in the local cache and HF_HUB_OFFLINE is set: {advice}")
-    print(f"kevlarflow: fetching {name}, once", file=sys.stderr, flush=True)
     command = [sys.executable, "-c", DOWNLOAD, name, revision or "", download_dir or ""]
-    environment = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as child:
-        assert child.stderr is not None
-        last = ""
-        for line in child.stderr:
-            last = line.strip() or last
-        if child.wait() != 0:
-            raise ModelUnavailable(f"{name} is not in the local cache and cannot be fetched ({last}): {advice}")
+    # Progress goes to the terminal by standard error; standard output is for what went wrong.
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if child.returncode != 0:
+        why = child.stdout.strip()
+        raise ModelUnavailable(f"{name} is not in the local cache and cannot be fetched ({why}): {advice}")

@@ -19,7 +19,7 @@ from kevlarflow.errors import NotEnoughMemory, UsageError
 MIB = 2**20
 GIB = 2**30
 
-NODE_BYTES = 400 * MIB
+NODE_BYTES = 450 * MIB
 """What a node takes besides weights and KV: activations, buffers, its unshared part of the zygote's pages."""
 ENGINE_BYTES = 250 * MIB
 """What an engine takes; it holds no weights."""

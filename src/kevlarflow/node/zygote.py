@@ -14,6 +14,7 @@ the model, or the one line that says why the cluster cannot start.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import json
@@ -45,17 +46,26 @@ RUN_API_SERVER = "kevlarflow.engine.api_server:run"
 
 PRELOADED = (
     "kevlarflow.node.main",
-    "kevlarflow.node.device",
     "kevlarflow.engine.api_server",
     "kevlarflow.engine.executor",
     "kevlarflow.engine.scheduler",
-    "uvloop",
+    # What nodes import while they load.
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.model_executor.layers.quantization.online.base",
+    # What the API server and its engines import while they start.
+    "model_hosting_container_standards.sagemaker",
     "uvicorn.protocols.http.httptools_impl",
-    "uvicorn.loops.uvloop",
-    "vllm.v1.executor.multiproc_executor",
+    "vllm.entrypoints.anthropic.api_router",
+    "vllm.entrypoints.openai.chat_completion.api_router",
+    "vllm.entrypoints.openai.completion.api_router",
+    "vllm.entrypoints.openai.responses.api_router",
+    "vllm.entrypoints.serve.instrumentator.metrics",
+    "vllm.entrypoints.serve.tokenize.api_router",
     "vllm.v1.engine.coordinator",
+    "vllm.v1.executor.multiproc_executor",
     "vllm.v1.structured_output.backend_xgrammar",
 )
+"""Modules that vLLM imports where it first needs them. Found by listing the imports of forked processes."""
 LARGEST_REQUEST = 4096
 BACKLOG = 16
 
@@ -213,7 +223,8 @@ def prepare(config: ServeConfig) -> dict[str, Any]:
     check = load(CHECK)
     facts: dict[str, Any] = msgspec.to_builtins(check(config))
     for module in PRELOADED:
-        importlib.import_module(module)
+        with contextlib.suppress(ModuleNotFoundError):  # An optional part; whoever needs it will say so.
+            importlib.import_module(module)
     require_one_thread()
     gc.collect()
     # The collector writes into every object it looks at, and would unshare the pages that forks share.

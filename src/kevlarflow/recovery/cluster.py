@@ -17,10 +17,10 @@ from typing import Any
 
 from kevlarflow.config import ServeConfig
 from kevlarflow.recovery import events, formation, nodes
-from kevlarflow.recovery.events import AnyCommand, AnyEvent, KnownNode, Snapshot
+from kevlarflow.recovery.events import AnyCommand, AnyEvent, Snapshot
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import subject
-from kevlarflow.types import Epoch, Member, NodeState, PipelineId, PipelineState, RecoveryState
+from kevlarflow.types import Epoch, Member, NodeState, PipelineState, RecoveryState
 
 DEFAULT_START_SECONDS = 10.0
 """What a node takes to start, until one has been seen to."""
@@ -41,23 +41,23 @@ def _resume(grid: Grid, event: events.ControllerResumed) -> None:
     grid.served = snapshot.served
     grid.next_recovery = snapshot.next_recovery
     grid.start_seconds.extend(snapshot.start_seconds)
-    for number, epoch in snapshot.epochs.items():
-        pipeline = grid.pipeline(PipelineId(number))
-        if pipeline is not None:
-            pipeline.epoch = epoch
-            pipeline.served = snapshot.served
+    # Where the numbers used so far are not known: there have been fewer than milliseconds since boot.
+    unused = int(1_000 * grid.now)
+    for pipeline in grid.pipelines:
+        pipeline.epoch = snapshot.epochs.get(pipeline.id, Epoch(unused))
+        pipeline.served = snapshot.served
     for kept in snapshot.recoveries:
         # A mutable record must not be shared with an event.
         recovery = copy.copy(kept)
         grid.recoveries.append(recovery)
-        pipeline = grid.pipeline(recovery.pipeline)
-        if recovery.state is RecoveryState.RUNNING and pipeline is not None:
-            pipeline.recoveries[recovery.stage] = recovery
+        if recovery.state is RecoveryState.RUNNING:
+            grid.pipelines[recovery.pipeline].recoveries[recovery.stage] = recovery
     known = {each.member.node: each for each in snapshot.nodes}
     for slot in grid.slots.values():
         if slot.node in known:
             nodes.expect(grid, slot, known[slot.node])
         else:
+            slot.incarnation_floor = unused
             slot.start_at = grid.now + grid.config.timeouts.confirm_after_ms / 1_000
     grid.narrate("the controller was started again: it waits for nodes and engines to appear")
 
@@ -115,11 +115,7 @@ class Cluster(Grid):
     def snapshot(self) -> Snapshot:
         """What the next life of the controller has to know."""
         return Snapshot(
-            nodes=tuple(
-                KnownNode(slot.member, slot.pids, slot.living, slot.failed_starts)
-                for slot in self.slots.values()
-                if slot.state is not NodeState.DEAD
-            ),
+            nodes=tuple(map(nodes.known, self.slots.values())),
             epochs={pipeline.id: Epoch(pipeline.epoch) for pipeline in self.pipelines},
             served=self.served,
             recoveries=tuple(map(copy.copy, self.recoveries)),

@@ -36,19 +36,26 @@ def start(grid: Grid, slot: Slot) -> None:
     grid.command(StartNode(slot.member, slot.stage))
 
 
-def expect(grid: Grid, slot: Slot, known: KnownNode) -> None:
+def known(slot: Slot) -> KnownNode:
+    """What is to be remembered of a slot: its member, or the number that is used up."""
+    if slot.state is NodeState.DEAD:
+        return KnownNode(Member(slot.node, slot.incarnation_floor), (), False, slot.failed_starts)
+    return KnownNode(slot.member, slot.pids, slot.living, slot.failed_starts)
+
+
+def expect(grid: Grid, slot: Slot, earlier: KnownNode) -> None:
     """Wait for a member of the controller's earlier life to introduce itself, but not for long."""
     timeouts = grid.config.timeouts
-    slot.renew(known.member.incarnation)
-    slot.failed_starts = known.failed_starts
-    if not known.pids:
+    slot.renew(earlier.member.incarnation)
+    slot.failed_starts = earlier.failed_starts
+    if not earlier.pids:
         # Whether it was ever forked is not known; if it was, it will find itself replaced.
         start(grid, slot)
         return
     grid.step_node(slot, NodeStep.START)
-    slot.pids = known.pids
+    slot.pids = earlier.pids
     slot.started_at = grid.now
-    patience = timeouts.confirm_after_ms / 1_000 if known.ready else timeouts.startup_timeout_s
+    patience = timeouts.confirm_after_ms / 1_000 if earlier.ready else timeouts.startup_timeout_s
     slot.ready_by = grid.now + patience
 
 

@@ -237,6 +237,8 @@ class Pipeline:
         self.formations = 0
         """How often it was ordered to form; a step that was scheduled under a smaller count is checked again."""
         self._in_flight: collections.OrderedDict[int, Step] = collections.OrderedDict()
+        self._hollow: set[int] = set()
+        """Steps in flight that were abandoned: they only still tell the ledger which requests ended."""
         self._results: dict[int, StepResult] = {}
         self._complete_on: dict[Stage, Member] = {}
         self._lost_at: dict[int, frozenset[Stage]] = {}
@@ -297,7 +299,7 @@ class Pipeline:
         commands += [Join(stage) for stage in sorted(stages)]
         commands += [Recompute(number, chunk) for number, chunk in chunks.items()]
         commands.append(Restore(tuple(self.ledger.entries())))
-        commands += [Execute(step.sequence) for step in steps]
+        commands += [Execute(step.sequence) for step in steps if step.sequence not in self._hollow]
         if lost:
             commands.append(EvictPrefixCache())
         return commands
@@ -384,7 +386,10 @@ class Pipeline:
                 break
             self.ledger.complete(step, self._results.pop(sequence, _NOTHING))
             del self._in_flight[sequence]
-            commands.append(Deliver(sequence))
+            if sequence in self._hollow:
+                self._hollow.discard(sequence)
+            else:
+                commands.append(Deliver(sequence))
         return commands
 
     def _broken(self, event: StepBroken) -> list[Command]:
@@ -393,16 +398,21 @@ class Pipeline:
         When it was recovery work that raised, no live request can be trusted to go on, and all are ended.
         """
         commands: list[Command] = [RequestFormation(event.stage, event.reason)]
-        if event.sequence not in self._in_flight:
+        step = self._in_flight.get(event.sequence)
+        if step is None:
             return [*self._abandon_all(event.reason), *commands]
-        del self._in_flight[event.sequence]
-        return [Abandon(event.sequence, event.reason), *commands]
+        self._hollow.add(event.sequence)
+        self._in_flight[event.sequence] = dataclasses.replace(
+            step, admissions=(), continuations=(), scheduled={}, finished=step.finished | step.scheduled.keys()
+        )
+        return [Abandon(event.sequence, event.reason), *commands, *self._complete_in_order()]
 
     def _abandon_all(self, reason: str) -> list[Command]:
         """End every request with `reason`; nothing is generated until the pipeline is formed again."""
         self.phase, self.reason, self._forming = Phase.SUSPENDED, reason, None
-        commands: list[Command] = [Abandon(sequence, reason) for sequence in self._in_flight]
+        commands: list[Command] = [Abandon(s, reason) for s in self._in_flight if s not in self._hollow]
         self._in_flight.clear()
+        self._hollow.clear()
         self._results.clear()
         self.ledger.clear()
         return commands

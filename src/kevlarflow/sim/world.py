@@ -8,6 +8,7 @@ exactly the tokens of a run without failure.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import deque
 from collections.abc import Callable
@@ -128,7 +129,7 @@ class World:
 
     def _possible(self) -> list[Callable[[], None]]:
         actions: list[Callable[[], None]] = [
-            lambda lane=lane: self._work(lane) for lane in self.lanes if self._can_work(lane)
+            functools.partial(self._work, lane) for lane in self.lanes if self._can_work(lane)
         ]
         if self.answers:
             actions.append(self._answer)

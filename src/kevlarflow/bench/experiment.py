@@ -1,0 +1,42 @@
+"""What experiments have in common: the systems take turns, and one that fails does not end the others' runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from kevlarflow.bench.contestants import NAMES
+from kevlarflow.bench.streams import Stream
+from kevlarflow.bench.systems import System
+
+Say = Callable[[str], None]
+"""Tells the person who waits what is going on."""
+
+
+class Void(Exception):
+    """What was just measured counts for nothing; the message says why."""
+
+
+def turns(rounds: int, names: Sequence[str] = NAMES) -> Iterator[tuple[int, str]]:
+    """Number of the round and name of the system, A B B A A B: neither profits from being first."""
+    for number in range(rounds):
+        order = names if number % 2 == 0 else tuple(reversed(names))
+        yield from zip(itertools.repeat(number + 1), order, strict=False)
+
+
+def require_whole(streams: Sequence[Stream], tokens: int) -> None:
+    """Raise `Void` unless each stream has all of its tokens."""
+    defects = [defect for stream in streams if (defect := stream.defect(tokens)) is not None]
+    if defects:
+        raise Void(f"{len(defects)} of {len(streams)} streams failed: {defects[0]}")
+
+
+@contextmanager
+def running(system: System, leftovers: list[str]) -> Iterator[float]:
+    """A system for the length of a block; gives the seconds until it was ready. Fills `leftovers` at the end."""
+    try:
+        system.start()
+        yield system.wait_ready()
+    finally:
+        leftovers += system.stop()

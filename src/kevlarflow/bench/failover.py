@@ -1,0 +1,164 @@
+"""Failover: how long does a stream stand still when a node that serves it is killed?
+
+Sixteen streams, eight of them on the pipeline that loses its node; SIGKILL at a moment that differs each time, first
+and last stage in turn, on one pipeline after the other. Each kill is verified, each stream has to arrive whole, and
+the next kill waits until the replacement has its lane back. The phases come from the cluster's own record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from kevlarflow.bench.contestants import KEVLARFLOW, Recipe, make, own_caches
+from kevlarflow.bench.experiment import Say, Void, require_whole, running
+from kevlarflow.bench.load import closed_loop
+from kevlarflow.bench.measure import Pause, pause_after
+from kevlarflow.bench.prompts import clients
+from kevlarflow.bench.results import Failover, Kill
+from kevlarflow.bench.streams import Stream
+from kevlarflow.bench.systems import System, SystemFailed
+from kevlarflow.bench.watch import Watcher, is_settled, recovery_after
+from kevlarflow.config import run_folder_of
+from kevlarflow.faults import FaultDidNotHappen, KillServing, strike, verify
+
+POLL_SECONDS = 0.02
+SETTLE_TIMEOUT_SECONDS = 180.0
+RECOVERY_TIMEOUT_SECONDS = 60.0
+WARM_UP_TOKENS = 16
+EARLIEST_TOKEN = 8
+"""The kill waits until each stream has so many tokens."""
+LONGEST_WAIT_SECONDS = 2.0
+"""And then for a while that differs each time, at most this."""
+
+Answer = TypeVar("Answer")
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """How much is measured."""
+
+    recipe: Recipe
+    kills: int = 10
+    streams: int = 16
+    tokens: int = 160
+    """Output tokens of a request."""
+    seed: int = 0
+
+
+def run(plan: Plan, result: Failover, folder: Path, say: Say) -> None:
+    """Run all kills on one cluster and add them to `result`."""
+    system = make(KEVLARFLOW, plan.recipe, folder, own_caches(folder, KEVLARFLOW))
+    say(f"{KEVLARFLOW} starts")
+    try:
+        with running(system, []) as ready_seconds:
+            say(f"  ready in {ready_seconds:.1f} s; warming up")
+            watcher = Watcher(run_folder_of(system.address.port))
+            watcher.start()
+            try:
+                asyncio.run(_kills(plan, result, system, watcher, say))
+            finally:
+                watcher.close()
+    except SystemFailed as error:
+        result.void = str(error)
+        say(f"failover: {error}")
+
+
+async def _kills(plan: Plan, result: Failover, system: System, watcher: Watcher, say: Say) -> None:
+    chance = random.Random(plan.seed)
+    warm_up = clients("warm", plan.streams, 1, WARM_UP_TOKENS, plan.recipe.pipelines)
+    await closed_loop(system.address, system.model, warm_up)
+    for number in range(plan.kills):
+        system.require_alive()
+        await _until_settled(watcher)
+        stages, pipelines = plan.recipe.stages, plan.recipe.pipelines
+        stage = 0 if number % 2 == 0 else stages - 1
+        kill = Kill(number + 1, pipeline=number // 2 % pipelines, stage=stage)
+        result.kills.append(kill)
+        try:
+            await _kill(plan, kill, system, watcher, chance.uniform(0, LONGEST_WAIT_SECONDS))
+            say(_told(plan, kill))
+        except (Void, FaultDidNotHappen) as error:
+            kill.void = str(error)
+            say(f"kill {kill.number} of {plan.kills}: void: {error}")
+
+
+async def _kill(plan: Plan, kill: Kill, system: System, watcher: Watcher, wait_seconds: float) -> None:
+    tokens: dict[str, int] = {}
+
+    def count(stream: Stream) -> None:
+        tokens[stream.name] = stream.tokens
+
+    work = clients(f"{plan.seed}/kill/{kill.number}", plan.streams, 1, plan.tokens, plan.recipe.pipelines)
+    load = asyncio.create_task(closed_loop(system.address, system.model, work, count))
+
+    def under_way() -> bool:
+        return load.done() or (len(tokens) == plan.streams and min(tokens.values()) >= EARLIEST_TOKEN)
+
+    await _until("every stream to have begun", under_way, RECOVERY_TIMEOUT_SECONDS)
+    await asyncio.sleep(wait_seconds)
+    if load.done():
+        raise Void("the streams had ended before the kill: give them more tokens")
+    assert watcher.latest is not None
+    target = KillServing(kill.pipeline, kill.stage).aim(watcher.latest)
+    unix_time = time.time()
+    struck = strike(target)
+    await asyncio.to_thread(verify, struck)
+    kill.node = target.name
+    streams = await load
+    require_whole(streams, plan.tokens)
+    _measure_pauses(kill, streams, struck.at)
+    await _measure_recovery(kill, watcher, unix_time)
+    await _until_settled(watcher)
+    kill.rejoin_seconds = time.monotonic() - struck.at
+
+
+def _measure_pauses(kill: Kill, streams: list[Stream], fault_at: float) -> None:
+    for stream in streams:
+        pause = pause_after(stream, fault_at)
+        if pause is not None:
+            (kill.affected if stream.pipeline == kill.pipeline else kill.bystanders).append(pause)
+    if not kill.affected:
+        raise Void("no stream of the pipeline was under way at the kill")
+
+
+async def _measure_recovery(kill: Kill, watcher: Watcher, unix_time: float) -> None:
+    def ended() -> dict[str, Any] | None:
+        return recovery_after(watcher.latest or {"recoveries": []}, unix_time, kill.pipeline, kill.stage)
+
+    record = await _until("a record of the recovery", ended, RECOVERY_TIMEOUT_SECONDS)
+    if record["state"] != "done":
+        raise Void(f"the recovery is recorded as {record['state']}")
+    kill.phases = record["seconds"]
+    kill.recomputed_tokens = record["recomputed_tokens"]
+    kill.taken_over_by = record["to"] or ""
+
+
+async def _until_settled(watcher: Watcher) -> None:
+    def settled() -> bool:
+        return watcher.latest is not None and is_settled(watcher.latest)
+
+    await _until("every lane at home", settled, SETTLE_TIMEOUT_SECONDS)
+
+
+async def _until(what: str, ask: Callable[[], Answer | None], timeout_seconds: float) -> Answer:
+    deadline = time.monotonic() + timeout_seconds
+    while not (answer := ask()):
+        if time.monotonic() > deadline:
+            raise SystemFailed(f"{KEVLARFLOW}: after {timeout_seconds:.0f} s still not: {what}")
+        await asyncio.sleep(POLL_SECONDS)
+    return answer
+
+
+def _told(plan: Plan, kill: Kill) -> str:
+    worst: Pause = max(kill.affected, key=lambda pause: pause.resumed_seconds)
+    return (
+        f"kill {kill.number} of {plan.kills}: {kill.node}, taken over by {kill.taken_over_by}: {len(kill.affected)} "
+        f"streams went on after at most {worst.resumed_seconds * 1e3:.0f} ms; "
+        f"lane back after {kill.rejoin_seconds:.1f} s"
+    )

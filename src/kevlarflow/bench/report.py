@@ -1,0 +1,258 @@
+"""A report for people: the same tables on the terminal and in Markdown, and the data behind them as JSON.
+
+A `Grid` is a table before it is known where it will be shown. Everything that is written here is computed from the
+results alone, so that a saved report can be rendered again.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from kevlarflow.bench.contestants import KEVLARFLOW, STOCK
+from kevlarflow.bench.measure import Pause, percentile, ratios, spread
+from kevlarflow.bench.results import Failover, Kill, Report, Startup, Throughput
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+PHASES = ("detect", "plan", "relink", "restore", "recompute", "reissue", "total")
+NOTHING = "-"
+MEASURES = (
+    ("throughput", "tokens_per_second", 1.0, "{:.1f} tokens/s"),
+    ("TTFT p50", "ttft_p50", 1e3, "{:.0f} ms"),
+    ("TTFT p99", "ttft_p99", 1e3, "{:.0f} ms"),
+    ("TPOT p50", "tpot_p50", 1e3, "{:.1f} ms"),
+    ("TPOT p99", "tpot_p99", 1e3, "{:.1f} ms"),
+)
+
+
+class Grid(msgspec.Struct, frozen=True):
+    """A table."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    remarks: list[str] = msgspec.field(default_factory=list)
+
+
+def grids(report: Report) -> Iterator[Grid]:
+    """All tables of a report."""
+    if report.throughput is not None:
+        yield throughput_grid(report.throughput)
+    if report.startup is not None:
+        yield startup_grid(report.startup)
+    if report.failover is not None:
+        yield pauses_grid(report.failover)
+        yield phases_grid(report.failover)
+        yield kills_grid(report.failover)
+
+
+def void(report: Report) -> list[str]:
+    """Why some of it counts for nothing; empty when everything does."""
+    parts = [
+        *(report.throughput.rounds if report.throughput else ()),
+        *(report.startup.starts if report.startup else ()),
+        *(report.failover.kills if report.failover else ()),
+        *([report.failover] if report.failover else ()),
+    ]
+    return [part.void for part in parts if part.void is not None]
+
+
+# ---- no failure
+
+
+def throughput_grid(result: Throughput) -> Grid:
+    """Both systems side by side, and the ratio within each round."""
+    rounds = 1 + max((each.number for each in result.rounds), default=0)
+    rows = []
+    for streams in sorted({load.summary.streams for each in result.rounds for load in each.loads}):
+        for label, field, scale, form in MEASURES:
+            values = {name: _by_round(result, name, streams, field, rounds) for name in (STOCK, KEVLARFLOW)}
+            cells = (_middle(values[name], scale, form) for name in (STOCK, KEVLARFLOW))
+            rows.append((str(streams), label, *cells, _ratio(values[KEVLARFLOW], values[STOCK])))
+    remarks = [
+        f"round {each.number}, {each.system}: void: {each.void}" for each in result.rounds if each.void is not None
+    ]
+    strangers = [load.strangers for each in result.rounds for load in each.loads]
+    if strangers:
+        remarks.append(
+            "median of the rounds; ratio KevlarFlow / stock within a round: median (lowest to highest). "
+            f"Other processes used {percentile(strangers, 0.5):.0%} of the machine (at most {max(strangers):.0%})."
+        )
+    remarks += [f"left running by {each.system}: {left}" for each in result.rounds for left in each.leftovers]
+    return Grid("No failure", ("streams", "", STOCK, KEVLARFLOW, "ratio"), rows, remarks)
+
+
+def _by_round(result: Throughput, name: str, streams: int, field: str, rounds: int) -> list[float | None]:
+    values: list[float | None] = [None] * rounds
+    for each in result.rounds:
+        for load in each.loads:
+            if each.system == name and each.void is None and load.summary.streams == streams:
+                values[each.number] = getattr(load.summary, field)
+    return values
+
+
+def _middle(values: Sequence[float | None], scale: float, form: str) -> str:
+    known = [value * scale for value in values if value is not None]
+    return form.format(spread(known).median) if known else NOTHING
+
+
+def _ratio(ours: Sequence[float | None], theirs: Sequence[float | None]) -> str:
+    known = ratios(ours, theirs)
+    if not known:
+        return NOTHING
+    middle = spread(known)
+    return f"{middle.median:.3f} ({middle.lowest:.3f} to {middle.highest:.3f})"
+
+
+# ---- ready
+
+
+def startup_grid(result: Startup) -> Grid:
+    """Seconds to the first 200, cold and warm."""
+    rounds = 1 + max((each.number for each in result.starts), default=0)
+    rows = []
+    for cache in dict.fromkeys(each.cache for each in result.starts):
+        values = {}
+        for name in (STOCK, KEVLARFLOW):
+            values[name] = list[float | None]([None] * rounds)
+            for each in result.starts:
+                if (each.cache, each.system) == (cache, name) and each.void is None:
+                    values[name][each.number] = each.ready_seconds
+        cells = (_middle(values[name], 1.0, "{:.1f} s") for name in (STOCK, KEVLARFLOW))
+        rows.append((f"{cache} caches", *cells, _ratio(values[KEVLARFLOW], values[STOCK])))
+    remarks = [
+        f"round {each.number}, {each.system}, {each.cache}: void: {each.void}"
+        for each in result.starts
+        if each.void is not None
+    ]
+    return Grid("Ready: command to the first 200 of /health", ("", STOCK, KEVLARFLOW, "ratio"), rows, remarks)
+
+
+# ---- failover
+
+
+def pauses_grid(result: Failover) -> Grid:
+    """How long streams stood still."""
+    kills = [kill for kill in result.kills if kill.void is None]
+    last = max((kill.stage for kill in kills), default=0)
+    rows = []
+    for label, chosen in (
+        ("all", kills),
+        ("first stage", [kill for kill in kills if kill.stage == 0]),
+        ("last stage", [kill for kill in kills if kill.stage == last and last > 0]),
+    ):
+        affected = [pause for kill in chosen for pause in kill.affected]
+        others = [pause for kill in chosen for pause in kill.bystanders]
+        if affected:
+            rows.append((label, str(len(chosen)), str(len(affected)), *_pause_cells(affected, others)))
+    remarks = [f"kill {kill.number}: void: {kill.void}" for kill in result.kills if kill.void is not None]
+    remarks += [f"no further kills: {result.void}"] if result.void is not None else []
+    remarks.append(
+        "resumed: from SIGKILL to the token that ended the stream's pause; next token: to the very next one, even if "
+        "it was on its way when the node died; others: longest wait for a token on the pipelines that lost no node."
+    )
+    headers = ("killed", "kills", "streams", "resumed p50", "worst", "next token p50", "worst", "others p50", "worst")
+    return Grid(f"Failover under {result.streams} streams", headers, rows, remarks)
+
+
+def _pause_cells(affected: Sequence[Pause], others: Sequence[Pause]) -> Iterator[str]:
+    resumed = [pause.resumed_seconds for pause in affected]
+    following = [pause.next_token_seconds for pause in affected]
+    for values in (resumed, following, [pause.gap_seconds for pause in others]):
+        yield _milliseconds(percentile(values, 0.5)) if values else NOTHING
+        yield _milliseconds(max(values)) if values else NOTHING
+
+
+def phases_grid(result: Failover) -> Grid:
+    """Where the time went, from the cluster's own records."""
+    kills = [kill for kill in result.kills if kill.void is None]
+    rows: list[tuple[str, ...]] = []
+    for phase in PHASES:
+        values = [kill.phases[phase] for kill in kills]
+        if values:
+            rows.append((phase, _milliseconds(percentile(values, 0.5)), _milliseconds(max(values))))
+    remarks = ["detect counts from the last proof of life."]
+    return Grid("Phases of the recovery, as in kevlarflow status", ("phase", "p50", "worst"), rows, remarks)
+
+
+def kills_grid(result: Failover) -> Grid:
+    """One row for each kill."""
+    headers = ("kill", "node", "taken over by", "streams", "resumed, worst", "recovery", "recomputed", "lane back")
+    return Grid("Kills", headers, [_kill_row(kill) for kill in result.kills if kill.void is None])
+
+
+def _kill_row(kill: Kill) -> tuple[str, ...]:
+    return (
+        str(kill.number),
+        kill.node,
+        kill.taken_over_by,
+        str(len(kill.affected)),
+        _milliseconds(max(pause.resumed_seconds for pause in kill.affected)),
+        _milliseconds(kill.phases["total"]),
+        f"{kill.recomputed_tokens:,} tokens",
+        NOTHING if kill.rejoin_seconds is None else f"{kill.rejoin_seconds:.1f} s",
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.1f} ms"
+
+
+# ---- where it is shown
+
+
+def rich_table(grid: Grid) -> RenderableType:
+    """For the terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=grid.title, title_justify="left", title_style="bold")
+    for position, header in enumerate(grid.headers):
+        table.add_column(header, justify="left" if position < 1 else "right")
+    for row in grid.rows:
+        table.add_row(*row)
+    return Group(table, *(Text(remark, style="dim") for remark in grid.remarks), Text())
+
+
+def markdown(report: Report) -> str:
+    """The whole report."""
+    machine, recipe = report.machine, report.recipe
+    lines = [
+        f"# Benchmark of {report.begun[:10]}",
+        "",
+        f"`{report.command}`",
+        "",
+        f"- Model: {recipe.served_name}, {recipe.pipelines} pipelines (-dp) x {recipe.stages} stages (-pp), "
+        f"{'eager' if recipe.eager else 'compiled'}; both systems with `{' '.join(recipe.flags())}`",
+        f"- Machine: {machine.cores} cores of {machine.processor}, {machine.memory_gib} GiB; "
+        f"vLLM {machine.vllm}, torch {machine.torch}, Python {machine.python}",
+        *(f"- {note}" for note in report.notes),
+    ]
+    for grid in grids(report):
+        lines += ["", f"## {grid.title}", "", _markdown_row(grid.headers), "|---" * len(grid.headers) + "|"]
+        lines += [_markdown_row(row) for row in grid.rows]
+        for remark in grid.remarks:
+            lines += ["", remark]
+    return "\n".join([*lines, ""])
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def save(report: Report, folder: Path) -> list[Path]:
+    """Write JSON and Markdown; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    moment = datetime.datetime.fromisoformat(report.begun).strftime("%Y%m%d-%H%M%S")
+    stem = "-".join([moment, *(name for name in ("throughput", "startup", "failover") if getattr(report, name))])
+    data, text = folder / f"{stem}.json", folder / f"{stem}.md"
+    data.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    text.write_text(markdown(report), encoding="utf-8")
+    return [data, text]

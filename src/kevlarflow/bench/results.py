@@ -1,0 +1,102 @@
+"""What the experiments yield: plain data, the JSON of a report. Times are seconds.
+
+A round, start or kill whose load was not whole carries the reason in `void`, and counts for nothing.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kevlarflow.bench.contestants import Recipe
+from kevlarflow.bench.machine import Machine
+from kevlarflow.bench.measure import LoadSummary, Pause
+
+
+class Load(msgspec.Struct, frozen=True):
+    """One load, measured."""
+
+    summary: LoadSummary
+    strangers: float
+    """Share of the machine's CPU time that other processes took meanwhile, from 0 to 1."""
+
+
+class Round(msgspec.Struct):
+    """One life of one system in the throughput experiment."""
+
+    number: int
+    system: str
+    ready_seconds: float | None = None
+    loads: list[Load] = msgspec.field(default_factory=list)
+    leftovers: list[str] = msgspec.field(default_factory=list)
+    """Processes that outlived the system's end, and were killed."""
+    void: str | None = None
+
+
+class Start(msgspec.Struct):
+    """One start of one system."""
+
+    number: int
+    system: str
+    cache: str
+    """``cold`` or ``warm``: the folders of compiled code."""
+    ready_seconds: float | None = None
+    """From the command to the first 200 of /health."""
+    first_token_seconds: float | None = None
+    """From that 200 to the first token of a first request."""
+    strangers: float = 0.0
+    leftovers: list[str] = msgspec.field(default_factory=list)
+    void: str | None = None
+
+
+class Kill(msgspec.Struct):
+    """One SIGKILL under load."""
+
+    number: int
+    pipeline: int
+    stage: int
+    node: str = ""
+    taken_over_by: str = ""
+    affected: list[Pause] = msgspec.field(default_factory=list)
+    """Streams of the pipeline that lost its node."""
+    bystanders: list[Pause] = msgspec.field(default_factory=list)
+    """Streams of the other pipelines, one of which lends a node."""
+    phases: dict[str, float] = msgspec.field(default_factory=dict)
+    recomputed_tokens: int = 0
+    rejoin_seconds: float | None = None
+    """From the kill until every lane was at home again, with no traffic left."""
+    void: str | None = None
+
+
+class Throughput(msgspec.Struct):
+    """See `kevlarflow.bench.throughput`."""
+
+    rounds: list[Round] = msgspec.field(default_factory=list)
+
+
+class Startup(msgspec.Struct):
+    """See `kevlarflow.bench.startup`."""
+
+    starts: list[Start] = msgspec.field(default_factory=list)
+
+
+class Failover(msgspec.Struct):
+    """See `kevlarflow.bench.failover`."""
+
+    streams: int
+    kills: list[Kill] = msgspec.field(default_factory=list)
+    void: str | None = None
+    """Why no more kills followed, if so."""
+
+
+class Report(msgspec.Struct):
+    """Everything that one run of ``kevlarflow bench`` has measured."""
+
+    command: str
+    begun: str
+    """Local time, ISO 8601."""
+    machine: Machine
+    recipe: Recipe
+    notes: list[str] = msgspec.field(default_factory=list)
+    throughput: Throughput | None = None
+    startup: Startup | None = None
+    failover: Failover | None = None

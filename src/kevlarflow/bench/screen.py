@@ -1,0 +1,175 @@
+"""Shows a scene: live on a terminal, as plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.layout import Layout
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from kevlarflow.bench.scene import Line, Scene, Seat, Story, Tone
+
+FRAMES_PER_SECOND = 8
+LOWEST, HIGHEST = 20, 38
+"""Lines of the picture: the terminal's height, within these."""
+GRID_LINES = 3
+TONES = {Tone.PLAIN: "", Tone.GOOD: "green", Tone.BAD: "bold red", Tone.CLUSTER: "cyan"}
+STATES = {"ready": "green", "serving": "green", "dead": "bold red", "suspect": "yellow"}
+
+
+@contextmanager
+def showing(console: Console, scene: Scene) -> Iterator[None]:
+    """Show the scene for the length of a block. On a terminal it moves; elsewhere only `announce` prints."""
+    if not console.is_terminal:
+        yield
+        return
+    with Live(Picture(scene), console=console, refresh_per_second=FRAMES_PER_SECOND, vertical_overflow="crop"):
+        yield
+
+
+def announce(console: Console, scene: Scene, line: Line) -> None:
+    """Add a line to the scene's log, and print it where nothing moves."""
+    scene.lines.append(line)
+    if not console.is_terminal:
+        console.print(f"{line.mark:>9}  {line.text}", markup=False, highlight=False, soft_wrap=True)
+
+
+class Picture:
+    """The whole scene; draws whatever it is when it is asked to."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw one frame."""
+        height = min(HIGHEST, max(LOWEST, console.height - 2))
+        yield from console.render(_layout(self._scene), options.update(height=height))
+
+
+def _layout(scene: Scene) -> Layout:
+    whole, stories, side = Layout(), Layout(ratio=8), Layout(ratio=5)
+    rows = [scene.stories[start : start + 2] for start in range(0, len(scene.stories), 2)]
+    pairs = []
+    for row in rows:
+        pair = Layout()
+        pair.split_row(*(Layout(_story(scene, story)) for story in row))
+        pairs.append(pair)
+    stories.split_column(*pairs)
+    grid_lines = GRID_LINES * max(1, len(scene.seats())) + 3
+    side.split_column(Layout(_grid(scene), size=grid_lines), Layout(_log(scene)))
+    head, body = Layout(Text(f" {scene.act}", style="bold reverse"), size=1), Layout()
+    body.split_row(stories, side)
+    whole.split_column(head, body)
+    return whole
+
+
+# ---- stories
+
+
+class _Tail:
+    """The last lines of a text that fit."""
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = self._text.wrap(console, options.max_width)
+        yield from lines[-(options.height or len(lines)) :]
+
+
+def _story(scene: Scene, story: Story) -> RenderableType:
+    is_hit = story.pipeline == scene.fault_pipeline
+    waits = is_hit and story.waits_since_fault(scene.fault_at)
+    before, after = story.split(scene.fault_at if is_hit else None)
+    text = Text(before)
+    if after:
+        text.append(" ")
+        text.append(f" {_pause_words(scene, story)} ", style="black on yellow")
+        text.append(" ")
+        text.append(after, style="green")
+    elif waits and scene.fault_at is not None:
+        text.append(" ")
+        text.append(f" waiting {(time.monotonic() - scene.fault_at) * 1e3:,.0f} ms ", style="white on red")
+    colour = "red" if waits else "yellow" if after else "green" if story.stream and story.stream.done else "white"
+    return Panel(
+        _Tail(text),
+        title=f"[bold]{story.title}[/]",
+        subtitle=_subtitle(story),
+        title_align="left",
+        subtitle_align="right",
+        border_style=colour,
+    )
+
+
+def _pause_words(scene: Scene, story: Story) -> str:
+    pause = story.pause(scene.fault_at)
+    return "" if pause is None else f"{pause.gap_seconds * 1e3:,.0f} ms"
+
+
+def _subtitle(story: Story) -> str:
+    tokens = story.stream.tokens if story.stream else 0
+    end = ""
+    if story.stream is not None and story.stream.done and story.reference is not None:
+        end = " · identical" if story.is_identical else " · [red]DIFFERENT[/]"
+    return f"pipeline {story.pipeline} · {tokens} tokens{end}"
+
+
+# ---- nodes and log
+
+
+def _grid(scene: Scene) -> RenderableType:
+    table = Table.grid(padding=(0, 2), expand=True)
+    for pipeline, seats in enumerate(scene.seats()):
+        state = scene.pipeline_state(pipeline)
+        name = Text.assemble(f"pipeline {pipeline}\n", (state, STATES.get(state, "yellow")))
+        table.add_row(name, *(_seat(seat) for seat in seats))
+        table.add_row()
+    return Panel(table if scene.status else Text("starting ...", style="dim"), title="nodes", title_align="left")
+
+
+def _seat(seat: Seat) -> Text:
+    helper = ("\n" + f"-> {seat.serving}", "yellow") if seat.is_borrowed else ("", "")
+    lost = "\nno node" if seat.serving is None else ""
+    if seat.own_state == "dead":
+        return Text.assemble((f"x {seat.own}", "bold red strike"), (lost, "red"), helper)
+    if seat.own_state == "starting":
+        return Text.assemble((f". {seat.own} starting", "yellow"), (lost, "red"), helper)
+    again = f" (life {seat.own_incarnation})" if seat.own_incarnation > 1 else ""
+    return Text.assemble((f"o {seat.own}{again}", STATES.get(seat.own_state, "yellow")), (lost, "red"), helper)
+
+
+def _log(scene: Scene) -> RenderableType:
+    text = Text()
+    for line in scene.lines:
+        text.append(f"{line.mark:>8} ", style="dim")
+        text.append(f"{line.text}\n", style=TONES[line.tone])
+    text.rstrip()
+    return Panel(_Tail(text), title="what happens", title_align="left")
+
+
+def summary(scene: Scene) -> RenderableType:
+    """What each stream has seen of the failure."""
+    table = Table(title="what the clients saw", title_justify="left", title_style="bold")
+    for header in ("stream", "pipeline", "tokens before the gap", "gap", "tokens after", "text"):
+        table.add_column(header, justify="left" if header in {"stream", "text"} else "right")
+    for story in scene.stories:
+        stream, pause = story.stream, story.pause(scene.fault_at)
+        if stream is None or pause is None:
+            table.add_row(story.title, str(story.pipeline), "", "none", "", _verdict(story))
+            continue
+        gap = f"{pause.gap_seconds * 1e3:,.0f} ms"
+        after = str(stream.tokens - pause.tokens_before)
+        table.add_row(story.title, str(story.pipeline), str(pause.tokens_before), gap, after, _verdict(story))
+    note = "The gap is the longest wait for a token around the kill; the other pipeline's streams lost no node."
+    return Group(table, Text(note, style="dim"))
+
+
+def _verdict(story: Story) -> str:
+    defect = story.stream.defect() if story.stream else "not sent"
+    return defect or ("identical" if story.is_identical else "DIFFERENT")

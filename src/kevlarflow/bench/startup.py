@@ -1,0 +1,63 @@
+"""Ready: from the command to the first 200 of ``/health``, with the model on the disk.
+
+Each system has folders of its own for compiled code, which are emptied for a cold start and kept for the warm one that
+follows. Health can be claimed, so that every start is followed by a first request, which has to succeed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from kevlarflow.bench.contestants import NAMES, Recipe, make, own_caches
+from kevlarflow.bench.experiment import Say, Void, require_whole, running, turns
+from kevlarflow.bench.machine import CpuMeter
+from kevlarflow.bench.measure import time_to_first_token
+from kevlarflow.bench.prompts import passage
+from kevlarflow.bench.results import Start, Startup
+from kevlarflow.bench.streams import completion, send
+from kevlarflow.bench.systems import System, SystemFailed
+
+COLD, WARM = "cold", "warm"
+FIRST_TOKENS = 4
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """How much is measured."""
+
+    recipe: Recipe
+    rounds: int = 2
+    caches: tuple[str, ...] = (COLD, WARM)
+    systems: tuple[str, ...] = NAMES
+
+
+def run(plan: Plan, result: Startup, folder: Path, say: Say) -> None:
+    """Run all starts and add them to `result`; what cannot be measured is void and said so."""
+    for number, name in turns(plan.rounds, plan.systems):
+        caches = own_caches(folder / "startup", name)
+        for cache in plan.caches:
+            if cache == COLD:
+                shutil.rmtree(caches, ignore_errors=True)
+            start = Start(number, name, cache)
+            result.starts.append(start)
+            try:
+                _start(make(name, plan.recipe, folder, caches), start)
+                say(f"round {number} of {plan.rounds}: {name}, {cache} caches: ready in {start.ready_seconds:.1f} s")
+            except (SystemFailed, Void) as error:
+                start.void = str(error)
+                say(f"round {number}: {name}, {cache} caches: void: {error}")
+
+
+def _start(system: System, start: Start) -> None:
+    meter = CpuMeter(lambda: [process.pid for process in system.processes()])
+    meter.start()
+    with running(system, start.leftovers) as ready_seconds:
+        start.ready_seconds = ready_seconds
+        start.strangers = meter.strangers()
+        request = completion("first request", passage(f"start {start.number}"), FIRST_TOKENS)
+        stream = asyncio.run(send(system.address, system.model, request))
+        require_whole([stream], FIRST_TOKENS)
+        start.first_token_seconds = time_to_first_token(stream)

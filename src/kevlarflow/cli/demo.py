@@ -1,0 +1,68 @@
+"""``kevlarflow demo``: kills a node in mid-stream, live, and compares every text with a run without a failure."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+from kevlarflow.errors import KevlarFlowError
+
+DESCRIPTION = """\
+Start two pipelines of two stages on the default model, stream four stories, kill a node in mid-sentence, and watch the
+streams go on. Exit status 0 only if every stream is whole and every text is that of a run without a failure."""
+
+
+def run(arguments: list[str]) -> int:
+    """Perform the demo; return its exit status."""
+    parser = argparse.ArgumentParser(prog="kevlarflow demo", description=DESCRIPTION)
+    parser.add_argument("--plain", action="store_true", help="print plain lines even on a terminal")
+    options = parser.parse_args(arguments)
+    # Whoever ends us by SIGTERM gets the same cleaning up as Ctrl-C.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    folder = Path(tempfile.mkdtemp(prefix="kevlarflow-demo-"))
+    keep_logs = False
+    try:
+        return _perform(folder, is_plain=options.plain)
+    except KevlarFlowError:
+        keep_logs = True
+        raise
+    finally:
+        if not keep_logs:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _perform(folder: Path, *, is_plain: bool) -> int:
+    from rich.console import Console
+
+    from kevlarflow.bench import demo, screen
+    from kevlarflow.bench.contestants import KEVLARFLOW, make
+    from kevlarflow.bench.watch import Watcher
+    from kevlarflow.config import run_folder_of
+    from kevlarflow.default_model import ensure_default_model
+
+    ensure_default_model()
+    console = Console(highlight=False, force_terminal=False if is_plain else None)
+    scene = demo.opening_scene()
+    server = make(KEVLARFLOW, demo.RECIPE, folder)
+    leftovers: list[str] = []
+    try:
+        server.start()
+        watcher = Watcher(run_folder_of(server.address.port))
+        with contextlib.closing(watcher), screen.showing(console, scene):
+            watcher.start()
+            outcome = asyncio.run(demo.Demo(console, scene, server, watcher).perform())
+    finally:
+        leftovers += server.stop()
+    console.print(screen.summary(scene))
+    if leftovers:
+        raise demo.DemoFailed(f"the cluster left processes behind, which were killed: {', '.join(leftovers)}")
+    if not outcome.is_success:
+        raise demo.DemoFailed(str(outcome).replace("RECOVERED", "NOT RECOVERED"))
+    print(outcome, flush=True)
+    return 0

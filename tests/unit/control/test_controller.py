@@ -1,0 +1,142 @@
+"""The controller's shell without sockets and processes: messages in, messages out."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from toy_world import make_config
+
+from kevlarflow.control.controller import Controller
+from kevlarflow.control.observers import MAX_SUBSCRIBERS
+from kevlarflow.types import Epoch, Member, NodeId, NodeInfo, Phases, PipelineId, Stage
+from kevlarflow.wire import messages
+from kevlarflow.wire.channel import MemoryHub, MemoryPeer
+from kevlarflow.wire.messages import AnyMessage, decode, encode
+
+
+class Shell:
+    """A controller of one node and one engine, both this process."""
+
+    def __init__(self, folder) -> None:
+        config = make_config(stages=1, pipelines=1)
+        self.hub = MemoryHub()
+        self.config = type(config)(
+            **{name: getattr(config, name) for name in config.__struct_fields__} | {"run_folder": str(folder)}
+        )
+        self.now = 100.0
+        self.controller = Controller(self.config, self.hub, main_pid=1)
+        self.controller.start(self.now)
+
+    def say(self, peer: MemoryPeer, *said: AnyMessage) -> list[AnyMessage]:
+        for message in said:
+            peer.send(encode(message))
+        self.turn()
+        return heard(peer)
+
+    def turn(self, seconds: float = 0.0) -> None:
+        self.now += seconds
+        self.controller.turn(self.now)
+
+    def ready(self) -> messages.NodeReady:
+        pid = os.getpid()
+        info = NodeInfo(Member(NodeId("node-0-0"), 1), Stage(0), "here", pid, (pid,), "steps", "activations", 1)
+        return messages.NodeReady(info, {})
+
+    def serve(self) -> tuple[MemoryPeer, MemoryPeer]:
+        node, engine = self.hub.connect(), self.hub.connect()
+        self.say(node, self.ready())
+        (form,) = self.say(engine, messages.EngineAttached(PipelineId(0), os.getpid(), Epoch(0), ()))
+        assert isinstance(form, messages.Form)
+        self.say(engine, messages.Formed(PipelineId(0), form.epoch, Phases(), 0, 0, 0))
+        self.say(engine, messages.EngineReady(PipelineId(0), 50))
+        return node, engine
+
+
+def heard(peer: MemoryPeer) -> list[AnyMessage]:
+    return [decode(frame) for frame in iter(peer.receive, None)]
+
+
+@pytest.fixture
+def shell(tmp_path):
+    return Shell(tmp_path)
+
+
+def test_strangers_are_asked_who_they_are_but_not_all_the_time(shell):
+    node, engine = shell.hub.connect(), shell.hub.connect()
+    beat = messages.Heartbeat(Member(NodeId("node-0-0"), 1), 0, 0.0)
+    report = messages.EngineReport(PipelineId(0), 0, 0, 50, 0)
+    assert shell.say(node, beat, beat) == [messages.Introduce()]
+    assert shell.say(engine, report) == [messages.Introduce()]
+    assert shell.say(node, beat) == []
+    shell.turn(1.0)
+    assert shell.say(node, beat) == [messages.Introduce()]
+
+
+def test_a_subscriber_hears_of_changes_once(shell):
+    observer = shell.hub.connect()
+    (availability,) = shell.say(observer, messages.Subscribe())
+    assert availability == messages.Availability(False, False, "pipeline 0 is starting", 10)
+    shell.serve()
+    assert heard(observer) == [messages.Availability(True, True, "", 0)]
+    shell.turn(1.0)
+    assert heard(observer) == []
+    assert shell.say(observer, messages.Subscribe()) == [messages.Availability(True, True, "", 0)]
+
+
+def test_a_subscriber_that_is_gone_is_forgotten(shell):
+    observer = shell.hub.connect()
+    shell.say(observer, messages.Subscribe())
+    observer.close()
+    shell.serve()
+    assert shell.controller.observers._subscribers == {}
+
+
+def test_the_number_of_subscribers_is_bounded(shell):
+    for _ in range(MAX_SUBSCRIBERS + 5):
+        shell.say(shell.hub.connect(), messages.Subscribe())
+    assert len(shell.controller.observers._subscribers) == MAX_SUBSCRIBERS
+
+
+def test_silence_is_judged_after_what_waits_was_read(shell):
+    node, _ = shell.serve()
+    beat = messages.Heartbeat(Member(NodeId("node-0-0"), 1), 0, 0.0)
+    for _ in range(40):
+        shell.turn(0.1)
+        shell.say(node, beat)
+    assert shell.controller.cluster.slots[NodeId("node-0-0")].state == "ready"
+    for _ in range(15):
+        shell.turn(0.1)
+    assert shell.controller.cluster.slots[NodeId("node-0-0")].state == "suspect"
+    shell.say(node, beat)
+    assert shell.controller.cluster.slots[NodeId("node-0-0")].state == "ready"
+
+
+def test_a_second_life_does_not_say_no_before_it_knows(shell):
+    node, engine = shell.serve()
+    second = Shell.__new__(Shell)
+    second.config, second.hub, second.now = shell.config, shell.hub, shell.now + 1
+    second.controller = Controller(shell.config, shell.hub, main_pid=1)
+    second.controller.start(second.now)
+    observer = shell.hub.connect()
+    assert second.say(observer, messages.Subscribe()) == []
+    second.say(node, shell.ready())
+    second.say(engine, messages.EngineAttached(PipelineId(0), os.getpid(), Epoch(1), (Member(NodeId("node-0-0"), 1),)))
+    assert heard(observer) == [messages.Availability(True, True, "", 0)]
+    assert heard(engine) == []
+
+
+def test_a_second_life_says_no_when_nobody_appears(shell):
+    shell.serve()
+    second = Shell.__new__(Shell)
+    second.config, second.hub, second.now = shell.config, shell.hub, shell.now + 1
+    second.controller = Controller(shell.config, shell.hub, main_pid=1)
+    second.controller.start(second.now)
+    observer = shell.hub.connect()
+    assert second.say(observer, messages.Subscribe()) == []
+    # The node is this very process: it must not come to the point where it is fenced.
+    second.controller.watcher.kill = lambda *_: None
+    second.turn(3.1)
+    (availability,) = heard(observer)
+    assert availability.serving is False
+    assert availability.started is True

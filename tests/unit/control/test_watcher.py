@@ -1,0 +1,108 @@
+"""Seeing processes die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kevlarflow.control.watcher import LocalProcessWatcher
+
+FILL = """
+import sys, time
+memory = bytearray(int(sys.argv[1]))
+memory[::4096] = b"x" * len(memory[::4096])
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def start():
+    children: list[subprocess.Popen[bytes]] = []
+
+    def start(size: int = 1) -> subprocess.Popen[bytes]:
+        child = subprocess.Popen([sys.executable, "-c", FILL, str(size)], stdout=subprocess.PIPE)
+        children.append(child)
+        assert child.stdout is not None
+        child.stdout.readline()
+        return child
+
+    yield start
+    for child in children:
+        child.kill()
+        child.wait()
+
+
+def seconds_until_seen(watcher: LocalProcessWatcher[str], start: float) -> float:
+    while not watcher.check(time.monotonic()):
+        assert time.monotonic() < start + 5
+        time.sleep(0.0005)
+    return time.monotonic() - start
+
+
+def test_a_large_process_is_seen_to_die_before_it_is_gone(start):
+    child = start(512 << 20)
+    watcher: LocalProcessWatcher[str] = LocalProcessWatcher()
+    assert watcher.watch("big", [child.pid])
+    assert watcher.check(time.monotonic()) == []
+    (pidfd,) = watcher.pidfds()
+    assert pidfd > 0
+    before = time.monotonic()
+    child.send_signal(signal.SIGKILL)
+    assert seconds_until_seen(watcher, before) < 0.1
+    assert not watcher.watches("big")
+
+
+def test_each_rank_of_a_node_is_watched(start):
+    one, two = start(), start()
+    watcher: LocalProcessWatcher[str] = LocalProcessWatcher()
+    assert watcher.watch("node", [one.pid, two.pid])
+    watcher.check(1.0)
+    two.kill()
+    two.wait()
+    (death,) = watcher.check(2.0)
+    assert (death.key, death.pid, death.alive_at) == ("node", two.pid, 1.0)
+    assert watcher.watches("node")
+    watcher.kill("node", [one.pid, two.pid])
+    assert one.wait(5) == -signal.SIGKILL
+    (death,) = watcher.check(3.0)
+    assert death.pid == one.pid
+
+
+def test_a_process_that_is_gone_or_somebody_else_is_not_watched(start):
+    child = start()
+    watcher: LocalProcessWatcher[str] = LocalProcessWatcher()
+    assert watcher.watch("node", [child.pid])
+    start_times = watcher.start_times()
+    assert watcher.watch("again", [child.pid], start_times)
+    assert not watcher.watch("other", [child.pid], {child.pid: start_times[child.pid] + 1})
+    child.kill()
+    child.wait()
+    assert not watcher.watch("gone", [child.pid])
+    assert {death.key for death in watcher.check(1.0)} == {"node", "again"}
+    watcher.kill("gone", [child.pid])
+
+
+def test_a_stopped_process_is_alive_and_can_be_killed(start):
+    child = start()
+    watcher: LocalProcessWatcher[str] = LocalProcessWatcher()
+    watcher.watch("node", [child.pid])
+    child.send_signal(signal.SIGSTOP)
+    assert watcher.check(1.0) == []
+    watcher.kill("node", [child.pid])
+    assert seconds_until_seen(watcher, time.monotonic()) < 1.0
+
+
+def test_descriptors_are_given_back(start):
+    child = start()
+    before = len(os.listdir("/proc/self/fd"))
+    watcher: LocalProcessWatcher[str] = LocalProcessWatcher()
+    watcher.watch("node", [child.pid])
+    watcher.forget("node")
+    watcher.forget("node")
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -1,0 +1,201 @@
+"""Events in, commands out: what the executor is told to do, in order."""
+
+import dataclasses
+
+import pytest
+
+from kevlarflow.errors import IllegalTransition
+from kevlarflow.recovery import pipeline as p
+from kevlarflow.recovery.ledger import Admission, Continuation, Step, StepResult
+from kevlarflow.recovery.recompute import Limits
+from kevlarflow.types import Member, NodeInfo
+
+LIMITS = Limits(max_batched_tokens=64, max_requests=8, block_size=4, stages=2)
+
+
+def node(name, stage, incarnation=1):
+    return NodeInfo(Member(name, incarnation), stage, "host", 1, (1,), f"ipc://{name}.s", f"ipc://{name}.a", 2)
+
+
+A0, A1, B1 = node("node-0-0", 0), node("node-0-1", 1), node("node-1-1", 1)
+
+
+def admit(sequence, request="r", formation=1, computed=0):
+    admission = Admission(request, tuple(range(computed + 3)), (1, 2), computed, None)
+    return Step(sequence, (admission,), (), {request: 3}, frozenset(), frozenset(), formation)
+
+
+def go_on(sequence, request="r", computed=3, formation=1):
+    going_on = Continuation(request, False, (), computed, computed - 2)
+    return Step(sequence, (), (going_on,), {request: 1}, frozenset(), frozenset(), formation)
+
+
+def empty(sequence, *finished):
+    return Step(sequence, (), (), {}, frozenset(finished), frozenset(), 1)
+
+
+def executed(epoch, sequence, **tokens):
+    return p.StepExecuted(epoch, sequence, StepResult(tokens or {"r": [7]}, {}))
+
+
+def serving(nodes=(A0, A1)):
+    pipeline = p.Pipeline(LIMITS)
+    pipeline.handle(p.FormationOrdered(1, nodes), 0.0)
+    for stage in (0, 1):
+        pipeline.handle(p.StageJoined(1, stage), 0.1)
+        pipeline.handle(p.StageRestored(1, stage), 0.2)
+    assert pipeline.phase is p.Phase.SERVING
+    return pipeline
+
+
+def kinds(commands):
+    return [type(command).__name__ for command in commands]
+
+
+def test_forming_joins_and_restores_every_stage():
+    pipeline = p.Pipeline(LIMITS)
+    commands = pipeline.handle(p.FormationOrdered(1, (A0, A1)), 0.0)
+    assert commands == [p.Join(0), p.Join(1), p.Restore(()), p.EvictPrefixCache()]
+    assert pipeline.phase is p.Phase.FORMING
+
+
+def test_a_step_goes_out_and_its_result_comes_back():
+    pipeline = serving()
+    assert pipeline.handle(p.StepIssued(admit(1)), 1.0) == [p.Execute(1)]
+    assert pipeline.handle(executed(1, 1), 1.1) == [p.Deliver(1)]
+    assert pipeline.ledger["r"].output == [7]
+
+
+def test_a_loss_recomputes_restores_and_issues_again():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1)), 1.0)
+    pipeline.handle(executed(1, 1), 1.1)
+    pipeline.handle(p.StepIssued(go_on(2)), 1.2)
+    commands = pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
+    assert kinds(commands) == ["Join", "Join", "Recompute", "Restore", "Execute", "EvictPrefixCache"]
+    assert commands[4] == p.Execute(2)
+
+
+def test_the_phases_of_a_recovery_are_measured():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1)), 1.0)
+    pipeline.handle(executed(1, 1), 1.1)
+    pipeline.handle(p.StepIssued(go_on(2)), 1.2)
+    pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
+    for stage in (0, 1):
+        pipeline.handle(p.StageJoined(2, stage), 2.1)
+    pipeline.handle(p.ChunkRecomputed(2, 1), 2.4)
+    for stage in (0, 1):
+        pipeline.handle(p.StageRestored(2, stage), 2.5)
+    deliver, done = pipeline.handle(executed(2, 2), 2.9)
+    assert deliver == p.Deliver(2)
+    assert (done.epoch, done.requests, done.recomputed_tokens) == (2, 1, 3)
+    seconds = done.seconds
+    assert [seconds.relink, seconds.recompute, seconds.restore, seconds.reissue] == pytest.approx([0.1, 0.3, 0.1, 0.4])
+
+
+def test_answers_of_an_old_epoch_are_not_believed():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1)), 1.0)
+    pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
+    assert pipeline.handle(executed(1, 1), 2.1) == []
+    assert pipeline.in_flight == (1,)
+
+
+def test_an_old_order_is_ignored():
+    pipeline = serving()
+    assert pipeline.handle(p.FormationOrdered(1, (A0, B1)), 2.0) == []
+    assert pipeline.nodes == (A0, A1)
+
+
+def test_a_loss_while_forming_starts_again_and_forgets_nothing():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1)), 1.0)
+    pipeline.handle(executed(1, 1), 1.1)
+    pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
+    commands = pipeline.handle(p.FormationOrdered(3, (node("node-1-0", 0), B1)), 2.1)
+    (chunk,) = [command.chunk for command in commands if isinstance(command, p.Recompute)]
+    assert chunk.through == 1, "stage 1 was not complete yet, so it is still lost"
+
+
+def test_the_same_nodes_again_recompute_nothing():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1)), 1.0)
+    pipeline.handle(executed(1, 1), 1.1)
+    commands = pipeline.handle(p.FormationOrdered(2, (A0, A1)), 2.0)
+    assert kinds(commands) == ["Join", "Join", "Restore"]
+
+
+def test_results_complete_in_order_and_a_step_without_tokens_waits_its_turn():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
+    assert pipeline.handle(p.StepIssued(empty(2, "z")), 1.0) == [p.Execute(2)]
+    pipeline.handle(p.StepIssued(admit(3, "b")), 1.0)
+    assert pipeline.handle(executed(1, 3, b=[1]), 1.1) == []
+    assert pipeline.handle(executed(1, 1, a=[1]), 1.2) == [p.Deliver(1), p.Deliver(2), p.Deliver(3)]
+
+
+def test_a_step_that_was_scheduled_before_the_loss_has_its_hits_computed():
+    pipeline = serving()
+    pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
+    late = admit(1, formation=1, computed=4)
+    assert kinds(pipeline.handle(p.StepIssued(late), 2.1)) == ["Recompute", "Execute"]
+    assert kinds(pipeline.handle(p.StepIssued(admit(2, "s", formation=2, computed=4)), 2.2)) == ["Execute"]
+
+
+def test_suspension_abandons_what_is_in_flight_and_what_is_issued_later():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1)), 1.0)
+    assert pipeline.handle(p.SuspensionOrdered(2, "no node"), 2.0) == [p.Abandon(1, "no node")]
+    assert pipeline.handle(p.StepIssued(admit(2)), 2.1) == [p.Abandon(2, "no node")]
+    assert len(pipeline.ledger) == 0
+
+
+def test_a_suspended_pipeline_serves_again_when_it_is_formed():
+    pipeline = serving()
+    pipeline.handle(p.SuspensionOrdered(2, "no node"), 2.0)
+    assert kinds(pipeline.handle(p.FormationOrdered(3, (A0, B1)), 3.0))[-1] == "EvictPrefixCache"
+    assert pipeline.handle(p.StepIssued(admit(1, formation=2)), 3.1) == [p.Execute(1)]
+
+
+def test_a_step_that_raised_ends_its_requests_only():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
+    pipeline.handle(p.StepIssued(admit(2, "b")), 1.0)
+    commands = pipeline.handle(p.StepBroken(1, 1, 0, "boom"), 1.1)
+    assert commands == [p.Abandon(1, "boom"), p.RequestFormation(0, "boom")]
+    again = pipeline.handle(p.FormationOrdered(2, (A0, A1)), 1.2)
+    assert [command for command in again if isinstance(command, p.Execute)] == [p.Execute(2)]
+
+
+def test_a_step_that_raised_still_tells_which_requests_ended():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "z")), 1.0)
+    pipeline.handle(executed(1, 1, z=[1]), 1.0)
+    pipeline.handle(p.StepIssued(admit(2, "a")), 1.0)
+    last = dataclasses.replace(admit(3, "b"), finished=frozenset({"z"}))
+    pipeline.handle(p.StepIssued(last), 1.0)
+    pipeline.handle(p.StepBroken(1, 3, 0, "boom"), 1.1)
+    assert "z" in pipeline.ledger
+    assert pipeline.handle(executed(1, 2, a=[1]), 1.2) == [p.Deliver(2)]
+    assert [entry.request for entry in pipeline.ledger.entries()] == ["a"]
+
+
+def test_recovery_work_that_raised_ends_every_request():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1)), 1.0)
+    commands = pipeline.handle(p.StepBroken(1, -1, 1, "boom"), 1.1)
+    assert commands == [p.Abandon(1, "boom"), p.RequestFormation(1, "boom")]
+    assert pipeline.phase is p.Phase.SUSPENDED
+
+
+def test_released_nodes_are_told():
+    pipeline = serving((A0, B1))
+    assert p.Leave(B1) in pipeline.handle(p.FormationOrdered(2, (A0, A1), (B1,)), 2.0)
+
+
+def test_a_step_cannot_be_issued_twice():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1)), 1.0)
+    with pytest.raises(IllegalTransition):
+        pipeline.handle(p.StepIssued(admit(1)), 1.1)
