@@ -3,11 +3,13 @@
 The executor feeds this state machine events (a step from the scheduler, an answer from a node, an order from the
 controller) and carries out the commands that come back. Forming a pipeline and recovering it are one path:
 
-    FormationOrdered ──► Join every stage ──► Recompute what a new stage lacks ──► Restore the ledger
+    FormationOrdered ──► Join every stage ──► Place replicas where a new node is the standby of the lost one
+                         ──► Recompute what it still lacks ──► Restore the ledger
                          ──► issue the steps in flight again ──► FormationDone
 
-All of it is sent in one go, since each channel keeps its order; the answers only tell how far it has come. A newer
-order at any point starts the path again under its own epoch, and what is still missing on a stage is remembered by
+All of it is sent in one go, since each channel keeps its order; the answers only tell how far it has come. Only one
+is waited for: which replicas the new node turned out not to have, because the plan depends on it. A newer order at
+any point starts the path again under its own epoch, and what is still missing on a stage is remembered by
 `_complete_on`: the member that holds the whole KV of the lane. A stage whose member is another one is lost.
 
 A pipeline starts unformed; it is *forming* until the nodes have answered, then *serving*; *suspended* when some
@@ -20,8 +22,10 @@ import collections
 import dataclasses
 import enum
 import itertools
+from collections.abc import Iterable, Mapping
 
 from kevlarflow.errors import IllegalTransition
+from kevlarflow.recovery.coverage import Coverage, Generations, IssuedTables, Replica, tables, watermark
 from kevlarflow.recovery.ledger import Ledger, LedgerEntry, Step, StepResult
 from kevlarflow.recovery.recompute import Chunk, Limits, plan, plan_hits
 from kevlarflow.types import Epoch, Member, NodeInfo, Phases, Stage
@@ -54,6 +58,33 @@ class SuspensionOrdered:
 
     epoch: Epoch
     reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StandbysAssigned:
+    """The controller has chosen who keeps the replicas of each stage; None where nobody can."""
+
+    standbys: tuple[NodeInfo | None, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReplicasConfirmed:
+    """What a standby has stored and dropped of what `source` sent it."""
+
+    stage: Stage
+    source: Member
+    standby: Member
+    stored: tuple[Replica, ...]
+    dropped: tuple[Replica, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReplicasPlaced:
+    """A new node has put its replicas into the lane; these it did not have after all."""
+
+    epoch: Epoch
+    stage: Stage
+    missing: tuple[Replica, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,7 +138,7 @@ class StepBroken:
 
 
 Event = (
-    FormationOrdered | SuspensionOrdered | StepIssued | StageJoined | ChunkRecomputed | StageRestored
+    FormationOrdered | SuspensionOrdered | StandbysAssigned | ReplicasConfirmed | ReplicasPlaced | StepIssued | StageJoined | ChunkRecomputed | StageRestored
     | StepExecuted | StepBroken
 )  # fmt: skip
 
@@ -130,6 +161,30 @@ class Leave:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class AssignStandby:
+    """Tell the node of `stage` where to replicate to; None: nowhere."""
+
+    stage: Stage
+    standby: NodeInfo | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Put replicas into the lane on the node of `stage`: `now`, and those of `later` when `PlaceRest` comes."""
+
+    stage: Stage
+    now: tuple[Replica, ...]
+    later: tuple[Replica, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlaceRest:
+    """Put the remaining replicas into the lane: cached prefixes that no live request uses."""
+
+    stage: Stage
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Recompute:
     """Send a chunk to the stages up to `chunk.through`."""
 
@@ -139,9 +194,10 @@ class Recompute:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Restore:
-    """Send the ledger to every stage."""
+    """Send the ledger to every stage, with the blocks of the lane that hold something."""
 
     entries: tuple[LedgerEntry, ...]
+    held: tuple[Replica, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -168,7 +224,9 @@ class Abandon:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EvictPrefixCache:
-    """Forget cached blocks that no live request holds: the new node does not have them."""
+    """Forget cached blocks that no live request holds, but `keep`: the new node does not have them."""
+
+    keep: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -190,7 +248,7 @@ class RequestFormation:
 
 
 Command = (
-    Join | Leave | Recompute | Restore | Execute | Deliver | Abandon | EvictPrefixCache | FormationDone
+    Join | Leave | AssignStandby | Place | PlaceRest | Recompute | Restore | Execute | Deliver | Abandon | EvictPrefixCache | FormationDone
     | RequestFormation
 )  # fmt: skip
 
@@ -207,18 +265,24 @@ class _Formation:
     chunks: set[int]
     first_step: int | None
     """The first step with tokens that was issued again, if any."""
+    lost: frozenset[Stage] = frozenset()
+    to_place: set[Stage] = dataclasses.field(default_factory=set)
+    """Stages whose answer about replicas is awaited; until then nothing is planned and no step goes out."""
+    placed: dict[Stage, dict[int, Replica]] = dataclasses.field(default_factory=dict)
     joined_at: float | None = None
+    placed_at: float | None = None
     recomputed_at: float | None = None
     restored_at: float | None = None
 
     def phases(self, now: float) -> Phases:
         joined = self.joined_at or self.ordered_at
-        recomputed = max(joined, self.recomputed_at or joined)
+        placed = max(joined, self.placed_at or joined)
+        recomputed = max(placed, self.recomputed_at or placed)
         restored = max(recomputed, self.restored_at or recomputed)
         return Phases(
             relink=joined - self.ordered_at,
-            recompute=recomputed - joined,
-            restore=restored - recomputed,
+            restore=(placed - joined) + (restored - recomputed),
+            recompute=recomputed - placed,
             reissue=now - restored,
         )
 
@@ -244,6 +308,11 @@ class Pipeline:
         self._lost_at: dict[int, frozenset[Stage]] = {}
         self._forming: _Formation | None = None
         self._chunk_numbers = itertools.count(1)
+        self._generations = Generations()
+        self._tables = IssuedTables()
+        self._writes: dict[int, tuple[Replica, ...]] = {}
+        self._standbys: dict[Stage, NodeInfo | None] = {}
+        self._coverage: dict[Stage, Coverage] = {}
 
     @property
     def in_flight(self) -> tuple[int, ...]:
@@ -267,6 +336,12 @@ class Pipeline:
                 return self._suspend(event)
             case StepIssued(step):
                 return self._issue(step)
+            case StandbysAssigned():
+                return self._assign_standbys(event)
+            case ReplicasConfirmed():
+                return self._confirm(event)
+            case ReplicasPlaced():
+                return self._replicas_placed(event, now) if event.epoch == self.epoch else []
             case StageJoined() | ChunkRecomputed() | StageRestored():
                 return self._progress(event, now) if event.epoch == self.epoch else []
             case StepExecuted():
@@ -283,26 +358,90 @@ class Pipeline:
         self.phase = Phase.FORMING
         self.formations += 1
         lost = self._note_lost_stages()
-        steps = list(self._in_flight.values())
-        chunks = {next(self._chunk_numbers): chunk for chunk in plan(self.ledger, steps, lost, self.limits)}
         stages = {Stage(index) for index in range(len(self.nodes))}
         self._forming = _Formation(
             ordered_at=now,
             requests=len(self.ledger),
-            recomputed_tokens=sum(chunk.num_tokens for chunk in chunks.values()),
+            recomputed_tokens=0,
             to_join=set(stages),
             to_restore=set(stages),
-            chunks=set(chunks),
-            first_step=next((step.sequence for step in steps if step.scheduled), None),
+            chunks=set(),
+            first_step=None,
+            lost=lost,
         )
         commands: list[Command] = [Leave(node) for node in order.released]
         commands += [Join(stage) for stage in sorted(stages)]
-        commands += [Recompute(number, chunk) for number, chunk in chunks.items()]
-        commands.append(Restore(tuple(self.ledger.entries())))
-        commands += [Execute(step.sequence) for step in steps if step.sequence not in self._hollow]
-        if lost:
-            commands.append(EvictPrefixCache())
+        commands += [AssignStandby(stage, self._standbys.get(stage)) for stage in sorted(self._standbys)]
+        return commands + (self._place(self._forming) or self._resume(self._forming))
+
+    def _place(self, forming: _Formation) -> list[Command]:
+        """Ask each new node that was the standby of the lost one for its replicas; empty when there are none."""
+        wanted = self._blocks_in_use()
+        commands: list[Command] = []
+        for stage in sorted(forming.lost):
+            valid = self._coverage[stage].valid(self._generations) if self._was_standby(stage) else {}
+            if not valid:
+                return []
+            now = tuple(replica for block, replica in valid.items() if block in wanted)
+            full = [replica for replica in valid.values() if replica.filled == self.limits.block_size]
+            later = tuple(replica for replica in full if replica.block not in wanted)
+            forming.placed[stage] = {replica.block: replica for replica in (*now, *later)}
+            commands.append(Place(stage, now, later))
+        forming.to_place = set(forming.placed)
         return commands
+
+    def _was_standby(self, stage: Stage) -> bool:
+        standby = self._standbys.get(stage)
+        return standby is not None and standby.member == self.nodes[stage].member
+
+    def _blocks_in_use(self) -> set[int]:
+        """Blocks of live requests, and those that steps in flight count as prefix hits."""
+        blocks = {block for entry in self.ledger.entries() for block in entry.blocks}
+        for step in self._in_flight.values():
+            blocks.update(block for _, table, _ in tables(step) for block in table)
+        return blocks
+
+    def _replicas_placed(self, event: ReplicasPlaced, now: float) -> list[Command]:
+        forming = self._forming
+        if forming is None or event.stage not in forming.to_place:
+            return []
+        forming.to_place.discard(event.stage)
+        for replica in event.missing:
+            forming.placed[event.stage].pop(replica.block, None)
+        self._coverage[event.stage].drop(event.missing)
+        if forming.to_place:
+            return []
+        forming.placed_at = now
+        return self._resume(forming)
+
+    def _resume(self, forming: _Formation) -> list[Command]:
+        """Recompute what replicas do not cover, restore the ledger, issue the steps in flight again."""
+        steps = list(self._in_flight.values())
+        restored = _held_everywhere(forming.placed.values())
+        chunks = plan(self.ledger, steps, forming.lost, self.limits, restored)
+        numbered = {next(self._chunk_numbers): chunk for chunk in chunks}
+        forming.recomputed_tokens = sum(chunk.num_tokens for chunk in chunks)
+        forming.chunks = set(numbered)
+        forming.first_step = next((step.sequence for step in steps if step.scheduled), None)
+        keep = frozenset(restored) - self._blocks_in_use()
+        commands: list[Command] = [Recompute(number, chunk) for number, chunk in numbered.items()]
+        commands.append(Restore(tuple(self.ledger.entries()), self._held(keep)))
+        commands += [Execute(step.sequence) for step in steps if step.sequence not in self._hollow]
+        commands += [PlaceRest(stage) for stage in sorted(forming.placed)]
+        if forming.lost:
+            commands.append(EvictPrefixCache(keep))
+        return commands
+
+    def _held(self, keep: frozenset[int]) -> tuple[Replica, ...]:
+        """What every node's lane holds once it is restored: blocks of live requests, and kept prefixes."""
+        size = self.limits.block_size
+        held = {block: Replica(block, self._generations[block], size) for block in keep}
+        for entry in self.ledger.entries():
+            for index, block in enumerate(entry.blocks[: -(-entry.computed // size)]):
+                filled = min(size, entry.computed - index * size)
+                if block not in held or held[block].filled < filled:
+                    held[block] = Replica(block, self._generations[block], filled)
+        return tuple(held.values())
 
     def _note_lost_stages(self) -> frozenset[Stage]:
         lost = frozenset(
@@ -335,7 +474,7 @@ class Pipeline:
     def _formed(self, now: float) -> list[Command]:
         """Finish forming once every stage has answered and the first step that was issued again is done."""
         forming = self._forming
-        if forming is None or forming.to_join or forming.to_restore or forming.chunks:
+        if forming is None or forming.to_place or forming.to_join or forming.to_restore or forming.chunks:
             return []
         self._complete_on = {Stage(index): node.member for index, node in enumerate(self.nodes)}
         if forming.first_step is not None and forming.first_step in self._in_flight:
@@ -350,6 +489,43 @@ class Pipeline:
         self.epoch = order.epoch
         return self._abandon_all(order.reason)
 
+    # ---- replicas
+
+    def _assign_standbys(self, event: StandbysAssigned) -> list[Command]:
+        """A stage with another standby than before starts with nothing covered."""
+        commands: list[Command] = []
+        for index, standby in enumerate(event.standbys):
+            stage = Stage(index)
+            if stage in self._standbys and self._standbys[stage] == standby:
+                continue
+            self._standbys[stage] = standby
+            self._coverage[stage] = Coverage()
+            if self.nodes:
+                commands.append(AssignStandby(stage, standby))
+        return commands
+
+    def _confirm(self, event: ReplicasConfirmed) -> list[Command]:
+        """Believe a confirmation only of the node that serves the stage, and of the standby that it has now."""
+        standby = self._standbys.get(event.stage)
+        serves = event.stage < len(self.nodes) and self.nodes[event.stage].member == event.source
+        if serves and standby is not None and standby.member == event.standby:
+            coverage = self._coverage[event.stage]
+            coverage.confirm(event.stored)
+            coverage.drop(event.dropped)
+        return []
+
+    def writes(self, sequence: int) -> tuple[Replica, ...]:
+        """What each block that a step in flight writes holds after it."""
+        return self._writes[sequence]
+
+    def coverage_of(self, stage: Stage) -> tuple[NodeInfo | None, int, int]:
+        """(standby, tokens of live requests, those of them that its replicas cover)."""
+        valid = self._coverage[stage].valid(self._generations) if stage in self._coverage else {}
+        size = self.limits.block_size
+        entries = list(self.ledger.entries())
+        covered = sum(watermark(entry.blocks, entry.computed, valid, size) for entry in entries)
+        return self._standbys.get(stage), sum(entry.computed for entry in entries), covered
+
     # ---- steps
 
     def _issue(self, step: Step) -> list[Command]:
@@ -358,6 +534,11 @@ class Pipeline:
         if self.phase is Phase.SUSPENDED:
             return [Abandon(step.sequence, self.reason)]
         commands: list[Command] = []
+        self._generations.allocate(step, self.limits.block_size)
+        self._writes[step.sequence] = self._tables.issue(step, self._generations, self.limits.block_size)
+        if self._forming is not None and self._forming.to_place:
+            self._in_flight[step.sequence] = step
+            return []
         lost = self._lost_since(step.formation)
         if lost:
             chunks = plan_hits(self.ledger, list(self._in_flight.values()), step, lost, self.limits)
@@ -386,6 +567,7 @@ class Pipeline:
                 break
             self.ledger.complete(step, self._results.pop(sequence, _NOTHING))
             del self._in_flight[sequence]
+            self._writes.pop(sequence, None)
             if sequence in self._hollow:
                 self._hollow.discard(sequence)
             else:
@@ -413,9 +595,20 @@ class Pipeline:
         commands: list[Command] = [Abandon(s, reason) for s in self._in_flight if s not in self._hollow]
         self._in_flight.clear()
         self._hollow.clear()
+        self._writes.clear()
+        self._tables.clear()
         self._results.clear()
         self.ledger.clear()
         return commands
+
+
+def _held_everywhere(placed: Iterable[Mapping[int, Replica]]) -> dict[int, int]:
+    """Blocks that every lost stage has from a replica, with the tokens that are filled on all of them."""
+    stages = list(placed)
+    if not stages:
+        return {}
+    common = set(stages[0]).intersection(*stages[1:])
+    return {block: min(replicas[block].filled for replicas in stages) for block in common}
 
 
 _NOTHING = StepResult(tokens={}, generators={})

@@ -2,7 +2,7 @@
 
 A stage that is new to the pipeline holds none of its KV. Each token below a live request's computed count goes
 through the model again, up to the lost stage (stages behind it still hold theirs), in chunks that respect the
-scheduler's limits, without sampling. Three cases need more care than that:
+scheduler's limits, without sampling. Four cases need more care than that:
 
 * A step in flight may count **prefix hits**: blocks that some finished request filled. The new stage does not hold
   them either, so they are computed as well, once for each block however many requests share it. A hit on a block
@@ -10,6 +10,7 @@ scheduler's limits, without sampling. Three cases need more care than that:
 * A step in flight may have **given away** blocks of a request that an earlier step in flight still computes (vLLM
   delivers the token of a request that a later step preempts). Surviving stages may have run the later step
   already, so the request's KV is damaged there too: it is computed from token 0 on all stages.
+* What the new node has **restored from replicas** is not computed: each request starts at its watermark.
 * **Prompt log-probabilities** are gathered at the last stage while the prompt is computed. Where they are not
   complete, the request runs through all stages from token 0 and gathers them again.
 """
@@ -18,8 +19,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from kevlarflow.recovery.coverage import allocated, tables
 from kevlarflow.recovery.ledger import Ledger, LedgerEntry, Step
 from kevlarflow.types import Stage
 
@@ -65,11 +67,17 @@ class Limits:
     stages: int
 
 
-def plan(ledger: Ledger, in_flight: Sequence[Step], lost_stages: Iterable[Stage], limits: Limits) -> list[Chunk]:
+def plan(
+    ledger: Ledger,
+    in_flight: Sequence[Step],
+    lost_stages: Iterable[Stage],
+    limits: Limits,
+    restored: Mapping[int, int] | None = None,
+) -> list[Chunk]:
     """The chunks to run, in order, before the steps in flight are issued again.
 
-    With no lost stage the plan is empty but for requests whose KV is damaged or whose prompt
-    log-probabilities are not complete.
+    `restored` maps each block that all lost stages have from a replica to its tokens filled. With no lost stage the
+    plan is empty but for requests whose KV is damaged or whose prompt log-probabilities are not complete.
     """
     lost = tuple(lost_stages)
     taken = _taken(in_flight, limits.block_size)
@@ -78,19 +86,24 @@ def plan(ledger: Ledger, in_flight: Sequence[Step], lost_stages: Iterable[Stage]
         tokens = _tokens(ledger, in_flight)
         for step in in_flight:
             needs += _hits(tokens, step, taken, max(lost), limits.block_size)
-    return list(_pack(_without_repeats(needs, limits.block_size), limits))
+    return list(_pack(_without_repeats(needs, restored or {}, max(lost, default=None), limits.block_size), limits))
 
 
 def plan_hits(
-    ledger: Ledger, in_flight: Sequence[Step], step: Step, lost_stages: Iterable[Stage], limits: Limits
+    ledger: Ledger,
+    in_flight: Sequence[Step],
+    step: Step,
+    lost_stages: Iterable[Stage],
+    limits: Limits,
 ) -> list[Chunk]:
     """The chunks to run before `step` may be issued, when its prefix hits were counted before a stage was lost.
 
     Such a step was being scheduled while the pipeline was formed anew, so `plan` did not see it.
     """
     tokens = _tokens(ledger, [*in_flight, step])
-    needs = _hits(tokens, step, _taken([step], limits.block_size), max(lost_stages), limits.block_size)
-    return list(_pack(_without_repeats(needs, limits.block_size), limits))
+    lost = max(lost_stages)
+    needs = _hits(tokens, step, _taken([step], limits.block_size), lost, limits.block_size)
+    return list(_pack(_without_repeats(needs, {}, lost, limits.block_size), limits))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,25 +159,10 @@ def _need(entry: LedgerEntry, through: Stage) -> _Need:
     )
 
 
-def _tables(step: Step) -> Iterator[tuple[str, Sequence[int], int]]:
-    """(request, block table, tokens of the prefix hit) of what the step admits or resumes."""
-    for admission in step.admissions:
-        yield admission.request, admission.blocks, admission.computed
-    for going_on in step.continuations:
-        if going_on.resumed:
-            yield going_on.request, going_on.new_blocks, going_on.computed
-
-
 def _taken(in_flight: Sequence[Step], block_size: int) -> set[int]:
     """Blocks that a step in flight took for new tokens: whoever held them before has lost them."""
     taken: set[int] = set()
-    for step in in_flight:
-        for _, blocks, hit in _tables(step):
-            taken.update(blocks[hit // block_size :])
-        for going_on in step.continuations:
-            if not going_on.resumed:
-                taken.update(going_on.new_blocks)
-    return taken
+    return taken.union(*(allocated(step, block_size) for step in in_flight))
 
 
 def _tokens(ledger: Ledger, in_flight: Sequence[Step]) -> dict[str, Sequence[int]]:
@@ -180,7 +178,7 @@ def _hits(
     tokens: dict[str, Sequence[int]], step: Step, taken: set[int], through: Stage, block_size: int
 ) -> Iterator[_Need]:
     """Prefix hits of a step, but for blocks that a step in flight fills itself."""
-    for request, blocks, hit in _tables(step):
+    for request, blocks, hit in tables(step):
         held = list(itertools.takewhile(lambda block: block not in taken, blocks[: hit // block_size]))
         end = len(held) * block_size
         if end:
@@ -188,19 +186,24 @@ def _hits(
             yield _Need(span, through)
 
 
-def _without_repeats(needs: Iterable[_Need], block_size: int) -> Iterator[_Need]:
-    """Skip leading blocks that an earlier need computes: a shared prefix is computed once."""
-    covered: dict[int, Stage] = {}
+def _without_repeats(
+    needs: Iterable[_Need], restored: Mapping[int, int], lost: Stage | None, block_size: int
+) -> Iterator[_Need]:
+    """Skip what is restored, and leading blocks that an earlier need computes: a shared prefix is computed once."""
+    computed: dict[int, Stage] = {}
     for need in needs:
         span = need.span
         start = span.start
         if not span.prompt_logprobs:
-            for block in span.blocks[: span.end // block_size]:
-                if covered.get(block, -1) < need.through:
+            for block in span.blocks:
+                filled = restored.get(block, 0) if need.through == lost else 0
+                if computed.get(block, -1) >= need.through:
+                    filled = block_size
+                start += filled
+                if filled < block_size:
                     break
-                start += block_size
         for block in span.blocks[: span.end // block_size]:
-            covered[block] = max(need.through, covered.get(block, need.through))
+            computed[block] = max(need.through, computed.get(block, need.through))
         if start < span.end:
             yield _Need(need.part(start, span.end), need.through)
 

@@ -89,10 +89,11 @@ class Blocks:
             if self.users[block] == 0:
                 self.free.append(block)
 
-    def evict_unheld(self) -> None:
-        """Forget every cached block that nobody uses."""
+    def evict_unheld(self, keep: frozenset[int]) -> None:
+        """Forget every cached block that nobody uses, but `keep`."""
         for block in self.free:
-            self._forget(block)
+            if block not in keep:
+                self._forget(block)
 
     def _forget(self, block: int) -> None:
         key = self.hash_of.pop(block, None)

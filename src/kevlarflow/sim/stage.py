@@ -48,6 +48,16 @@ class Memory:
                 block = blocks[earlier // self.block_size]
                 raise WrongKv(f"{request} reads position {earlier} (block {block}) at stage {self.stage}: not its KV")
 
+    def read(self, block: int) -> dict[int, int]:
+        """Everything in a block, as a copy."""
+        return {offset: self.slots[block, offset] for offset in range(self.block_size) if (block, offset) in self.slots}
+
+    def place(self, block: int, content: dict[int, int]) -> None:
+        """Put a copied block in place of whatever is there."""
+        for offset in range(self.block_size):
+            self.slots.pop((block, offset), None)
+        self.slots.update({(block, offset): value for offset, value in content.items()})
+
     def _content(self, position: int, tokens: Sequence[int]) -> int:
         return digest(self.stage, tuple(tokens[: position + 1]))
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kevlarflow.recovery import pipeline as core
+from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.ledger import Step, StepResult
 from kevlarflow.recovery.recompute import Chunk, Limits
 from kevlarflow.sim.errors import Stuck, WrongTokens
@@ -26,6 +27,14 @@ MAX_ACTIONS = 20_000
 
 
 @dataclass
+class Standby:
+    """Keeps replicas of one stage; may drop any of them, and tells so late."""
+
+    info: NodeInfo
+    store: dict[int, tuple[Replica, dict[int, int]]] = field(default_factory=dict)
+
+
+@dataclass
 class Lane:
     """A node's end of the pipeline: what was sent to it, in order, and what the stage before has passed on."""
 
@@ -34,6 +43,12 @@ class Lane:
     epoch: int = 0
     inbox: deque[tuple[int, core.Command]] = field(default_factory=deque)
     activations: set[tuple[int, int]] = field(default_factory=set)
+    tags: dict[int, Replica] = field(default_factory=dict)
+    """What each block of the lane holds."""
+    store: dict[int, tuple[Replica, dict[int, int]]] = field(default_factory=dict)
+    """Replicas that the node kept as the standby of the node before it."""
+    rest: dict[int, tuple[Replica, dict[int, int]]] = field(default_factory=dict)
+    standby: Member | None = None
 
 
 @dataclass(frozen=True)
@@ -46,8 +61,7 @@ class Shape:
     budget: int
     requests: int
     losses: int
-    evicts: bool = True
-    """Whether the scheduler does what the core asks; False plants a bug for the tests."""
+    replicates: bool
 
 
 def draw(rng: random.Random) -> Shape:
@@ -59,6 +73,7 @@ def draw(rng: random.Random) -> Shape:
         budget=rng.choice([4, 6, 16]),
         requests=rng.randint(2, 8),
         losses=rng.randint(0, 4),
+        replicates=rng.random() < 0.7,
     )
 
 
@@ -75,16 +90,20 @@ class World:
         self.aborted: set[str] = set()
         self.incarnations = [0] * shape.stages
         self.lanes = [self._new_lane(Stage(stage)) for stage in range(shape.stages)]
+        self.standbys = [self._new_standby(Stage(stage)) for stage in range(shape.stages)]
+        self.resumed = 0
         self.answers: deque[core.Event] = deque()
         self.steps: dict[int, tuple[Step, dict[str, list[int]]]] = {}
         self.outputs: dict[int, dict[str, list[int]]] = {}
+        self.written: dict[tuple[int, int], tuple[Replica, ...]] = {}
         self.expected = self._draw_requests()
         self.losses_left = shape.losses
         self.delivered: deque[int] = deque()
         self.waits_for: deque[int] = deque()
-        self.evict_next = False
+        self.evict_next: frozenset[int] | None = None
         self.recoveries = 0
         self._form()
+        self._assign()
 
     def _draw_requests(self) -> dict[str, list[int]]:
         """Prompts that share prefixes; the expected tokens of each."""
@@ -104,12 +123,16 @@ class World:
             self.scheduler.waiting.append(Request(f"r{index}", prompt, length, outputs))
         return expected
 
-    def _new_lane(self, stage: Stage) -> Lane:
-        self.incarnations[stage] += 1
-        member = Member(NodeId(f"n{stage}"), self.incarnations[stage])
-        info = NodeInfo(member, stage, "sim", 1, (1,), "", "", 1)
+    def _new_lane(self, stage: Stage, info: NodeInfo | None = None) -> Lane:
+        if info is None:
+            self.incarnations[stage] += 1
+            member = Member(NodeId(f"n{stage}"), self.incarnations[stage])
+            info = NodeInfo(member, stage, "sim", 1, (1,), "", "", 1)
         toy = ToyStage(Memory(stage, self.shape.block_size), stage == self.shape.stages - 1, self.aborted)
         return Lane(info, toy)
+
+    def _new_standby(self, stage: Stage) -> Standby:
+        return Standby(self._new_lane(stage).info)
 
     # ---- running
 
@@ -139,15 +162,19 @@ class World:
             actions.append(self._schedule)
         if self.losses_left and self.rng.random() < 0.1:
             actions.append(self._lose)
+        if self.shape.replicates:
+            actions += [functools.partial(self._replicate, lane) for lane in self.lanes if self.rng.random() < 0.5]
+            if self.rng.random() < 0.05:
+                actions.append(self._drop_replica)
         if self.scheduler.running and self.rng.random() < 0.02:
             actions.append(self._abort)
         return actions
 
     def _schedule(self) -> None:
         formation = self.pipeline.formations
-        if self.evict_next and self.shape.evicts:
-            self.scheduler.blocks.evict_unheld()
-        self.evict_next = False
+        if self.evict_next is not None:
+            self.scheduler.blocks.evict_unheld(self.evict_next)
+        self.evict_next = None
         step, known = self.scheduler.schedule(formation)
         if self.losses_left and self.rng.random() < 0.05:
             self._lose()
@@ -170,8 +197,42 @@ class World:
         self.losses_left -= 1
         self.recoveries += 1
         stage = Stage(self.rng.randrange(self.shape.stages))
-        self.lanes[stage] = self._new_lane(stage)
+        if self.rng.random() < 0.7:
+            standby = self.standbys[stage]
+            self.lanes[stage] = self._new_lane(stage, standby.info)
+            self.lanes[stage].store = standby.store
+            self.standbys[stage] = self._new_standby(stage)
+        else:
+            self.lanes[stage] = self._new_lane(stage)
         self._form()
+        if self.rng.random() < 0.8:
+            self._assign()
+
+    def _assign(self) -> None:
+        self._handle(core.StandbysAssigned(tuple(standby.info for standby in self.standbys)))
+
+    def _replicate(self, lane: Lane) -> None:
+        """Copy one block to the standby; the confirmation travels like any answer."""
+        standby = self.standbys[lane.info.stage]
+        if lane.standby != standby.info.member or not lane.tags:
+            return
+        replica = self.rng.choice(list(lane.tags.values()))
+        standby.store[replica.block] = (replica, lane.stage.memory.read(replica.block))
+        self._confirm(lane, standby, stored=(replica,))
+
+    def _drop_replica(self) -> None:
+        lane = self.rng.choice(self.lanes)
+        standby = self.standbys[lane.info.stage]
+        if standby.store:
+            replica, _ = standby.store.pop(self.rng.choice(list(standby.store)))
+            self._confirm(lane, standby, dropped=(replica,))
+
+    def _confirm(
+        self, lane: Lane, standby: Standby, stored: tuple[Replica, ...] = (), dropped: tuple[Replica, ...] = ()
+    ) -> None:
+        self.answers.append(
+            core.ReplicasConfirmed(lane.info.stage, lane.info.member, standby.info.member, stored, dropped)
+        )
 
     def _form(self) -> None:
         epoch = Epoch(self.pipeline.epoch + 1)
@@ -185,12 +246,16 @@ class World:
 
     def _send(self, command: core.Command) -> None:
         match command:
-            case core.Join(stage):
+            case core.Join(stage) | core.AssignStandby(stage, _) | core.Place(stage, _, _) | core.PlaceRest(stage):
                 self.lanes[stage].inbox.append((self.pipeline.epoch, command))
             case core.Recompute(_, chunk):
                 for lane in self.lanes[: chunk.through + 1]:
                     lane.inbox.append((self.pipeline.epoch, command))
-            case core.Restore() | core.Execute():
+            case core.Execute(sequence):
+                self.written[self.pipeline.epoch, sequence] = self.pipeline.writes(sequence)
+                for lane in self.lanes:
+                    lane.inbox.append((self.pipeline.epoch, command))
+            case core.Restore():
                 for lane in self.lanes:
                     lane.inbox.append((self.pipeline.epoch, command))
             case core.Deliver(sequence):
@@ -198,8 +263,8 @@ class World:
                     self.delivered.append(sequence)
                 else:
                     del self.steps[sequence]
-            case core.EvictPrefixCache():
-                self.evict_next = True
+            case core.EvictPrefixCache(keep):
+                self.evict_next = keep if self.evict_next is None else keep & self.evict_next
             case _:
                 pass
 
@@ -242,13 +307,32 @@ class World:
                 lane.stage.reset()
                 lane.activations = {key for key in lane.activations if key[0] >= epoch}
                 self.answers.append(core.StageJoined(Epoch(epoch), stage))
-            case core.Restore(entries):
+            case core.AssignStandby(_, standby):
+                lane.standby = standby.member if standby else None
+            case core.Place(stage, now, later):
+                self._place(lane, epoch, now, later)
+            case core.PlaceRest():
+                for block, (replica, content) in lane.rest.items():
+                    lane.stage.memory.place(block, content)
+                    lane.tags[block] = replica
+                lane.rest = {}
+            case core.Restore(entries, held):
                 lane.stage.restore(entries)
+                lane.tags = {replica.block: replica for replica in held if replica.block not in lane.rest}
                 self.answers.append(core.StageRestored(Epoch(epoch), lane.info.stage))
             case core.Recompute(sequence, chunk):
                 self._recompute(lane, epoch, sequence, chunk)
             case core.Execute(sequence):
                 self._execute(lane, epoch, sequence)
+
+    def _place(self, lane: Lane, epoch: int, now: tuple[Replica, ...], later: tuple[Replica, ...]) -> None:
+        missing = tuple(r for r in (*now, *later) if lane.store.get(r.block, (None,))[0] != r)
+        for replica in now:
+            if replica not in missing:
+                lane.stage.memory.place(replica.block, lane.store[replica.block][1])
+                self.resumed += 1
+        lane.rest = {r.block: lane.store[r.block] for r in later if r not in missing}
+        self.answers.append(core.ReplicasPlaced(Epoch(epoch), lane.info.stage, missing))
 
     def _recompute(self, lane: Lane, epoch: int, sequence: int, chunk: Chunk) -> None:
         lane.stage.recompute(chunk)
@@ -261,7 +345,10 @@ class World:
         if sequence not in self.steps:
             return
         step, known = self.steps[sequence]
+        written = self.written[epoch, sequence]
+        lane.tags.update((replica.block, Replica(replica.block, replica.generation, 0)) for replica in written)
         sampled = lane.stage.execute(step, known)
+        lane.tags.update((replica.block, replica) for replica in written)
         if not step.scheduled:
             return
         if lane.stage.is_last:
