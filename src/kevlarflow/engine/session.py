@@ -227,8 +227,8 @@ class Session:
 
     def _carry_out(self, command: core.Command) -> None:
         match command:
-            case core.Execute(sequence):
-                self._execute(sequence)
+            case core.Execute(sequence, has_tokens):
+                self._execute(sequence, has_tokens)
             case core.Deliver(sequence):
                 self._finish(sequence, self._outputs.pop(sequence, None))
             case core.Abandon(sequence, reason):
@@ -266,9 +266,9 @@ class Session:
         for stage in range(stages):
             self._links.send(Stage(stage), header, payload)
 
-    def _execute(self, sequence: int) -> None:
+    def _execute(self, sequence: int, has_tokens: bool) -> None:
         scheduled, grammar = self._payloads[sequence]
-        header = steps.Execute(self.pipeline, self._core.epoch, sequence, self._core.has_tokens(sequence))
+        header = steps.Execute(self.pipeline, self._core.epoch, sequence, has_tokens)
         last = len(self._core.nodes) - 1
         for stage in range(last + 1):
             self._links.send(Stage(stage), header, scheduled, grammar if stage == last else _NONE)

@@ -149,6 +149,8 @@ class Execute:
     """Send a step to every stage."""
 
     sequence: int
+    has_tokens: bool = True
+    """False for a step that only says which requests ended."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -250,10 +252,6 @@ class Pipeline:
         """Sequence numbers of the steps that were issued and have not completed, in order."""
         return tuple(self._in_flight)
 
-    def has_tokens(self, sequence: int) -> bool:
-        """Whether a step in flight computes anything."""
-        return bool(self._in_flight[sequence].scheduled)
-
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event at monotonic time `now` (seconds); returns what to do, in order.
 
@@ -299,7 +297,7 @@ class Pipeline:
         commands += [Join(stage) for stage in sorted(stages)]
         commands += [Recompute(number, chunk) for number, chunk in chunks.items()]
         commands.append(Restore(tuple(self.ledger.entries())))
-        commands += [Execute(step.sequence) for step in steps if step.sequence not in self._hollow]
+        commands += [_execute(step) for step in steps if step.sequence not in self._hollow]
         if lost:
             commands.append(EvictPrefixCache())
         return commands
@@ -363,7 +361,7 @@ class Pipeline:
             chunks = plan_hits(self.ledger, list(self._in_flight.values()), step, lost, self.limits)
             commands += [Recompute(next(self._chunk_numbers), chunk) for chunk in chunks]
         self._in_flight[step.sequence] = step
-        commands.append(Execute(step.sequence))
+        commands.append(_execute(step))
         return commands + self._complete_in_order()
 
     def _lost_since(self, formation: int) -> frozenset[Stage]:
@@ -416,6 +414,10 @@ class Pipeline:
         self._results.clear()
         self.ledger.clear()
         return commands
+
+
+def _execute(step: Step) -> Execute:
+    return Execute(step.sequence, has_tokens=bool(step.scheduled))
 
 
 _NOTHING = StepResult(tokens={}, generators={})
