@@ -57,6 +57,12 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """KV memory of one lane on one node, as vLLM's `--kv-cache-memory-bytes`."""
     reserve_lanes: int
     """Lanes that each node has KV memory for besides its own; each takes `kv_cache_memory_bytes`."""
+    standby_memory_bytes: int = 0
+    """Host memory of each node for the replicas of other lanes; 0: no replication."""
+    replication_interval_tokens: int = 32
+    """Copy a partly filled block again after this many tokens; 0: copy full blocks only."""
+    replication_bytes_per_second: int = 1 << 30
+    """What one node may send to its standbys."""
     vllm_args: tuple[str, ...] = ()
     """Flags passed through to vLLM as they were typed; without model, -pp, -dp, -tp, host and port."""
     timeouts: Timeouts = Timeouts()

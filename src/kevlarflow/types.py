@@ -93,6 +93,20 @@ class NodeInfo(msgspec.Struct, frozen=True):
     """Where the node of the stage before sends activations."""
     lanes: int
     """How many lanes it has KV memory for: its own, and those it can take over."""
+    replica_address: str = ""
+    """Where nodes whose standby it is send copies of their KV blocks; empty when it keeps none."""
+
+
+class LaneCoverage(msgspec.Struct, frozen=True):
+    """How much of the live KV of one stage of a pipeline its standby has."""
+
+    stage: Stage
+    standby: NodeId | None
+    live_tokens: int
+    covered_tokens: int
+    used_bytes: int
+    """Of the standby's store, all lanes together."""
+    limit_bytes: int
 
 
 class Phases(msgspec.Struct, frozen=True):

@@ -295,7 +295,11 @@ class Controller:
 
     def _carry_out(self, command: AnyCommand, now: float) -> None:
         match command:
-            case events.Form(pipeline=pipeline) | events.Suspend(pipeline=pipeline):
+            case (
+                events.Form(pipeline=pipeline)
+                | events.Suspend(pipeline=pipeline)
+                | events.AssignStandbys(pipeline=pipeline)
+            ):
                 peer = self.peers.engines.get(pipeline)
                 if peer is None or not self.hub.send(peer, encode(order_of(command))):
                     log.warning("an order for pipeline %d did not reach its engine", pipeline)

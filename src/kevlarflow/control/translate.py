@@ -37,6 +37,7 @@ def event_of(message: FromPeer) -> events.AnyEvent:
                 waiting=message.waiting,
                 in_flight=message.in_flight,
                 kv_blocks=message.kv_blocks,
+                replication=message.replication,
             )
         case messages.Formed():
             return events.Formed(
@@ -51,8 +52,12 @@ def event_of(message: FromPeer) -> events.AnyEvent:
             return events.MemberFailed(pipeline, epoch, member, reason)
 
 
-def order_of(command: events.Form | events.Suspend) -> messages.Form | messages.Suspend:
+def order_of(
+    command: events.Form | events.Suspend | events.AssignStandbys,
+) -> messages.Form | messages.Suspend | messages.Standbys:
     """The message that carries an order to an engine."""
+    if isinstance(command, events.AssignStandbys):
+        return messages.Standbys(command.pipeline, command.standbys)
     if isinstance(command, events.Suspend):
         return messages.Suspend(command.pipeline, command.epoch, command.stage, command.reason)
     return messages.Form(

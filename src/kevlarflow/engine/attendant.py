@@ -22,6 +22,7 @@ from kevlarflow.wire.messages import (
     EngineReport,
     Form,
     Introduce,
+    Standbys,
     Suspend,
     decode,
     encode,
@@ -86,7 +87,7 @@ class Attendant(threading.Thread):
             except zmq.Again:
                 return
             match message:
-                case Form() | Suspend():
+                case Form() | Suspend() | Standbys():
                     self._session.post(message)
                 case Introduce():
                     self._introduce(controller)
@@ -99,7 +100,9 @@ class Attendant(threading.Thread):
         running, waiting, blocks = self._load() if self._load else (0, 0, 0)
         self._send(
             controller,
-            EngineReport(self._session.pipeline, running, waiting, blocks, self._session.in_flight),
+            EngineReport(
+                self._session.pipeline, running, waiting, blocks, self._session.in_flight, self._session.replication()
+            ),
         )
 
     def _send_reports(self, controller: zmq.Socket[bytes]) -> None:

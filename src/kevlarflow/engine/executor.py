@@ -65,10 +65,10 @@ class KevlarExecutor(Executor):
 
     # ---- the scheduler hook
 
-    def begin_scheduling(self) -> bool:
-        """Called before the scheduler makes a step; returns whether it has to evict its prefix cache first."""
-        self._formation, evict = self.session.begin_scheduling()
-        return evict
+    def begin_scheduling(self) -> frozenset[int] | None:
+        """Called before the scheduler makes a step; when it has to evict its prefix cache, the blocks it may keep."""
+        self._formation, keep = self.session.begin_scheduling()
+        return keep
 
     def scheduler_ready(self, load: Callable[[], tuple[int, int, int]]) -> None:
         """The scheduler exists and can be asked for its load."""

@@ -37,8 +37,9 @@ class KevlarScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Make the next step, after what a failure demands."""
-        if self._executor.begin_scheduling():
-            self._evict_unheld_blocks()
+        keep = self._executor.begin_scheduling()
+        if keep is not None:
+            self._evict_unheld_blocks(keep)
         if self._executor.session.suspended_reason:
             self._end(list(self.requests))
         return super().schedule(*args, **kwargs)
@@ -55,10 +56,12 @@ class KevlarScheduler(Scheduler):
         self._tell_clients(outputs)
         return outputs
 
-    def _evict_unheld_blocks(self) -> None:
-        """Forget cached blocks that no live request holds; those that one holds were computed again."""
+    def _evict_unheld_blocks(self, keep: frozenset[int]) -> None:
+        """Forget cached blocks that no live request holds, but `keep`, which came back from replicas."""
         pool = self.kv_cache_manager.block_pool
-        unheld = {b.block_id for b in pool.blocks if b.block_hash is not None and b.ref_cnt == 0 and not b.is_null}
+        unheld = {
+            b.block_id for b in pool.blocks if b.block_hash is not None and b.ref_cnt == 0 and not b.is_null
+        } - keep
         pool.evict_blocks(unheld)
 
     def _end(self, request_ids: list[str]) -> None:

@@ -22,11 +22,12 @@ from typing import Any
 from kevlarflow.engine.links import NodeLinks
 from kevlarflow.errors import StartupFailed
 from kevlarflow.recovery import pipeline as core
+from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.ledger import Step, StepResult
 from kevlarflow.recovery.recompute import Limits
-from kevlarflow.types import Member, PipelineId, Stage
+from kevlarflow.types import LaneCoverage, Member, PipelineId, Stage
 from kevlarflow.wire import steps
-from kevlarflow.wire.messages import AnyMessage, Form, Formed, MemberFailed, Suspend
+from kevlarflow.wire.messages import AnyMessage, Form, Formed, MemberFailed, Standbys, Suspend
 
 log = logging.getLogger("kevlarflow.engine")
 
@@ -62,7 +63,7 @@ class Session:
         self._translate = translate
         self._abandoned = abandoned
         self._door = threading.Lock()
-        self._mailbox: collections.deque[Form | Suspend] = collections.deque(maxlen=MAX_ORDERS)
+        self._mailbox: collections.deque[Form | Suspend | Standbys] = collections.deque(maxlen=MAX_ORDERS)
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._links = NodeLinks(self._bell)
         self._links.use(())
@@ -70,7 +71,8 @@ class Session:
         self._payloads: dict[int, tuple[bytes, bytes]] = {}
         self._outputs: dict[int, Any] = {}
         self._descriptions: list[bytes] = []
-        self._evict = False
+        self._evict: frozenset[int] | None = None
+        self._standby_bytes: dict[Stage, tuple[int, int]] = {}
         self._lost_requests = 0
         self.reports: collections.deque[AnyMessage] = collections.deque(maxlen=MAX_ORDERS)
         """What the attendant has to tell the controller."""
@@ -78,11 +80,11 @@ class Session:
 
     # ---- the engine thread
 
-    def begin_scheduling(self) -> tuple[int, bool]:
-        """(formation count, whether to evict the prefix cache now): called before the scheduler makes a step."""
+    def begin_scheduling(self) -> tuple[int, frozenset[int] | None]:
+        """Called before the scheduler makes a step: (formation count, blocks to keep when it has to evict, or None)."""
         with self._door:
-            evict, self._evict = self._evict, False
-            return self._core.formations, evict
+            keep, self._evict = self._evict, None
+            return self._core.formations, keep
 
     def issue(self, step: Step, scheduled: Any, grammar: Any) -> StepFuture:
         """Send a step to the pipeline."""
@@ -155,7 +157,7 @@ class Session:
 
     # ---- the attendant
 
-    def post(self, order: Form | Suspend) -> None:
+    def post(self, order: Form | Suspend | Standbys) -> None:
         """Leave an order of the controller and ring the bell."""
         self._mailbox.append(order)
         os.eventfd_write(self._bell, 1)
@@ -193,8 +195,10 @@ class Session:
                 if order.epoch > self._core.epoch:
                     self._links.use(order.nodes)
                 self._handle(core.FormationOrdered(order.epoch, order.nodes, order.released))
-            else:
+            elif isinstance(order, Suspend):
                 self._handle(core.SuspensionOrdered(order.epoch, order.reason))
+            else:
+                self._handle(core.StandbysAssigned(order.standbys))
 
     def _receive(self, header: steps.AnyStepMessage, payload: list[bytes]) -> None:
         match header:
@@ -210,6 +214,10 @@ class Session:
                 self._handle(core.ChunkRecomputed(epoch, -sequence))
             case steps.Restored(epoch=epoch, stage=stage):
                 self._handle(core.StageRestored(epoch, stage))
+            case steps.Placed(epoch=epoch, stage=stage, missing=missing):
+                self._handle(core.ReplicasPlaced(epoch, stage, _replicas(missing)))
+            case steps.Replicated():
+                self._replicated(header)
             case steps.StepFailed(epoch=epoch, sequence=sequence, stage=stage, reason=reason):
                 log.error("step %d failed at stage %d: %s", sequence, stage, reason)
                 self._handle(core.StepBroken(epoch, sequence, stage, reason))
@@ -221,20 +229,35 @@ class Session:
             case _:
                 self._links.dropped += 1
 
+    def _replicated(self, header: steps.Replicated) -> None:
+        self._standby_bytes[header.stage] = (header.used_bytes, header.limit_bytes)
+        stored, dropped = _replicas(header.stored), _replicas(header.dropped)
+        self._handle(core.ReplicasConfirmed(header.stage, header.source, header.standby, stored, dropped))
+
+    def replication(self) -> tuple[LaneCoverage, ...]:
+        """How far the replication of each stage is; without the door, so a moment old or new."""
+        reports = []
+        for stage in range(len(self._core.nodes)):
+            standby, tokens, covered = self._core.coverage_of(Stage(stage))
+            used, limit = self._standby_bytes.get(Stage(stage), (0, 0))
+            name = standby.member.node if standby is not None else None
+            reports.append(LaneCoverage(Stage(stage), name, tokens, covered, used, limit))
+        return tuple(reports)
+
     def _handle(self, event: core.Event) -> None:
         for command in self._core.handle(event, time.monotonic()):
             self._carry_out(command)
 
     def _carry_out(self, command: core.Command) -> None:
         match command:
-            case core.Execute(sequence):
-                self._execute(sequence)
+            case core.Execute():
+                self._execute(command)
             case core.Deliver(sequence):
                 self._finish(sequence, self._outputs.pop(sequence, None))
             case core.Abandon(sequence, reason):
                 self._finish(sequence, self._abandoned(reason))
-            case core.EvictPrefixCache():
-                self._evict = True
+            case core.EvictPrefixCache(keep):
+                self._evict = keep if self._evict is None else keep & self._evict
             case core.FormationDone(epoch, seconds, requests, tokens):
                 lost, self._lost_requests = self._lost_requests, 0
                 self._report(Formed(self.pipeline, epoch, seconds, requests, lost, tokens))
@@ -243,7 +266,7 @@ class Session:
             case _:
                 self._form(command)
 
-    def _form(self, command: core.Join | core.Leave | core.Recompute | core.Restore) -> None:
+    def _form(self, command: core.FormingCommand) -> None:
         pipeline, epoch, nodes = self.pipeline, self._core.epoch, self._core.nodes
         match command:
             case core.Join(stage):
@@ -257,18 +280,25 @@ class Session:
                     steps.Recompute(pipeline, epoch, -sequence, chunk.through),
                     pickle.dumps(chunk, pickle.HIGHEST_PROTOCOL),
                 )
-            case core.Restore(entries):
-                self._send_to_all(
-                    len(nodes), steps.Restore(pipeline, epoch), pickle.dumps(entries, pickle.HIGHEST_PROTOCOL)
-                )
+            case core.Restore(entries, held):
+                payload = pickle.dumps((entries, held), pickle.HIGHEST_PROTOCOL)
+                self._send_to_all(len(nodes), steps.Restore(pipeline, epoch), payload)
+            case core.AssignStandby(stage, standby):
+                self._links.send(stage, steps.AssignStandby(pipeline, epoch, standby))
+            case core.Place(stage, now, later):
+                payload = pickle.dumps((now, later), pickle.HIGHEST_PROTOCOL)
+                self._links.send(stage, steps.Place(pipeline, epoch), payload)
+            case core.PlaceRest(stage):
+                self._links.send(stage, steps.PlaceRest(pipeline, epoch))
 
     def _send_to_all(self, stages: int, header: steps.AnyStepMessage, payload: bytes) -> None:
         for stage in range(stages):
             self._links.send(Stage(stage), header, payload)
 
-    def _execute(self, sequence: int) -> None:
-        scheduled, grammar = self._payloads[sequence]
-        header = steps.Execute(self.pipeline, self._core.epoch, sequence, self._core.has_tokens(sequence))
+    def _execute(self, command: core.Execute) -> None:
+        scheduled, grammar = self._payloads[command.sequence]
+        writes = tuple((each.block, each.generation, each.filled, each.depth) for each in command.writes)
+        header = steps.Execute(self.pipeline, self._core.epoch, command.sequence, command.has_tokens, writes)
         last = len(self._core.nodes) - 1
         for stage in range(last + 1):
             self._links.send(Stage(stage), header, scheduled, grammar if stage == last else _NONE)
@@ -281,6 +311,10 @@ class Session:
     def _report(self, message: AnyMessage) -> None:
         self.reports.append(message)
         os.eventfd_write(self.report_bell, 1)
+
+
+def _replicas(tags: tuple[tuple[int, int, int], ...]) -> tuple[Replica, ...]:
+    return tuple(Replica(*tag) for tag in tags)
 
 
 _NONE = pickle.dumps(None)

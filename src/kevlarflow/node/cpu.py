@@ -35,6 +35,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from kevlarflow.errors import StartupFailed
+from kevlarflow.node.kv_blocks import HostKvBlocks
 from kevlarflow.node.stage import StageDescription
 from kevlarflow.node.v1_runner import V1LaneRunner
 
@@ -125,6 +126,7 @@ class CpuStage:
         self._compile_lock = compile_lock
         self._runners: list[V1LaneRunner] = []
         self._description: StageDescription | None = None
+        self._kv_blocks: HostKvBlocks | None = None
 
     def load(self) -> None:
         """See `StageDevice.load`. Raises `StartupFailed` when the KV memory holds not even one request."""
@@ -144,6 +146,11 @@ class CpuStage:
     def lane(self, slot: int) -> V1LaneRunner:
         """See `StageDevice.lane`."""
         return self._runners[slot]
+
+    def kv_blocks(self) -> HostKvBlocks:
+        """See `StageDevice.kv_blocks`."""
+        assert self._kv_blocks is not None, "load() comes first"
+        return self._kv_blocks
 
     def _prepare_activations(self, runner: CPUModelRunner) -> None:
         """Stages behind the first read their input from this buffer; vLLM makes it only while it profiles."""
@@ -176,11 +183,13 @@ class CpuStage:
             kv_cache_layouts=layouts,
             available_memory=available,
             num_blocks=one_lane.num_blocks,
+            block_size=next(iter(spec.values())).block_size,
             supported_tasks=tuple(worker.get_supported_tasks()),
             compilation_seconds=times.language_model,
         )
 
     def _make_lanes(self, first: CPUModelRunner, all_lanes: KVCacheConfig, blocks_per_lane: int) -> None:
+        self._kv_blocks = HostKvBlocks(first.kv_caches)
         runners = [first]
         for _ in range(1, self._lanes):
             runner = _LaneModelRunner(self._config, first)

@@ -16,16 +16,18 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from kevlarflow.node.replicator import LaneReplication
 from kevlarflow.node.stage import Activations, LaneRunner
+from kevlarflow.recovery.coverage import Replica
 from kevlarflow.types import Epoch, PipelineId
-from kevlarflow.wire.steps import Execute, Recompute, Restore
+from kevlarflow.wire.steps import Execute, PlaceRest, Recompute, Restore
 
 MAX_QUEUED_WORK = 4_096
 """Items of work that a lane holds; an engine has at most S steps and one recovery under way, so this is a bug guard."""
 MAX_EARLY_ACTIVATIONS = 4_096
 """Activations that wait for their step."""
 
-Header = Execute | Recompute | Restore
+Header = Execute | Recompute | Restore | PlaceRest
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,6 +49,11 @@ class Lane:
     epoch: Epoch
     link: Any = None
     """PUSH socket to the next stage; None at the last."""
+    engine: bytes = b""
+    """Address of the engine that opened it."""
+    replication: LaneReplication | None = None
+    rest: list[tuple[Replica, bytes | memoryview]] = dataclasses.field(default_factory=list)
+    """Replicas that `PlaceRest` will put in place."""
     queue: collections.deque[Work] = dataclasses.field(default_factory=collections.deque)
     last_ran: int = 0
     broken: bool = False
@@ -67,6 +74,11 @@ class Lanes:
 
     def __iter__(self) -> Iterator[Lane]:
         return iter(self._lanes.values())
+
+    def current(self, pipeline: PipelineId, epoch: Epoch | None = None) -> Lane | None:
+        """The lane of a pipeline, if it is open, and open in `epoch` when one is given."""
+        lane = self._lanes.get(pipeline)
+        return lane if lane is not None and epoch in (None, lane.epoch) else None
 
     def open(self, pipeline: PipelineId, epoch: Epoch) -> Lane | None:
         """The lane under a new epoch, emptied; None when no KV slot is free or the epoch is old."""
@@ -95,6 +107,7 @@ class Lanes:
         self.epochs[lane.pipeline] = lane.epoch = epoch
         lane.queue.clear()
         lane.broken = False
+        lane.rest.clear()
         lane.runner.reset()
         stale = [key for key in self._activations if key[0] == lane.pipeline and key[1] < epoch]
         for key in stale:
@@ -143,10 +156,10 @@ class Lanes:
                 return has_tokens and not self._is_first_stage
             case Recompute():
                 return not self._is_first_stage
-            case Restore():
+            case Restore() | PlaceRest():
                 return False
 
 
 def _key(header: Header) -> tuple[PipelineId, Epoch, int]:
-    assert not isinstance(header, Restore), "restoring needs no activations"
+    assert isinstance(header, Execute | Recompute), "others need no activations"
     return header.pipeline, header.epoch, header.sequence

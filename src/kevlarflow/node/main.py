@@ -23,9 +23,11 @@ from kevlarflow.config import ServeConfig
 from kevlarflow.errors import KevlarFlowError
 from kevlarflow.node.device import stage_device
 from kevlarflow.node.heartbeat import HeartbeatThread, Progress
+from kevlarflow.node.lane_replicas import LaneReplicas
 from kevlarflow.node.lanes import Lane, Lanes, Work
 from kevlarflow.node.stage import Activations, Sampled, StageDevice
-from kevlarflow.types import Member, NodeInfo, Stage
+from kevlarflow.recovery.coverage import Replica
+from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import steps
 from kevlarflow.wire.messages import NodeStarting
 
@@ -81,6 +83,7 @@ class NodeServer:
         self._activation_path = config.path(f"{name}.acts")
         self._engines = self._bind(zmq.ROUTER, self._step_path)
         self._upstream = self._bind(zmq.PULL, self._activation_path)
+        self._replicas: LaneReplicas | None = None
         self.dropped = 0
         """Messages that carried an old epoch or made no sense."""
 
@@ -101,7 +104,10 @@ class NodeServer:
         """Take over a loaded device; returns what the node says of itself."""
         count = self._config.reserve_lanes + 1
         self._lanes = Lanes([device.lane(slot) for slot in range(count)], is_first_stage=self._stage == 0)
-        self._description = pickle.dumps(device.description())
+        description = device.description()
+        self._description = pickle.dumps(description)
+        if self._config.standby_memory_bytes:
+            self._replicas = LaneReplicas(self._config, self._member, self._stage, device)
         return NodeInfo(
             member=self._member,
             stage=self._stage,
@@ -111,6 +117,7 @@ class NodeServer:
             step_address=f"ipc://{self._step_path}",
             activation_address=f"ipc://{self._activation_path}",
             lanes=count,
+            replica_address=self._replicas.address if self._replicas else "",
         )
 
     def serve(self) -> None:
@@ -118,7 +125,10 @@ class NodeServer:
         poller = zmq.Poller()
         poller.register(self._engines, zmq.POLLIN)
         poller.register(self._upstream, zmq.POLLIN)
+        if self._replicas:
+            poller.register(self._replicas.answered, zmq.POLLIN)
         while True:
+            self._pass_on_outcomes()
             self._take_from_engines()
             self._take_activations()
             ready = self._lanes.next_work()
@@ -150,7 +160,15 @@ class NodeServer:
                 left = self._lanes.leave(pipeline, epoch)
                 if left is not None:
                     _unlink(left)
-            case steps.Execute() | steps.Recompute() | steps.Restore():
+                    if self._replicas:
+                        self._replicas.close(left)
+            case steps.AssignStandby(pipeline, epoch, standby):
+                lane = self._lanes.current(pipeline, epoch)
+                if lane and self._replicas:
+                    self._replicas.assign(lane, standby)
+            case steps.Place(pipeline, epoch):
+                self._place(engine, pipeline, epoch, payload)
+            case steps.Execute() | steps.Recompute() | steps.Restore() | steps.PlaceRest():
                 if not self._lanes.add_work(Work(engine, header, payload)):
                     self.dropped += 1
             case _:
@@ -163,12 +181,32 @@ class NodeServer:
             self._answer(engine, steps.Refused(join.pipeline, join.epoch, join.stage, reason))
             return
         _unlink(lane)
+        lane.engine = engine
+        if self._replicas:
+            self._replicas.open(lane)
         if join.next_address:
             lane.link = self._context.socket(zmq.PUSH)
             lane.link.setsockopt(zmq.LINGER, 0)
             lane.link.setsockopt(zmq.SNDHWM, MAX_WAITING_MESSAGES)
             lane.link.connect(join.next_address)
         self._answer(engine, steps.Joined(join.pipeline, join.epoch, join.stage, self._member))
+
+    def _place(self, engine: bytes, pipeline: PipelineId, epoch: Epoch, payload: list[bytes]) -> None:
+        lane = self._lanes.current(pipeline, epoch)
+        if lane is None:
+            self.dropped += 1
+            return
+        now, later = pickle.loads(payload[0])
+        missing = self._replicas.place(lane, now, later) if self._replicas else (*now, *later)
+        tags = tuple((replica.block, replica.generation, replica.filled) for replica in missing)
+        self._answer(engine, steps.Placed(pipeline, epoch, self._stage, tags))
+
+    def _pass_on_outcomes(self) -> None:
+        """Tell engines what the standbys have confirmed."""
+        for outcome in self._replicas.outcomes() if self._replicas else ():
+            lane = self._lanes.current(outcome.pipeline)
+            if lane is not None:
+                self._answer(lane.engine, outcome)
 
     def _take_activations(self) -> None:
         while True:
@@ -196,7 +234,7 @@ class NodeServer:
         except Exception as error:
             log.exception("%s: %s failed on lane %d", self._member, type(header).__name__, header.pipeline)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            sequence = 0 if isinstance(header, steps.Restore) else header.sequence
+            sequence = header.sequence if isinstance(header, steps.Execute | steps.Recompute) else 0
             self._lanes.break_off(lane)
             self._answer(work.engine, steps.StepFailed(header.pipeline, header.epoch, sequence, self._stage, reason))
         finally:
@@ -205,7 +243,10 @@ class NodeServer:
     def _run_work(self, lane: Lane, work: Work, activations: Activations | None) -> None:
         match work.header:
             case steps.Restore(pipeline, epoch):
-                lane.runner.restore(pickle.loads(work.payload[0]))
+                entries, held = pickle.loads(work.payload[0])
+                lane.runner.restore(entries)
+                if self._replicas:
+                    self._replicas.hold(lane, held)
                 self._answer(work.engine, steps.Restored(pipeline, epoch, self._stage))
             case steps.Recompute(pipeline, epoch, sequence, through):
                 output = lane.runner.recompute(pickle.loads(work.payload[0]), activations)
@@ -213,7 +254,13 @@ class NodeServer:
                     self._answer(work.engine, steps.Recomputed(pipeline, epoch, sequence))
                 elif output is not None:
                     self._forward(lane, sequence, output)
-            case steps.Execute(pipeline, epoch, sequence):
+            case steps.PlaceRest():
+                if self._replicas:
+                    self._replicas.place_rest(lane)
+            case steps.Execute(pipeline, epoch, sequence, _, writes):
+                written = [Replica(*each) for each in writes]
+                if self._replicas:
+                    self._replicas.begin(lane, written)
                 scheduled, grammar = pickle.loads(work.payload[0]), pickle.loads(work.payload[1])
                 result = lane.runner.execute(scheduled, activations, grammar)
                 if isinstance(result, Sampled):
@@ -221,6 +268,8 @@ class NodeServer:
                     self._answer(work.engine, steps.Executed(pipeline, epoch, sequence), payload)
                 elif result is not None:
                     self._forward(lane, sequence, result)
+                if self._replicas:
+                    self._replicas.end(lane, written)
 
     # ---- going out
 

@@ -31,6 +31,8 @@ class StageDescription:
     """Bytes for KV of one lane."""
     num_blocks: int
     """KV blocks that each lane has memory for."""
+    block_size: int
+    """Tokens of a KV block."""
     supported_tasks: tuple[str, ...]
     compilation_seconds: float
 
@@ -43,6 +45,18 @@ class Sampled:
     """vLLM `ModelRunnerOutput`."""
     generators: dict[str, bytes]
     """State of the random generator of each seeded request that sampled."""
+
+
+class KvBlocks(Protocol):
+    """KV memory by physical block, as bytes."""
+
+    block_bytes: int
+
+    def read(self, block: int) -> memoryview:
+        """A copy of a block."""
+
+    def write(self, block: int, data: bytes | memoryview) -> None:
+        """Put a copied block in place."""
 
 
 class LaneRunner(Protocol):
@@ -72,3 +86,6 @@ class StageDevice(Protocol):
 
     def lane(self, slot: int) -> LaneRunner:
         """The runner of KV slot `slot`, 0 to lanes - 1."""
+
+    def kv_blocks(self) -> KvBlocks:
+        """KV memory of all lanes; lane `slot` begins at block `slot * num_blocks`."""

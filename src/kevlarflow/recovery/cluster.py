@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kevlarflow.config import ServeConfig
-from kevlarflow.recovery import events, formation, nodes
+from kevlarflow.recovery import events, formation, nodes, standbys
 from kevlarflow.recovery.events import AnyCommand, AnyEvent, Snapshot
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import subject
@@ -107,6 +107,7 @@ class Cluster(Grid):
         for pipeline in self.pipelines:
             if self.aborted is None:
                 formation.reconcile(self, pipeline)
+                standbys.assign(self, pipeline)
             if pipeline.news:
                 self.narrate(pipeline.news)
                 pipeline.news = ""

@@ -17,13 +17,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from kevlarflow.recovery.ledger import Step
 
 
-@dataclasses.dataclass(frozen=True, slots=True, order=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Replica:
     """A stored copy of a block: `filled` tokens of it are valid, from the first."""
 
     block: int
     generation: int
     filled: int
+    depth: int = dataclasses.field(default=0, compare=False)
+    """Blocks before it in its request's table: the deeper, the cheaper to lose."""
 
 
 class Generations:
@@ -94,7 +96,8 @@ class IssuedTables:
             start, end = starts[request], starts[request] + count
             for index in range(start // block_size, -(-end // block_size)):
                 block = self._tables[request][index]
-                written.append(Replica(block, generations[block], min(block_size, end - index * block_size)))
+                filled = min(block_size, end - index * block_size)
+                written.append(Replica(block, generations[block], filled, depth=index))
         return tuple(written)
 
 

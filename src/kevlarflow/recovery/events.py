@@ -12,6 +12,7 @@ import msgspec
 from kevlarflow.types import (
     Cause,
     Epoch,
+    LaneCoverage,
     Member,
     NodeId,
     NodeInfo,
@@ -176,6 +177,7 @@ class EngineReport(Event, frozen=True):
     waiting: int
     in_flight: int
     kv_blocks: int
+    replication: tuple[LaneCoverage, ...] = ()
 
 
 class EngineLost(Event, frozen=True):
@@ -259,6 +261,13 @@ class Suspend(Command, frozen=True):
     reason: str
 
 
+class AssignStandbys(Command, frozen=True):
+    """Tell an engine who keeps the replicas of each stage."""
+
+    pipeline: PipelineId
+    standbys: tuple[NodeInfo | None, ...]
+
+
 class Narrate(Command, frozen=True):
     """One line for people."""
 
@@ -271,4 +280,4 @@ class Abort(Command, frozen=True):
     reason: str
 
 
-AnyCommand = StartNode | KillNode | Retire | Form | Suspend | Narrate | Abort
+AnyCommand = StartNode | KillNode | Retire | Form | Suspend | AssignStandbys | Narrate | Abort

@@ -263,7 +263,7 @@ def _fill(grid: Grid, pipeline: Pipeline, holes: list[Stage]) -> None:
         if not pipeline.served and slot.state is NodeState.STARTING:
             # It has no request to save: its own node is worth waiting for.
             return
-        info = choose(_candidates(grid, pipeline, stage), pipeline.id, len(grid.pipelines))
+        info = choose(candidates(grid, pipeline, stage), pipeline.id, len(grid.pipelines))
         if info is None:
             lacking.append(stage)
         else:
@@ -274,7 +274,7 @@ def _fill(grid: Grid, pipeline: Pipeline, holes: list[Stage]) -> None:
         _suspend(grid, pipeline, lacking)
 
 
-def _candidates(grid: Grid, pipeline: Pipeline, stage: Stage) -> list[Candidate]:
+def candidates(grid: Grid, pipeline: Pipeline, stage: Stage) -> list[Candidate]:
     """The ready nodes of a stage that the pipeline has no reason to avoid."""
     return [
         Candidate(slot.info, slot.pipeline, grid.foreign_lanes(slot, pipeline.id))

@@ -132,6 +132,8 @@ class Pipeline:
     engine: Engine = dataclasses.field(default_factory=Engine)
     order: Form | Suspend | None = None
     """The last order to the engine."""
+    standbys: tuple[NodeInfo | None, ...] = ()
+    """Who keeps the replicas of each stage, as the engine was told."""
     leaving: set[Member] = dataclasses.field(default_factory=set)
     """Living members that may still hold a lane of this pipeline, though it is not used any more."""
     unrestored: set[Stage] = dataclasses.field(default_factory=set)

@@ -205,6 +205,10 @@ class Execute:
     """Send a step to every stage."""
 
     sequence: int
+    has_tokens: bool = True
+    """False for a step that only says which requests ended."""
+    writes: tuple[Replica, ...] = ()
+    """What each block that the step writes holds after it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -253,6 +257,10 @@ Command = (
 )  # fmt: skip
 
 
+FormingCommand = Join | Leave | AssignStandby | Place | PlaceRest | Recompute | Restore
+"""Commands that go to nodes while the pipeline is formed."""
+
+
 @dataclasses.dataclass(slots=True)
 class _Formation:
     """How far the current forming has come. Times are monotonic seconds."""
@@ -268,6 +276,8 @@ class _Formation:
     lost: frozenset[Stage] = frozenset()
     to_place: set[Stage] = dataclasses.field(default_factory=set)
     """Stages whose answer about replicas is awaited; until then nothing is planned and no step goes out."""
+    issued_meanwhile: bool = False
+    """Whether a step was issued while replicas were awaited."""
     placed: dict[Stage, dict[int, Replica]] = dataclasses.field(default_factory=dict)
     joined_at: float | None = None
     placed_at: float | None = None
@@ -318,10 +328,6 @@ class Pipeline:
     def in_flight(self) -> tuple[int, ...]:
         """Sequence numbers of the steps that were issued and have not completed, in order."""
         return tuple(self._in_flight)
-
-    def has_tokens(self, sequence: int) -> bool:
-        """Whether a step in flight computes anything."""
-        return bool(self._in_flight[sequence].scheduled)
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event at monotonic time `now` (seconds); returns what to do, in order.
@@ -381,6 +387,7 @@ class Pipeline:
         for stage in sorted(forming.lost):
             valid = self._coverage[stage].valid(self._generations) if self._was_standby(stage) else {}
             if not valid:
+                forming.placed.clear()
                 return []
             now = tuple(replica for block, replica in valid.items() if block in wanted)
             full = [replica for replica in valid.values() if replica.filled == self.limits.block_size]
@@ -417,20 +424,27 @@ class Pipeline:
     def _resume(self, forming: _Formation) -> list[Command]:
         """Recompute what replicas do not cover, restore the ledger, issue the steps in flight again."""
         steps = list(self._in_flight.values())
-        restored = _held_everywhere(forming.placed.values())
+        restored = _held_everywhere([self._current(replicas) for replicas in forming.placed.values()])
         chunks = plan(self.ledger, steps, forming.lost, self.limits, restored)
         numbered = {next(self._chunk_numbers): chunk for chunk in chunks}
         forming.recomputed_tokens = sum(chunk.num_tokens for chunk in chunks)
         forming.chunks = set(numbered)
         forming.first_step = next((step.sequence for step in steps if step.scheduled), None)
         keep = frozenset(restored) - self._blocks_in_use()
-        commands: list[Command] = [Recompute(number, chunk) for number, chunk in numbered.items()]
+        rest: list[Command] = [PlaceRest(stage) for stage in sorted(forming.placed)]
+        # A step that was issued while replicas were awaited may hit or overwrite a prefix that nobody used before.
+        commands: list[Command] = list(rest) if forming.issued_meanwhile else []
+        commands += [Recompute(number, chunk) for number, chunk in numbered.items()]
         commands.append(Restore(tuple(self.ledger.entries()), self._held(keep)))
-        commands += [Execute(step.sequence) for step in steps if step.sequence not in self._hollow]
-        commands += [PlaceRest(stage) for stage in sorted(forming.placed)]
+        commands += [self._execute(step) for step in steps if step.sequence not in self._hollow]
+        commands += [] if forming.issued_meanwhile else rest
         if forming.lost:
             commands.append(EvictPrefixCache(keep))
         return commands
+
+    def _current(self, replicas: Mapping[int, Replica]) -> dict[int, Replica]:
+        """Replicas of blocks that were not given to another request meanwhile."""
+        return {block: each for block, each in replicas.items() if each.generation == self._generations[block]}
 
     def _held(self, keep: frozenset[int]) -> tuple[Replica, ...]:
         """What every node's lane holds once it is restored: blocks of live requests, and kept prefixes."""
@@ -440,7 +454,7 @@ class Pipeline:
             for index, block in enumerate(entry.blocks[: -(-entry.computed // size)]):
                 filled = min(size, entry.computed - index * size)
                 if block not in held or held[block].filled < filled:
-                    held[block] = Replica(block, self._generations[block], filled)
+                    held[block] = Replica(block, self._generations[block], filled, depth=index)
         return tuple(held.values())
 
     def _note_lost_stages(self) -> frozenset[Stage]:
@@ -514,10 +528,6 @@ class Pipeline:
             coverage.drop(event.dropped)
         return []
 
-    def writes(self, sequence: int) -> tuple[Replica, ...]:
-        """What each block that a step in flight writes holds after it."""
-        return self._writes[sequence]
-
     def coverage_of(self, stage: Stage) -> tuple[NodeInfo | None, int, int]:
         """(standby, tokens of live requests, those of them that its replicas cover)."""
         valid = self._coverage[stage].valid(self._generations) if stage in self._coverage else {}
@@ -538,19 +548,23 @@ class Pipeline:
         self._writes[step.sequence] = self._tables.issue(step, self._generations, self.limits.block_size)
         if self._forming is not None and self._forming.to_place:
             self._in_flight[step.sequence] = step
+            self._forming.issued_meanwhile = True
             return []
         lost = self._lost_since(step.formation)
         if lost:
             chunks = plan_hits(self.ledger, list(self._in_flight.values()), step, lost, self.limits)
             commands += [Recompute(next(self._chunk_numbers), chunk) for chunk in chunks]
         self._in_flight[step.sequence] = step
-        commands.append(Execute(step.sequence))
+        commands.append(self._execute(step))
         return commands + self._complete_in_order()
 
     def _lost_since(self, formation: int) -> frozenset[Stage]:
         """Stages lost by formations that the step's scheduling did not know of; forgets older ones."""
         self._lost_at = {number: lost for number, lost in self._lost_at.items() if number > formation}
         return frozenset().union(*self._lost_at.values())
+
+    def _execute(self, step: Step) -> Execute:
+        return Execute(step.sequence, has_tokens=bool(step.scheduled), writes=self._writes[step.sequence])
 
     def _executed(self, event: StepExecuted, now: float) -> list[Command]:
         if event.sequence not in self._in_flight:

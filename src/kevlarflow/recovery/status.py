@@ -18,7 +18,7 @@ def status_document(cluster: Cluster, main_pid: int) -> dict[str, Any]:
         "pipelines": [_pipeline(each) for each in cluster.pipelines],
         "engines": [_engine(each) for each in cluster.pipelines],
         "nodes": [_node(cluster, slot) for slot in cluster.slots.values()],
-        "replication": [],
+        "replication": [row for pipeline in cluster.pipelines for row in _replication(pipeline)],
         "recoveries": [_recovery(each) for each in cluster.recoveries],
     }
 
@@ -44,6 +44,22 @@ def _engine(pipeline: Pipeline) -> dict[str, Any]:
         "waiting": report.waiting if report else 0,
         "kv_blocks": engine.kv_blocks,
     }
+
+
+def _replication(pipeline: Pipeline) -> list[dict[str, Any]]:
+    report = pipeline.engine.report
+    return [
+        {
+            "pipeline": pipeline.id,
+            "stage": lane.stage,
+            "standby": lane.standby,
+            "lag_tokens": lane.live_tokens - lane.covered_tokens,
+            "bytes": lane.used_bytes,
+            "limit_bytes": lane.limit_bytes,
+            "coverage": lane.covered_tokens / lane.live_tokens if lane.live_tokens else 1.0,
+        }
+        for lane in (report.replication if report else ())
+    ]
 
 
 def _node(cluster: Cluster, slot: Slot) -> dict[str, Any]:

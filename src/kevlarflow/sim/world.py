@@ -95,7 +95,6 @@ class World:
         self.answers: deque[core.Event] = deque()
         self.steps: dict[int, tuple[Step, dict[str, list[int]]]] = {}
         self.outputs: dict[int, dict[str, list[int]]] = {}
-        self.written: dict[tuple[int, int], tuple[Replica, ...]] = {}
         self.expected = self._draw_requests()
         self.losses_left = shape.losses
         self.delivered: deque[int] = deque()
@@ -251,11 +250,7 @@ class World:
             case core.Recompute(_, chunk):
                 for lane in self.lanes[: chunk.through + 1]:
                     lane.inbox.append((self.pipeline.epoch, command))
-            case core.Execute(sequence):
-                self.written[self.pipeline.epoch, sequence] = self.pipeline.writes(sequence)
-                for lane in self.lanes:
-                    lane.inbox.append((self.pipeline.epoch, command))
-            case core.Restore():
+            case core.Restore() | core.Execute():
                 for lane in self.lanes:
                     lane.inbox.append((self.pipeline.epoch, command))
             case core.Deliver(sequence):
@@ -287,7 +282,7 @@ class World:
         match command:
             case core.Recompute(sequence, _):
                 return not needs or (epoch, -sequence) in lane.activations
-            case core.Execute(sequence):
+            case core.Execute(sequence, _, _):
                 # A step of an old epoch may be gone already; it is dropped without its activations.
                 has_tokens = sequence in self.steps and bool(self.steps[sequence][0].scheduled)
                 return not needs or not has_tokens or (epoch, sequence) in lane.activations
@@ -322,8 +317,8 @@ class World:
                 self.answers.append(core.StageRestored(Epoch(epoch), lane.info.stage))
             case core.Recompute(sequence, chunk):
                 self._recompute(lane, epoch, sequence, chunk)
-            case core.Execute(sequence):
-                self._execute(lane, epoch, sequence)
+            case core.Execute(sequence, _, written):
+                self._execute(lane, epoch, sequence, written)
 
     def _place(self, lane: Lane, epoch: int, now: tuple[Replica, ...], later: tuple[Replica, ...]) -> None:
         missing = tuple(r for r in (*now, *later) if lane.store.get(r.block, (None,))[0] != r)
@@ -341,11 +336,10 @@ class World:
         else:
             self._pass_on(lane, (epoch, -sequence))
 
-    def _execute(self, lane: Lane, epoch: int, sequence: int) -> None:
+    def _execute(self, lane: Lane, epoch: int, sequence: int, written: tuple[Replica, ...]) -> None:
         if sequence not in self.steps:
             return
         step, known = self.steps[sequence]
-        written = self.written[epoch, sequence]
         lane.tags.update((replica.block, Replica(replica.block, replica.generation, 0)) for replica in written)
         sampled = lane.stage.execute(step, known)
         lane.tags.update((replica.block, replica) for replica in written)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import msgspec
 
-from kevlarflow.types import Cause, Epoch, Member, NodeId, NodeInfo, Phases, PipelineId, Stage
+from kevlarflow.types import Cause, Epoch, LaneCoverage, Member, NodeId, NodeInfo, Phases, PipelineId, Stage
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -92,6 +92,7 @@ class EngineReport(Message, frozen=True):
     """KV blocks that vLLM's scheduler has."""
     in_flight: int
     """Steps issued and not completed."""
+    replication: tuple[LaneCoverage, ...] = ()
 
 
 class EngineReady(Message, frozen=True):
@@ -148,6 +149,13 @@ class Suspend(Message, frozen=True):
     epoch: Epoch
     stage: Stage
     reason: str
+
+
+class Standbys(Message, frozen=True):
+    """Who keeps the replicas of each stage from now on, in stage order; None where nobody can."""
+
+    pipeline: PipelineId
+    standbys: tuple[NodeInfo | None, ...]
 
 
 # ---- observers
@@ -231,7 +239,7 @@ class Started(Message, frozen=True):
 
 AnyMessage = (
     NodeStarting | NodeReady | NodeFailed | Heartbeat | Introduce | Retire | EngineAttached | EngineReport
-    | EngineReady | Formed | MemberFailed | Form | Suspend | AskStatus | Status | AskMetrics | Metrics
+    | EngineReady | Formed | MemberFailed | Form | Suspend | Standbys | AskStatus | Status | AskMetrics | Metrics
     | Subscribe | Availability | Narration | Fatal | StartNode | StartApiServer | Started
 )  # fmt: skip
 
@@ -239,10 +247,35 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 __all__ = [
-    "AnyMessage", "AskMetrics", "AskStatus", "Availability", "EngineAttached", "EngineReady",
-    "EngineReport", "Fatal", "Form", "Formed", "Heartbeat", "Introduce", "MemberFailed", "Message",
-    "Metrics", "Narration", "NodeFailed", "NodeReady", "NodeStarting", "Retire", "StartApiServer",
-    "StartNode", "Started", "Status", "Subscribe", "Suspend", "decode", "encode",
+    "AnyMessage",
+    "AskMetrics",
+    "AskStatus",
+    "Availability",
+    "EngineAttached",
+    "EngineReady",
+    "EngineReport",
+    "Fatal",
+    "Form",
+    "Formed",
+    "Heartbeat",
+    "Introduce",
+    "MemberFailed",
+    "Message",
+    "Metrics",
+    "Narration",
+    "NodeFailed",
+    "NodeReady",
+    "NodeStarting",
+    "Retire",
+    "Standbys",
+    "StartApiServer",
+    "StartNode",
+    "Started",
+    "Status",
+    "Subscribe",
+    "Suspend",
+    "decode",
+    "encode",
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import msgspec
 
-from kevlarflow.types import Epoch, Member, PipelineId, Stage
+from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
 
 
 class StepMessage(msgspec.Struct, frozen=True, tag=True):
@@ -44,8 +44,30 @@ class Leave(StepMessage, frozen=True):
     epoch: Epoch
 
 
+class AssignStandby(StepMessage, frozen=True):
+    """Replicate the lane to this node from now on; None: to nobody."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    standby: NodeInfo | None
+
+
+class Place(StepMessage, frozen=True):
+    """Put replicas that this node keeps into its lane; payload: pickled (now, later), tuples of `Replica`."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+
+
+class PlaceRest(StepMessage, frozen=True):
+    """Put those of `Place.later` into the lane."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+
+
 class Restore(StepMessage, frozen=True):
-    """Rebuild request state; payload: pickled list of `recovery.ledger.LedgerEntry`."""
+    """Rebuild request state; payload: pickled (ledger entries, replicas that name what the lane holds)."""
 
     pipeline: PipelineId
     epoch: Epoch
@@ -69,6 +91,8 @@ class Execute(StepMessage, frozen=True):
     sequence: int
     has_tokens: bool
     """False for a step that only says which requests ended: it needs no activations and has no answer."""
+    writes: tuple[tuple[int, int, int, int], ...]
+    """(block, generation, tokens filled, depth) of each block that the step writes, as it is afterwards."""
 
 
 # ---- node -> engine
@@ -85,6 +109,28 @@ class Joined(StepMessage, frozen=True):
     epoch: Epoch
     stage: Stage
     member: Member
+
+
+class Placed(StepMessage, frozen=True):
+    """Replicas are in place, but for these (block, generation, filled), which the node does not have."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    stage: Stage
+    missing: tuple[tuple[int, int, int], ...]
+
+
+class Replicated(StepMessage, frozen=True):
+    """What a standby stored and dropped, as the node that sent the copies heard it."""
+
+    pipeline: PipelineId
+    stage: Stage
+    source: Member
+    standby: Member
+    stored: tuple[tuple[int, int, int], ...]
+    dropped: tuple[tuple[int, int, int], ...]
+    used_bytes: int
+    limit_bytes: int
 
 
 class Restored(StepMessage, frozen=True):
@@ -144,8 +190,8 @@ class Activations(StepMessage, frozen=True):
 
 
 AnyStepMessage = (
-    Describe | Join | Leave | Restore | Recompute | Execute
-    | Description | Joined | Restored | Refused | Recomputed | Executed | StepFailed | Activations
+    Describe | Join | Leave | AssignStandby | Place | PlaceRest | Restore | Recompute | Execute
+    | Description | Joined | Placed | Replicated | Restored | Refused | Recomputed | Executed | StepFailed | Activations
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -87,6 +87,9 @@ def test_seats_show_who_helps_out():
     seat = scene.seats()[0][1]
     assert (seat.own, seat.own_state, seat.serving, seat.is_borrowed) == ("node-0-1", "dead", "node-1-1", True)
     assert not scene.seats()[0][0].is_borrowed
+    assert (scene.helps("node-1-1"), scene.helps("node-1-0")) == ([0], [])
+    scene.status["nodes"][1] |= {"state": "starting", "incarnation": 2}
+    assert scene.seats()[0][1].is_lost
     scene.status["nodes"].pop(1)
     assert scene.seats()[0][1].own_state == "dead"
     scene.status["pipelines"][0]["nodes"][1] = None
@@ -109,7 +112,7 @@ def test_the_picture_shows_the_loss():
     scene.lines.append(Line("+5 ms", "node-0-1 died", Tone.BAD))
     console.print(Picture(scene))
     drawn = console.file.getvalue()  # type: ignore[attr-defined]
-    for expected in ("x node-0-1", "-> node-1-1", "6,900 ms", "node-0-1 died", "identical"):
+    for expected in ("x node-0-1", "-> node-1-1", "+ pipeline 0", "6,900 ms", "node-0-1 died", "identical"):
         assert expected in drawn
 
 

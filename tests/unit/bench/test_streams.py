@@ -37,7 +37,7 @@ def ask(answer: Sequence[bytes], request: Request | None = None, seen: list[byte
         length = int(head.lower().partition(b"content-length: ")[2].split()[0])
         body = await reader.readexactly(length)
         if seen is not None:
-            seen += [head, body]
+            seen.extend((head, body))
         for piece in answer:
             writer.write(piece)
             await writer.drain()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import pytest
-from toy_world import make_config
 
 from kevlarflow.control.controller import Controller
 from kevlarflow.control.observers import MAX_SUBSCRIBERS
@@ -13,6 +12,7 @@ from kevlarflow.types import Epoch, Member, NodeId, NodeInfo, Phases, PipelineId
 from kevlarflow.wire import messages
 from kevlarflow.wire.channel import MemoryHub, MemoryPeer
 from kevlarflow.wire.messages import AnyMessage, decode, encode
+from toy_world import make_config
 
 
 class Shell:

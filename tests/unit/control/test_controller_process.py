@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import zmq
-from control_fakes import FakeCluster, all_serve, connect, fake_cluster
 
+from control_fakes import FakeCluster, all_serve, connect, fake_cluster
 from kevlarflow.config import Timeouts
 from kevlarflow.control.status import ask_status
 from kevlarflow.errors import ClusterUnreachable

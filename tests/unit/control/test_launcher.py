@@ -93,4 +93,4 @@ def test_an_answer_that_makes_no_sense_ends_the_connection(path, client):
             connection.send(b"\xc1")
             (outcome,) = client.pump(1.1)
             assert outcome.pid is None
-            assert client.descriptor is None
+            assert not client.connected

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from rich.console import Console
-from toy_world import ToyWorld, make_config
 
 from kevlarflow.control.status import render
 from kevlarflow.recovery import events
 from kevlarflow.recovery.status import status_document
 from kevlarflow.types import PipelineId
+from toy_world import ToyWorld, make_config
 
 
 def test_the_tables_show_who_borrows_whom():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from toy_world import make_config, make_info, pid_of
 
 from kevlarflow.errors import IllegalTransition
 from kevlarflow.recovery import events
@@ -26,6 +25,7 @@ from kevlarflow.types import (
     RecoveryState,
     Stage,
 )
+from toy_world import make_config, make_info, pid_of
 
 
 def member(node: str, incarnation: int = 1) -> Member:
@@ -254,9 +254,7 @@ def test_the_donor_dies_while_it_takes_over():
     driver = Driver(stages=2, pipelines=3).serve()
     driver.exited("node-0-1")
     forms = orders(driver.exited("node-1-1"))
-    assert forms == [
-        driver.form(0, 3, ["node-0-0", "node-2-1"], Cause.CRASH, lost=[1]),
-    ] + [forms[1]]
+    assert forms == [driver.form(0, 3, ["node-0-0", "node-2-1"], Cause.CRASH, lost=[1]), forms[1]]
     assert isinstance(forms[1], Suspend)
     states = [(each.pipeline, each.stage, each.state) for each in driver.cluster.recoveries]
     assert states == [(0, 1, RecoveryState.FAILED), (0, 1, RecoveryState.RUNNING), (1, 1, RecoveryState.RUNNING)]
@@ -405,7 +403,7 @@ def test_a_replacement_that_does_not_start_is_tried_again_later_and_later_then_g
     pauses = []
     for incarnation in range(2, 2 + START_ATTEMPTS):
         failed = driver.do(events.NodeFailed(member("node-0-1", incarnation), "no memory"))
-        assert f"node-0-1 failed: no memory" in lines(failed)[0]
+        assert "node-0-1 failed: no memory" in lines(failed)[0]
         waited = 0.0
         while waited < 60 and not any(isinstance(each, StartNode) for each in driver.tick(0.25)):
             waited += 0.25

@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from toy_world import ToyWorld, make_config
 
 from kevlarflow.recovery import events
 from kevlarflow.types import Epoch, Phases
+from toy_world import ToyWorld, make_config
 
 WORKING_STARTS = 3
 """Starts fail so often in a row at most: a slot that was given up would not heal."""

@@ -129,7 +129,7 @@ def test_the_same_nodes_again_recompute_nothing():
 def test_results_complete_in_order_and_a_step_without_tokens_waits_its_turn():
     pipeline = serving()
     pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
-    assert pipeline.handle(p.StepIssued(empty(2, "z")), 1.0) == [p.Execute(2)]
+    assert pipeline.handle(p.StepIssued(empty(2, "z")), 1.0) == [p.Execute(2, has_tokens=False)]
     pipeline.handle(p.StepIssued(admit(3, "b")), 1.0)
     assert pipeline.handle(executed(1, 3, b=[1]), 1.1) == []
     assert pipeline.handle(executed(1, 1, a=[1]), 1.2) == [p.Deliver(1), p.Deliver(2), p.Deliver(3)]

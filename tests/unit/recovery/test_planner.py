@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from toy_world import make_info
-
 from kevlarflow.recovery.planner import Candidate, choose
 from kevlarflow.types import PipelineId
+from toy_world import make_info
 
 
 def candidate(pipeline: int, foreign_lanes: int = 0, lanes: int = 2) -> Candidate:

@@ -1,0 +1,108 @@
+"""The main thread's side of replication: what it notes of each lane, and how replicas come back into a lane.
+
+As a source it tells the replication thread what each step writes. As the donor of a lost lane it takes the replicas
+that it kept and writes them into the lane's KV memory; only content with exactly the tag that the engine asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kevlarflow.config import ServeConfig
+from kevlarflow.node.lanes import Lane
+from kevlarflow.node.replicator import LaneReplication, Replicator
+from kevlarflow.node.stage import StageDevice
+from kevlarflow.recovery.coverage import Replica
+from kevlarflow.types import Member, NodeInfo, Stage
+from kevlarflow.wire import steps
+
+
+class LaneReplicas:
+    """See the module's text."""
+
+    def __init__(self, config: ServeConfig, member: Member, stage: Stage, device: StageDevice) -> None:
+        description = device.description()
+        self._block_size = description.block_size
+        self._blocks_per_lane = description.num_blocks
+        self._kv = device.kv_blocks()
+        path = config.path(f"{member.node}-{member.incarnation}.kv")
+        Path(path).unlink(missing_ok=True)
+        self.address = f"ipc://{path}"
+        self._replicator = Replicator(config, member, stage, self._kv, self.address)
+        self._replicator.start()
+
+    # ---- as a source
+
+    def open(self, lane: Lane) -> None:
+        """The lane was opened under a new epoch."""
+        self._of(lane).epoch = lane.epoch
+
+    def close(self, lane: Lane) -> None:
+        """The lane was left."""
+        self._replicator.leave(lane.pipeline)
+        lane.replication = None
+
+    def _of(self, lane: Lane) -> LaneReplication:
+        if lane.replication is None:
+            first_block = lane.slot * self._blocks_per_lane
+            lane.replication = self._replicator.lane(lane.pipeline, first_block, self._block_size)
+            lane.replication.epoch = lane.epoch
+        return lane.replication
+
+    def assign(self, lane: Lane, standby: NodeInfo | None) -> None:
+        """Replicate to `standby` from now on."""
+        self._replicator.assign(self._of(lane), standby)
+
+    def begin(self, lane: Lane, writes: Iterable[Replica]) -> None:
+        """A step is about to write these blocks."""
+        self._of(lane).queue.begin(writes)
+
+    def end(self, lane: Lane, writes: Iterable[Replica]) -> None:
+        """The step has written them."""
+        if self._of(lane).queue.end(writes):
+            self._replicator.ring()
+
+    def hold(self, lane: Lane, held: Iterable[Replica]) -> None:
+        """The lane was restored and holds these."""
+        if self._of(lane).queue.hold(held):
+            self._replicator.ring()
+
+    @property
+    def answered(self) -> Any:
+        """A socket that is readable when there are `outcomes`."""
+        return self._replicator.answered
+
+    def outcomes(self) -> Iterator[steps.Replicated]:
+        """What the standbys have answered since the last call."""
+        while self._replicator.answered.poll(0):
+            self._replicator.answered.recv()
+        while self._replicator.outcomes:
+            yield self._replicator.outcomes.popleft()
+
+    # ---- as a donor
+
+    def place(self, lane: Lane, now: Sequence[Replica], later: Sequence[Replica]) -> list[Replica]:
+        """Write the replicas of `now` into the lane and keep those of `later`; returns what is not here."""
+        missing = []
+        for replica in now:
+            data = self._replicator.store.get(lane.pipeline, replica)
+            if data is None:
+                missing.append(replica)
+            else:
+                self._kv.write(lane.slot * self._blocks_per_lane + replica.block, data)
+        for replica in later:
+            data = self._replicator.store.get(lane.pipeline, replica)
+            if data is None:
+                missing.append(replica)
+            else:
+                lane.rest.append((replica, data))
+        return missing
+
+    def place_rest(self, lane: Lane) -> None:
+        """Write what `place` kept; the store needs nothing of this lane any more."""
+        for replica, data in lane.rest:
+            self._kv.write(lane.slot * self._blocks_per_lane + replica.block, data)
+        lane.rest.clear()
+        self._replicator.store.forget(lane.pipeline)

@@ -1,0 +1,34 @@
+"""Who keeps the replicas of a lane: the node that would take it over if its own were lost now.
+
+That is the planner's own answer with the serving node left out, so that the donor of a failure is the standby, with
+the KV in its memory. Seen over all lanes of a stage it is a ring. While a lane is borrowed and its own node is back,
+that node is the standby, and receives the lane's KV before it takes over.
+"""
+
+from __future__ import annotations
+
+from kevlarflow.recovery.events import AssignStandbys
+from kevlarflow.recovery.formation import candidates
+from kevlarflow.recovery.grid import Grid
+from kevlarflow.recovery.members import Pipeline
+from kevlarflow.recovery.planner import choose
+from kevlarflow.types import NodeInfo, Stage
+
+
+def assign(grid: Grid, pipeline: Pipeline) -> None:
+    """Tell the engine when a standby has changed."""
+    if not pipeline.engine.attached or (pipeline.order is None and not pipeline.formed):
+        pipeline.standbys = ()
+        return
+    standbys = tuple(_standby(grid, pipeline, Stage(stage)) for stage in range(len(pipeline.members)))
+    if standbys != pipeline.standbys:
+        pipeline.standbys = standbys
+        grid.command(AssignStandbys(pipeline.id, standbys))
+
+
+def _standby(grid: Grid, pipeline: Pipeline, stage: Stage) -> NodeInfo | None:
+    serving = pipeline.members[stage]
+    others = [
+        each for each in candidates(grid, pipeline, stage) if each.info.member != serving and each.info.replica_address
+    ]
+    return choose(others, pipeline.id, len(grid.pipelines))

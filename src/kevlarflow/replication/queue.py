@@ -1,0 +1,92 @@
+"""What of a lane still has to be copied to its standby.
+
+The main thread notes what a step is about to write and what it has written; the replication thread asks for the next
+block, and after copying it asks whether the block still holds what it held before: the step after may have given it to
+another request. A copy is taken when the block is full, or when enough tokens were added since the last one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+from kevlarflow.recovery.coverage import Replica
+
+
+class ReplicationQueue:
+    """See the module's text. `interval` is tokens between copies of a partly filled block; 0 copies full ones only."""
+
+    def __init__(self, block_size: int, interval: int) -> None:
+        self._block_size = block_size
+        self._interval = interval
+        self._lock = threading.Lock()
+        self._holds: dict[int, Replica] = {}
+        self._sent: dict[int, Replica] = {}
+        self._due: dict[int, None] = {}
+
+    def begin(self, writes: Iterable[Replica]) -> None:
+        """A step is about to write these: a block that changes its generation holds nothing meanwhile."""
+        with self._lock:
+            for replica in writes:
+                held = self._holds.get(replica.block)
+                if held is not None and held.generation != replica.generation:
+                    del self._holds[replica.block]
+
+    def end(self, writes: Iterable[Replica]) -> bool:
+        """The step has written these; returns whether something is due now."""
+        with self._lock:
+            for replica in writes:
+                self._note(replica)
+            return bool(self._due)
+
+    def hold(self, replicas: Iterable[Replica]) -> bool:
+        """The lane was formed anew and holds exactly these; returns whether something is due now."""
+        with self._lock:
+            self._holds.clear()
+            self._due.clear()
+            for replica in replicas:
+                self._note(replica)
+            return bool(self._due)
+
+    def restart(self) -> None:
+        """There is a new standby, which has nothing."""
+        with self._lock:
+            self._sent.clear()
+            self._due = dict.fromkeys(block for block, replica in self._holds.items() if self._is_due(replica))
+
+    def _note(self, replica: Replica) -> None:
+        self._holds[replica.block] = replica
+        if self._is_due(replica):
+            self._due[replica.block] = None
+
+    def _is_due(self, replica: Replica) -> bool:
+        sent = self._sent.get(replica.block)
+        known = sent.filled if sent is not None and sent.generation == replica.generation else 0
+        if replica.filled == self._block_size:
+            return known < replica.filled
+        return bool(self._interval) and replica.filled - known >= self._interval
+
+    def next(self) -> Replica | None:
+        """The block to copy next, oldest first; it is no longer due."""
+        with self._lock:
+            while self._due:
+                block = next(iter(self._due))
+                del self._due[block]
+                replica = self._holds.get(block)
+                if replica is not None and self._is_due(replica):
+                    return replica
+            return None
+
+    def still_holds(self, replica: Replica) -> bool:
+        """Whether a finished copy of `replica` is what it claims to be; if so it counts as sent."""
+        with self._lock:
+            held = self._holds.get(replica.block)
+            if held is None or held.generation != replica.generation:
+                return False
+            self._sent[replica.block] = replica
+            return True
+
+    @property
+    def backlog(self) -> int:
+        """Blocks that are due."""
+        return len(self._due)

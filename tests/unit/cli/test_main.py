@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kevlarflow.cli import main as command
+from kevlarflow.errors import ClusterUnreachable, UsageError
+
+
+def test_help_is_fast_and_light() -> None:
+    script = (
+        "import sys; from kevlarflow.cli.main import main; assert main(['--help']) == 0; "
+        "assert not {'vllm', 'torch', 'zmq', 'rich', 'msgspec'} & set(sys.modules)"
+    )
+    begun = time.monotonic()
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+    assert time.monotonic() - begun < 2.0  # 0.05 s on an idle machine.
+
+
+def test_serve_stays_light() -> None:
+    script = (
+        "import sys, kevlarflow.cli.serve, kevlarflow.control.supervisor; "
+        "assert not {'vllm', 'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_no_command_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([]) == 2
+    assert "kevlarflow COMMAND" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["sevre"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("kevlarflow: there is no command 'sevre': use one of serve, status")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(("error", "status"), [(UsageError("too\nbad"), 2), (ClusterUnreachable("too\nbad"), 1)])
+def test_our_errors_are_one_line_and_a_status(
+    error: Exception, status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import kevlarflow.cli.status
+
+    def fail(_: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(kevlarflow.cli.status, "run", fail)
+    assert command.main(["status"]) == status
+    assert capsys.readouterr().err == "kevlarflow: too bad\n"
+
+
+def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    import kevlarflow.cli.status
+
+    def fail(_: list[str]) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(kevlarflow.cli.status, "run", fail)
+    with pytest.raises(ZeroDivisionError):
+        command.main(["status"])
+
+
+def test_status_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["status", "--port", "1", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("kevlarflow: nothing answers on port 1")

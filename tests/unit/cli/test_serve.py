@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kevlarflow.cli import serve
+from kevlarflow.cli.preflight import GIB, MIB
+from kevlarflow.config import ServeConfig
+from kevlarflow.errors import NotEnoughMemory, UsageError
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 30, "dtype": "bfloat16"}))
+    (folder / "model.safetensors").write_bytes(b"0" * 1000)
+    return folder
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ServeConfig]:
+    """Configurations that would have been served."""
+    configs: list[ServeConfig] = []
+
+    def take(config: ServeConfig) -> int:
+        configs.append(config)
+        return 0
+
+    monkeypatch.setattr(serve, "_supervise", take)
+    monkeypatch.setattr(serve.preflight, "check_port", lambda *_: None)
+    monkeypatch.setattr(serve.preflight, "available_memory", lambda: 32 * GIB)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    return configs
+
+
+def test_what_is_typed_becomes_the_configuration(model: Path, served: list[ServeConfig]) -> None:
+    words = [str(model), "-pp", "2", "-dp", "3", "--port", "9", "--kv-cache-memory-bytes", "64M", "--dtype", "float32"]
+    assert serve.run(words) == 0
+    (config,) = served
+    assert (config.model, config.served_model_name) == (str(model), str(model))
+    assert (config.stages, config.pipelines, config.ranks) == (2, 3, 1)
+    assert (config.host, config.port) == ("0.0.0.0", 9)
+    assert config.kv_cache_memory_bytes == 64 * MIB
+    assert config.vllm_args == ("--dtype", "float32")
+
+
+@pytest.mark.parametrize(
+    ("flags", "lanes"),
+    [
+        ([], 0),
+        (["-dp", "2"], 1),
+        (["-dp", "4"], 3),
+        (["-dp", "4", "--reserve-lanes", "1"], 1),
+        (["--reserve-lanes", "5"], 0),
+    ],
+)
+def test_reserve_lanes_let_the_last_node_of_a_stage_serve_all(
+    model: Path, served: list[ServeConfig], flags: list[str], lanes: int
+) -> None:
+    serve.run([str(model), *flags])
+    assert served[0].reserve_lanes == lanes
+
+
+def test_kv_memory_is_what_fits_and_at_most_a_gibibyte(
+    model: Path, served: list[ServeConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve.run([str(model), "-pp", "2", "-dp", "2"])
+    monkeypatch.setattr(serve.preflight, "available_memory", lambda: 8 * GIB)
+    serve.run([str(model), "-pp", "2", "-dp", "2"])
+    assert served[0].kv_cache_memory_bytes == GIB
+    assert 64 * MIB < served[1].kv_cache_memory_bytes < 512 * MIB
+
+
+def test_vllms_variable_counts_when_the_flag_is_not_given(
+    model: Path, served: list[ServeConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    serve.run([str(model)])
+    serve.run([str(model), "--kv-cache-memory-bytes", "1G"])
+    assert [config.kv_cache_memory_bytes for config in served] == [2 * GIB, GIB]
+    assert "VLLM_CPU_KVCACHE_SPACE" not in serve.child_environment(served[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "words"),
+    [
+        (["-tp", "2"], UsageError, "-tp 2 is not supported yet"),
+        (["-pp", "0"], UsageError, "-pp 0 makes no pipeline"),
+        (["-pp", "31"], UsageError, "-pp 31 asks for more stages than the model has layers (30)"),
+        (["--reserve-lanes", "-1"], UsageError, "--reserve-lanes -1 is negative"),
+        (["--kv-cache-memory-bytes", "0"], UsageError, "--kv-cache-memory-bytes 0 holds nothing"),
+        (["--kv-cache-memory-bytes", "40G"], NotEnoughMemory, "lower -dp, --kv-cache-memory-bytes"),
+        (["-dp", "60"], NotEnoughMemory, "lower -dp, --reserve-lanes"),
+    ],
+)
+def test_what_cannot_work_is_named_before_anything_starts(
+    model: Path, served: list[ServeConfig], flags: list[str], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error) as caught:
+        serve.run([str(model), *flags])
+    assert words in str(caught.value)
+    assert served == []
+
+
+def test_the_introduction_says_what_memory_may_be_taken(model: Path, served: list[ServeConfig]) -> None:
+    serve.run([str(model), "-pp", "2", "-dp", "2", "--kv-cache-memory-bytes", "512M"])
+    text = "\n".join(serve.introduction(served[0]))
+    assert "4 nodes: 2 pipelines (-dp) x 2 stages (-pp)" in text
+    assert "512 MiB a lane" in text
+    assert "2 a node of which 1 in reserve (--reserve-lanes): up to 4.0 GiB" in text
+    assert "note" not in text
+
+
+def test_one_pipeline_is_told_that_there_is_nothing_to_borrow(model: Path, served: list[ServeConfig]) -> None:
+    serve.run([str(model), "-pp", "2"])
+    assert "with -dp 1 there is nothing to borrow" in serve.introduction(served[0])[-1]
+
+
+def test_the_users_environment_wins(model: Path, served: list[ServeConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    serve.run([str(model)])
+    serve.run([str(model), "--tokenizer", "owner/other"])
+    environment = serve.child_environment(served[0])
+    assert environment["OMP_NUM_THREADS"] == "4"
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert "HF_HUB_OFFLINE" not in serve.child_environment(served[1])
+
+
+def test_help_names_every_flag_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert serve.run(["--help"]) == 0
+    text = capsys.readouterr().out
+    for flag in ("MODEL", "-pp", "-dp", "-tp", "--host", "--port", "--kv-cache-memory-bytes", "--reserve-lanes"):
+        assert flag in text

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import generate_latest
+from standins import wait_until
+
+from kevlarflow.engine.availability import AvailabilityMiddleware, ControllerMetrics, Watch
+from kevlarflow.wire.messages import AskMetrics, Availability, Metrics, Subscribe, decode, encode
+
+SERVING = Availability(serving=True, started=True, reason="", retry_after_seconds=0)
+DOWN = Availability(serving=False, started=True, reason="stage 1 has no node", retry_after_seconds=7)
+STARTING = Availability(serving=False, started=False, reason="waiting for node-0-1", retry_after_seconds=1)
+
+
+def ask(now: Availability, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
+    """One request through the middleware; vLLM behind it would answer 299."""
+    sent: list[dict[str, Any]] = []
+
+    async def vllm(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 299, "headers": []})
+        await send({"type": "http.response.body", "body": b"vllm"})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("nothing is read from a request that is turned away")
+
+    watch = Watch("")
+    watch.latest = now
+    scope = {"type": "http", "method": method, "path": path}
+    asyncio.run(AvailabilityMiddleware(vllm, watch)(scope, receive, send))
+    headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], headers, b"".join(message["body"] for message in sent[1:])
+
+
+@pytest.mark.parametrize("now", [DOWN, STARTING])
+def test_health_is_503_with_the_reason_while_nothing_can_generate(now: Availability) -> None:
+    status, headers, body = ask(now, "GET", "/health")
+    assert status == 503
+    assert json.loads(body) == {"status": "unavailable" if now.started else "starting", "reason": now.reason}
+    assert headers["retry-after"] == str(now.retry_after_seconds)
+
+
+def test_health_is_vllms_while_something_can_generate() -> None:
+    assert ask(SERVING, "GET", "/health")[0] == 299
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/invocations"]
+)
+def test_new_requests_are_turned_away_in_openais_form(path: str) -> None:
+    status, headers, body = ask(DOWN, "POST", path)
+    assert status == 503
+    assert headers["retry-after"] == "7"
+    assert int(headers["content-length"]) == len(body)
+    assert json.loads(body)["error"]["message"] == "stage 1 has no node"
+    assert ask(SERVING, "POST", path)[0] == 299
+
+
+@pytest.mark.parametrize(
+    ("now", "method", "path"),
+    [
+        (DOWN, "GET", "/v1/models"),
+        (DOWN, "GET", "/metrics"),
+        (DOWN, "POST", "/tokenize"),
+        (STARTING, "POST", "/v1/completions"),
+    ],
+)
+def test_the_rest_is_vllms(now: Availability, method: str, path: str) -> None:
+    assert ask(now, method, path)[0] == 299
+
+
+@pytest.fixture
+def controller(tmp_path: Path) -> Iterator[tuple[str, zmq.Context[zmq.Socket[bytes]]]]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    yield f"ipc://{tmp_path}/c.sock", context
+    context.destroy(linger=0)
+
+
+def answer_once(router: zmq.Socket[bytes], availability: Availability) -> None:
+    """Answer a subscription and the question for metrics that comes with it."""
+    asked = set()
+    while asked != {Subscribe, AskMetrics}:
+        assert router.poll(5000)
+        peer, frame = router.recv_multipart()
+        asked.add(type(decode(frame)))
+        router.send_multipart([peer, b"nonsense"])
+        router.send_multipart([peer, encode(availability)])
+        router.send_multipart([peer, encode(Metrics(b"# TYPE kevlarflow_nodes gauge\nkevlarflow_nodes 4.0\n"))])
+
+
+def test_the_watch_follows_a_controller_through_its_restart(
+    controller: tuple[str, zmq.Context[zmq.Socket[bytes]]],
+) -> None:
+    address, context = controller
+    watch = Watch(address)
+    watch.start()
+    assert not watch.latest.serving
+    for availability in (SERVING, DOWN):
+        router = context.socket(zmq.ROUTER)
+        router.bind(address)
+        answer_once(router, availability)
+        wait_until(lambda: watch.latest == availability)  # noqa: B023
+        router.close(linger=0)
+        time.sleep(0.1)
+        assert watch.latest == availability  # The last word stays.
+    registry = CollectorRegistry()
+    registry.register(ControllerMetrics(watch))
+    assert b"kevlarflow_nodes 4.0" in generate_latest(registry)

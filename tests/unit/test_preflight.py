@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kevlarflow.cli import model_files, preflight
+from kevlarflow.cli.preflight import GIB, MIB, Size
+from kevlarflow.errors import ModelUnavailable, NotEnoughMemory, UsageError
+
+
+def make_model(folder: Path, weights: str | None = "model.safetensors", **config: Any) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 4, **config}))
+    if weights:
+        (folder / weights).write_bytes(b"0" * 500)
+    return folder
+
+
+# ---- the model
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "width"),
+    [
+        ({}, 4, 2),
+        ({"dtype": "float32"}, 4, 4),
+        ({"torch_dtype": "float16"}, 4, 2),
+        ({"text_config": {"n_layer": 7}}, 7, 2),
+        ({"num_hidden_layers": None}, None, 2),
+    ],
+)
+def test_a_folder_is_examined(tmp_path: Path, config: dict[str, Any], layers: int | None, width: int) -> None:
+    files = model_files.find(str(make_model(tmp_path / "m", **config)))
+    assert (files.layers, files.bytes_per_weight, files.weight_bytes) == (layers, width, 500)
+
+
+def test_weights_in_two_forms_are_counted_once(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "m")
+    (folder / "pytorch_model.bin").write_bytes(b"0" * 500)
+    assert model_files.find(str(folder)).weight_bytes == 500
+
+
+def test_a_cached_name_is_found_without_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    place = tmp_path / "models--owner--name"
+    folder = make_model(place / "snapshots" / "abc123")
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("abc123")
+    assert model_files.find("owner/name").folder == folder
+    assert model_files.find("owner/name", revision="abc123").folder == folder
+    assert model_files.cached("owner/name", "other", None) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("/no/such/folder", "there is no model /no/such/folder"),
+        ("./nope", "there is no model ./nope"),
+        ("a b", "there is no model a b"),
+        ("owner/name", "owner/name is not in the local cache and HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_an_unknown_model(model: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelUnavailable, match=words):
+        model_files.find(model)
+
+
+def test_a_download_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(model_files, "DOWNLOAD", "import sys; print('no route'); sys.exit(1)")
+    with pytest.raises(ModelUnavailable, match=r"cannot be fetched \(no route\): check the name"):
+        model_files.find("owner/name")
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailable, match="has no weights"):
+        model_files.find(str(make_model(tmp_path / "m", weights=None)))
+
+
+def test_a_folder_without_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailable, match=r"has no config\.json"):
+        model_files.find(str(tmp_path))
+
+
+def test_a_configuration_that_is_no_json(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "m")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelUnavailable, match="cannot be read"):
+        model_files.find(str(folder))
+
+
+def test_more_stages_than_layers(tmp_path: Path) -> None:
+    files = model_files.find(str(make_model(tmp_path / "m")))
+    preflight.check_layers(4, files)
+    with pytest.raises(UsageError, match="-pp 5 asks for more stages than the model has layers"):
+        preflight.check_layers(5, files)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "factor"),
+    [("bfloat16", "float32", 2), ("bfloat16", "float", 2), ("float32", "float32", 1), ("bfloat16", None, 1)],
+)
+def test_weights_in_memory(tmp_path: Path, stored: str, asked: str | None, factor: int) -> None:
+    files = model_files.find(str(make_model(tmp_path / "m", dtype=stored)))
+    assert preflight.loaded_bytes(files, asked) == 500 * factor
+
+
+# ---- memory
+
+SIZE = Size(stages=2, pipelines=2, reserve_lanes=1, weight_bytes=500 * MIB)
+
+
+def test_all_that_is_chosen_fits_into_its_share() -> None:
+    for available in (8 * GIB, 12 * GIB, 16 * GIB):
+        kv_bytes = preflight.choose_kv_bytes(SIZE, available)
+        taken = SIZE.bytes_without_kv + SIZE.lanes * kv_bytes
+        assert taken <= preflight.DEFAULT_SHARE * available
+        assert taken > preflight.DEFAULT_SHARE * available - SIZE.lanes * MIB or kv_bytes == GIB
+
+
+def test_a_large_machine_is_not_filled() -> None:
+    assert preflight.choose_kv_bytes(SIZE, 1000 * GIB) == GIB
+
+
+def test_too_little_for_any_kv_memory() -> None:
+    with pytest.raises(
+        NotEnoughMemory, match=r"4 nodes with 2 KV lanes each need .* GiB of memory and 4\.0 GiB are free"
+    ):
+        preflight.choose_kv_bytes(SIZE, 4 * GIB)
+
+
+def test_too_little_for_what_was_asked() -> None:
+    preflight.check_memory(SIZE, GIB, SIZE.bytes_without_kv + 8 * GIB)
+    with pytest.raises(NotEnoughMemory, match="lower -dp, --reserve-lanes, --kv-cache-memory-bytes"):
+        preflight.check_memory(SIZE, GIB, SIZE.bytes_without_kv + 8 * GIB - 1)
+
+
+def test_the_advice_names_only_what_can_be_lowered() -> None:
+    alone = Size(stages=2, pipelines=1, reserve_lanes=0, weight_bytes=0)
+    with pytest.raises(NotEnoughMemory) as error:
+        preflight.check_memory(alone, GIB, GIB)
+    assert "--reserve-lanes" not in str(error.value)
+    assert "1 KV lane each" in str(error.value)
+
+
+def test_available_memory_is_plausible() -> None:
+    assert 100 * MIB < preflight.available_memory() < 2**50
+
+
+# ---- the port
+
+
+def test_a_free_port_is_accepted() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    preflight.check_port("127.0.0.1", port)
+    preflight.check_port("0.0.0.0", port)
+
+
+def test_the_owner_of_a_port_is_named(tmp_path: Path) -> None:
+    import subprocess
+
+    script = "import socket, time; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        port = int(owner.stdout.readline())
+        with pytest.raises(UsageError, match=rf"port {port} is in use by python\S* \(process {owner.pid}\): choose"):
+            preflight.check_port("127.0.0.1", port)
+        owner.kill()
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_a_number_that_is_no_port(port: int) -> None:
+    with pytest.raises(UsageError, match=f"--port {port} is no port"):
+        preflight.check_port("127.0.0.1", port)
+
+
+def test_an_address_that_is_not_ours() -> None:
+    with pytest.raises(UsageError, match=r"cannot listen on 192\.0\.2\.1"):
+        preflight.check_port("192.0.2.1", 12345)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may listen anywhere")
+def test_a_privileged_port() -> None:
+    with pytest.raises(UsageError, match="needs privileges"):
+        preflight.check_port("127.0.0.1", 1)

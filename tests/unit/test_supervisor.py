@@ -1,0 +1,225 @@
+"""The supervisor and the guardian over stand-ins: start-up, restarts, and that nothing is left, ever."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from standins import members, start_cluster, wait_until
+
+from kevlarflow.control.process import Process, last_words
+from kevlarflow.control.supervisor import FAILURES_IN_A_ROW, LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Unit
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Cluster:
+    """A running supervisor over stand-ins."""
+
+    def __init__(self, base: Path, **behaviour: str) -> None:
+        self.port = free_port()
+        self.folder = base / f"kevlarflow-{os.getuid()}" / str(self.port)
+        self.supervisor = start_cluster(base, self.port, **behaviour)
+        self.said: list[str] = []
+
+    def wait_for(self, pattern: str) -> str:
+        """Read what the supervisor says until a line matches."""
+        assert self.supervisor.stdout is not None
+        for line in self.supervisor.stdout:
+            self.said.append(line)
+            if re.search(pattern, line):
+                return line
+        pytest.fail(f"{pattern!r} was never said: {self.said}, {self.errors()}")
+
+    def pids(self, word: str) -> set[int]:
+        return {pid for pid, command in members(self.folder).items() if word in command}
+
+    def the(self, word: str) -> int:
+        (pid,) = self.pids(word)
+        return pid
+
+    def end(self) -> int:
+        return self.supervisor.wait(timeout=20)
+
+    def errors(self) -> str:
+        assert self.supervisor.stderr is not None
+        return self.supervisor.stderr.read()
+
+    def nothing_is_left(self) -> bool:
+        lock = self.folder.with_suffix(".lock")
+        return not members(self.folder) and not self.folder.exists() and not lock.exists()
+
+
+@pytest.fixture
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    # Short, because Unix sockets live below it.
+    folder = Path(subprocess.check_output(["mktemp", "-d"], text=True).strip())
+    yield folder
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+@pytest.fixture
+def cluster(base: Path) -> Iterator[Cluster]:
+    running = Cluster(base)
+    running.wait_for("^ready")
+    yield running
+    running.supervisor.kill()
+    running.supervisor.wait()
+    wait_until(running.nothing_is_left)
+
+
+def test_it_says_what_it_does_and_when_it_is_ready(cluster: Cluster) -> None:
+    assert re.search(r"\[ +\d+\.\d s\] model checked: 4 layers, float32, KV memory for 1,000 tokens", cluster.said[0])
+    assert re.match(
+        rf"ready in \d+\.\d s: http://127.0.0.1:{cluster.port}/v1 \(model stand-in, 2 pipelines x 2 stages, 4 nodes\)$",
+        cluster.said[-1],
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_with_nothing_left(cluster: Cluster, number: signal.Signals) -> None:
+    cluster.supervisor.send_signal(number)
+    assert cluster.end() == 0
+    assert cluster.nothing_is_left()
+    assert cluster.errors() == ""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", cluster.port))
+
+
+def test_ctrl_c_reaches_the_supervisor_alone(cluster: Cluster) -> None:
+    groups = {os.getpgid(pid) for pid in members(cluster.folder)}
+    assert os.getpgid(cluster.supervisor.pid) not in groups
+
+
+def test_kill_9_leaves_nothing_even_of_a_stopped_process(cluster: Cluster) -> None:
+    os.kill(cluster.the("standins.py controller"), signal.SIGSTOP)
+    for pid in cluster.pids("kevlarflow: api-server"):
+        os.kill(pid, signal.SIGSTOP)
+    cluster.supervisor.kill()
+    wait_until(cluster.nothing_is_left)
+
+
+def test_who_ignores_sigterm_is_killed_after_the_grace(base: Path) -> None:
+    cluster = Cluster(base, controller="deaf")
+    cluster.wait_for("^ready")
+    cluster.supervisor.terminate()
+    assert cluster.end() == 0
+    assert cluster.nothing_is_left()
+
+
+@pytest.mark.parametrize("word", ["guardian.py", "standins.py controller", "standins.py zygote"])
+def test_a_unit_that_dies_is_started_again_alone(cluster: Cluster, word: str) -> None:
+    before = members(cluster.folder)
+    victim = cluster.the(word)
+    os.kill(victim, signal.SIGKILL)
+    cluster.wait_for(rf"\(process {victim}\) died: starting it again")
+    wait_until(lambda: len(members(cluster.folder)) == len(before))
+    assert set(before) - set(members(cluster.folder)) == {victim}
+
+
+def test_the_api_server_takes_its_engines_along(cluster: Cluster) -> None:
+    servers = cluster.pids("kevlarflow: api-server")
+    assert len(servers) == 2  # The server and its engine.
+    os.kill(min(servers), signal.SIGKILL)
+    cluster.wait_for("the API server .* died: starting it again")
+    wait_until(lambda: len(cluster.pids("kevlarflow: api-server")) == 2)
+    assert not servers & cluster.pids("kevlarflow: api-server")
+
+
+def test_a_second_cluster_on_the_port_is_refused(cluster: Cluster, base: Path) -> None:
+    second = start_cluster(base, cluster.port)
+    assert second.wait(timeout=20) == 2
+    assert second.stderr is not None
+    assert second.stderr.read() == (
+        f"kevlarflow: port {cluster.port} is taken by another kevlarflow (main process {cluster.supervisor.pid}): "
+        "end that one, or choose another port with --port\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "status", "line"),
+    [
+        ({"zygote": "refuses"}, 2, r"^kevlarflow: --enable-lora is not supported yet$"),
+        (
+            {"zygote": "dies"},
+            1,
+            r"^kevlarflow: the zygote \(process \d+\) died during start-up: "
+            r"RuntimeError: the zygote had a bad day; its log is \S+zygote\.log$",
+        ),
+        (
+            {"zygote": "api-server-dies"},
+            1,
+            r"^kevlarflow: the API server \(process \d+\) died during start-up: "
+            r"ValueError: no such chat template; its log is \S+api-server\.log$",
+        ),
+        ({"controller": "gives-up"}, 1, r"^kevlarflow: node-0-1 died during start-up; logs in \S+$"),
+    ],
+)
+def test_a_failed_start_is_one_line_and_leaves_nothing(
+    base: Path, behaviour: dict[str, str], status: int, line: str
+) -> None:
+    cluster = Cluster(base, **behaviour)
+    assert cluster.end() == status
+    errors = cluster.errors()
+    assert errors.count("\n") == 1
+    assert re.match(line, errors)
+    assert cluster.nothing_is_left()
+
+
+def test_logs_outlive_the_run(base: Path) -> None:
+    cluster = Cluster(base, zygote="api-server-dies")
+    cluster.end()
+    log = cluster.folder.with_suffix(".logs") / "api-server.log"
+    assert "ValueError: no such chat template" in log.read_text()
+
+
+def dead_process() -> Process:
+    child = subprocess.Popen(["sleep", "1000"])
+    process = Process("sleeper", child.pid, Path("/dev/null"))
+    child.kill()
+    child.wait()
+    return process
+
+
+def test_a_unit_that_keeps_dying_is_started_again_later_and_later() -> None:
+    unit = Unit("sleeper", dead_process)
+    pauses = []
+    now = 100.0
+    for _ in range(FAILURES_IN_A_ROW):
+        unit.ensure(now)
+        unit.bury(now)
+        pauses.append(unit.due_at - now)
+        now = unit.due_at
+    assert pauses[0] == 0.0
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == LONGEST_PAUSE_SECONDS
+    unit.ensure(now)
+    unit.bury(now + LONG_LIFE_SECONDS + 1)
+    assert (unit.failures, unit.due_at) == (1, now + LONG_LIFE_SECONDS + 1)
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("", ""),
+        ("all is well\n\n", "all is well"),
+        ("Traceback\n  File\nValueError: too small\nbye\n", "ValueError: too small"),
+    ],
+)
+def test_last_words(tmp_path: Path, log: str, words: str) -> None:
+    path = tmp_path / "log"
+    path.write_text(log)
+    assert last_words(path) == words
+    assert last_words(tmp_path / "none") == ""

@@ -1,0 +1,180 @@
+"""The zygote's forks, with stand-ins for what they run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from standins import make_config, wait_until
+
+from kevlarflow.config import ServeConfig
+from kevlarflow.errors import KevlarFlowError
+from kevlarflow.node.zygote import Targets, Zygote, require_one_thread
+from kevlarflow.types import NodeId, Stage
+from kevlarflow.wire.messages import AnyMessage, AskStatus, StartApiServer, Started, StartNode, decode, encode
+
+NODE = StartNode(NodeId("node-0-1"), 3, Stage(1))
+
+
+def report(config: ServeConfig, *what: object) -> None:
+    """Write down what a forked process is like, then stay."""
+    descriptors = sorted(int(name) for name in os.listdir("/proc/self/fd"))
+    facts = {
+        "what": [str(each) for each in what],
+        "group": os.getpgrp(),
+        "pid": os.getpid(),
+        "sockets": [fd for fd in descriptors if is_socket(fd)],
+        "sigterm": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
+        "sigchld": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
+    }
+    path = Path(config.path("facts"))
+    path.with_suffix(".new").write_bytes(msgspec.json.encode(facts))
+    path.with_suffix(".new").rename(path)
+    print("said to the log", flush=True)
+    time.sleep(1000)
+
+
+def is_socket(descriptor: int) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket:")
+    except OSError:
+        return False
+
+
+def fail(_: ServeConfig) -> None:
+    raise ValueError("no such template")
+
+
+@pytest.fixture
+def config() -> Iterator[ServeConfig]:
+    base = Path(subprocess.check_output(["mktemp", "-d"], text=True).strip())
+    made = make_config(base / "run", 8000)
+    Path(made.run_folder).mkdir()
+    Path(made.log_folder).mkdir()
+    yield made
+    subprocess.run(["rm", "-rf", str(base)], check=True)
+
+
+@pytest.fixture
+def zygote(config: ServeConfig) -> Iterator[int]:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            # Pytest has put its own files in their place.
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+            running = Zygote(config, Targets(node=report, api_server=fail))
+            running.listen()
+            running.serve()
+        finally:
+            os._exit(1)
+    yield pid
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    facts = Path(config.path("facts"))
+    if facts.exists():
+        os.kill(msgspec.json.decode(facts.read_bytes())["pid"], signal.SIGKILL)
+
+
+def connect(config: ServeConfig) -> socket.socket:
+    launcher = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    launcher.settimeout(5)
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            launcher.connect(config.launcher_path)
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        else:
+            return launcher
+
+
+def ask(launcher: socket.socket, message: AnyMessage) -> int:
+    launcher.send(encode(message))
+    answer = decode(launcher.recv(4096))
+    assert isinstance(answer, Started)
+    return answer.pid
+
+
+@pytest.mark.usefixtures("zygote")
+def test_a_node_gets_a_place_of_its_own(config: ServeConfig) -> None:
+    with connect(config) as first, connect(config) as second:
+        pid = ask(second, NODE)
+        wait_until(lambda: Path(config.path("facts")).exists())
+        facts = msgspec.json.decode(Path(config.path("facts")).read_bytes())
+        assert facts["what"] == ["node-0-1#3", "1"]
+        assert facts["pid"] == facts["group"] == pid
+        # Neither the launcher's socket nor any connection to it: a node must not answer in the zygote's place.
+        assert facts["sockets"] == []
+        assert facts["sigterm"]
+        assert facts["sigchld"]
+        assert Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"kevlarflow: node-0-1-3")
+        wait_until(lambda: "said to the log" in Path(config.log_folder, "node-0-1-3.log").read_text())
+        first.close()
+
+
+@pytest.mark.usefixtures("zygote")
+def test_what_fails_leaves_a_traceback_in_its_log_and_is_reaped(config: ServeConfig) -> None:
+    with connect(config) as launcher:
+        pid = ask(launcher, StartApiServer())
+        wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    assert "ValueError: no such template" in Path(config.log_folder, "api-server.log").read_text()
+
+
+@pytest.mark.usefixtures("zygote")
+@pytest.mark.parametrize("frame", [b"nonsense", encode(AskStatus())])
+def test_nonsense_costs_the_sender_its_connection_only(config: ServeConfig, frame: bytes) -> None:
+    with connect(config) as good, connect(config) as bad:
+        bad.send(frame)
+        assert bad.recv(4096) == b""
+        assert ask(good, StartApiServer()) > 0
+
+
+@pytest.mark.usefixtures("zygote")
+def test_who_has_given_up_gets_no_process(config: ServeConfig, zygote: int) -> None:
+    connect(config).close()
+    os.kill(zygote, signal.SIGSTOP)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as launcher:
+        wait_until(lambda: launcher.connect_ex(config.launcher_path) == 0)
+        launcher.send(encode(NODE))
+    os.kill(zygote, signal.SIGCONT)
+    with connect(config) as launcher:
+        ask(launcher, StartApiServer())  # So the request before this one has been dealt with.
+    time.sleep(0.2)
+    facts = Path(config.path("facts"))
+    if facts.exists():
+        pid = msgspec.json.decode(facts.read_bytes())["pid"]
+        wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_a_predecessors_socket_is_replaced(config: ServeConfig) -> None:
+    for _ in range(2):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                Zygote(config, Targets(node=report, api_server=fail)).listen()
+                os.kill(os.getpid(), signal.SIGKILL)
+            finally:
+                os._exit(1)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+
+def test_a_process_with_threads_is_refused() -> None:
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    try:
+        with pytest.raises(KevlarFlowError, match=r"the zygote has \d+ threads .* set OMP_NUM_THREADS=1"):
+            require_one_thread()
+    finally:
+        stop.set()
+        thread.join()
