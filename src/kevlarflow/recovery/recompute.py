@@ -6,9 +6,9 @@ scheduler's limits, without sampling. Three cases need more care than that:
 
 * A step in flight may count **prefix hits**: blocks that some finished request filled. The new stage does not hold
   them either, so they are computed as well, once for each block however many requests share it. A hit on a block
-  that another step in flight fills is left to that step: it is issued again, first.
+  that an earlier step in flight fills is left to that step: it is issued again, first.
 * A step in flight may have **given away** blocks of a request that an earlier step in flight still computes (vLLM
-  delivers the token of a request that a later step preempts). Surviving stages may have run the later step
+  delivers the token of a request that a later step preempts), prefix hits included. Surviving stages may have run the later step
   already, so the request's KV is damaged there too: it is computed from token 0 on all stages.
 * **Prompt log-probabilities** are gathered at the last stage while the prompt is computed. Where they are not
   complete, the request runs through all stages from token 0 and gathers them again.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from kevlarflow.recovery.ledger import Ledger, LedgerEntry, Step
 from kevlarflow.types import Stage
@@ -72,12 +72,13 @@ def plan(ledger: Ledger, in_flight: Sequence[Step], lost_stages: Iterable[Stage]
     log-probabilities are not complete.
     """
     lost = tuple(lost_stages)
-    taken = _taken(in_flight, limits.block_size)
-    needs = list(_live(ledger, in_flight, taken, max(lost, default=None), Stage(limits.stages - 1)))
-    if lost:
-        tokens = _tokens(ledger, in_flight)
-        for step in in_flight:
-            needs += _hits(tokens, step, taken, max(lost), limits.block_size)
+    through, last = max(lost, default=None), Stage(limits.stages - 1)
+    tokens = _tokens(ledger, in_flight)
+    needs = list(_live(ledger, in_flight, _taken(in_flight, limits.block_size), through, last))
+    for index, step in enumerate(in_flight):
+        filled = _taken(in_flight[: index + 1], limits.block_size)
+        given_away = _taken(in_flight[index + 1 :], limits.block_size)
+        needs += _hits(tokens, step, filled, given_away, through, last, limits.block_size)
     return list(_pack(_without_repeats(needs, limits.block_size), limits))
 
 
@@ -89,7 +90,9 @@ def plan_hits(
     Such a step was being scheduled while the pipeline was formed anew, so `plan` did not see it.
     """
     tokens = _tokens(ledger, [*in_flight, step])
-    needs = _hits(tokens, step, _taken([step], limits.block_size), max(lost_stages), limits.block_size)
+    through = max(lost_stages)
+    filled = _taken([step], limits.block_size)
+    needs = _hits(tokens, step, filled, set(), through, through, limits.block_size)
     return list(_pack(_without_repeats(needs, limits.block_size), limits))
 
 
@@ -177,13 +180,23 @@ def _tokens(ledger: Ledger, in_flight: Sequence[Step]) -> dict[str, Sequence[int
 
 
 def _hits(
-    tokens: dict[str, Sequence[int]], step: Step, taken: set[int], through: Stage, block_size: int
+    tokens: Mapping[str, Sequence[int]],
+    step: Step,
+    filled: set[int],
+    given_away: set[int],
+    lost: Stage | None,
+    last: Stage,
+    block_size: int,
 ) -> Iterator[_Need]:
-    """Prefix hits of a step, but for blocks that a step in flight fills itself."""
+    """Prefix hits of a step, but for blocks that it or an earlier step in flight fills (`filled`).
+
+    Where a later step has taken one of them (`given_away`), they are damaged on all stages.
+    """
     for request, blocks, hit in _tables(step):
-        held = list(itertools.takewhile(lambda block: block not in taken, blocks[: hit // block_size]))
+        held = list(itertools.takewhile(lambda block: block not in filled, blocks[: hit // block_size]))
+        through = lost if given_away.isdisjoint(held) else last
         end = len(held) * block_size
-        if end:
+        if end and through is not None:
             span = Span(request, tuple(tokens[request][:end]), blocks=tuple(held), start=0, end=end)
             yield _Need(span, through)
 
