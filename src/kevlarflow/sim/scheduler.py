@@ -140,6 +140,8 @@ class ToyScheduler:
             room -= count
         admissions: list[Admission] = []
         while self.waiting and room and not self._preempted and len(self.running) < self.max_running:
+            if self.waiting[0].in_flight:
+                break  # Its token is still to be delivered; resuming it now could sample that position again.
             started = self._start(self.waiting[0], room, admissions, continuations)
             if started is None:
                 break
