@@ -69,6 +69,8 @@ class ToyWorld:
         self.engines: dict[PipelineId, ToyEngine | None] = {PipelineId(p): None for p in range(config.pipelines)}
         self.lanes: dict[Member, dict[PipelineId, Epoch]] = {}
         self.told: list[AnyCommand] = []
+        self.forgot = False
+        """Whether a controller has lost its memory in this history."""
         self.ordered: dict[PipelineId, Epoch] = {}
         self.cluster = Cluster(config)
         self.invariants = Invariants(self.cluster)
@@ -152,8 +154,11 @@ class ToyWorld:
         for member in engine.members:
             if self.processes.get(member) == "ready":
                 lanes = self.lanes.setdefault(member, {})
+                if len(lanes.keys() | {pipeline}) > self.config.reserve_lanes + 1:
+                    assert self.forgot, f"{member} has no memory for {lanes}"
+                    self.do(events.MemberFailed(pipeline, order.epoch, member, "no lane is free"))
+                    return
                 lanes[pipeline] = order.epoch
-                assert len(lanes) <= self.config.reserve_lanes + 1, f"{member} has no memory for {lanes}"
         if alive:
             self.do(events.Formed(pipeline, order.epoch, Phases(relink=0.01), 3, 0, 5))
 
@@ -171,6 +176,7 @@ class ToyWorld:
         snapshot = msgspec.json.decode(msgspec.json.encode(self.cluster.snapshot()), type=Snapshot)
         if not remembers:
             snapshot = Snapshot(nodes=(), epochs={}, served=True)
+            self.forgot = True
         self.now += 0.2
         self.cluster = Cluster(self.config)
         self.invariants = Invariants(self.cluster)

@@ -57,13 +57,13 @@ class Outcome:
     shots: list[Shot]
 
     def gaps_after(self, shot: Shot) -> dict[str, float]:
-        """For each stream that was open at the fault: seconds from the fault to its next event."""
-        return {
-            name: min(later) - shot.replay_time
-            for name, recording in self.recordings.items()
-            if recording.sent_at < shot.replay_time
-            and (later := [at for at in recording.times if at > shot.replay_time])
-        }
+        """For each stream that was under way at the fault: seconds from the fault to its next event."""
+        gaps: dict[str, float] = {}
+        for name, recording in self.recordings.items():
+            later = [at for at in recording.times if at > shot.replay_time]
+            if later and len(later) < len(recording.times):
+                gaps[name] = later[0] - shot.replay_time
+        return gaps
 
 
 def run(cluster: Cluster, requests: Sequence[Request], shots: Sequence[Shot] = ()) -> Outcome:

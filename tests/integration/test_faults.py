@@ -116,16 +116,19 @@ def test_idle_is_before_and_after_requests_only() -> None:
 
 
 def test_prefill_is_between_sending_and_first_token_while_others_decode() -> None:
-    progress, trigger = Progress(), DuringPrefill("long", others=2)
+    progress, trigger = Progress(), DuringPrefill("long", steps=2)
     progress.sent("other", 0)
+    progress.sent("another", 0)
     progress.sent("elsewhere", 1)
     progress.received("other", 1)
     assert not trigger.due(progress)
     assert not trigger.missed(progress)
     progress.sent("long", 0)
     progress.received("elsewhere", 9)
-    assert not trigger.due(progress)
-    progress.received("other", 2)
+    progress.received("other", 1)
+    progress.received("another", 1)
+    assert not trigger.due(progress), "two requests had a token in the same step"
+    progress.received("other", 1)
     assert trigger.due(progress)
     progress.received("long", 1)
     assert not trigger.due(progress)

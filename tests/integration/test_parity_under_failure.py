@@ -37,7 +37,7 @@ DECODE = workload.named(
     "plain-0", "plain-1", "seeded", "penalties", "penalties-seeded", "chat-logprobs", "json-seeded", "stop", "choices"
 )
 BURST = [request for request in workload.full() if "preemption" in request.covers and request.pipeline == 0]
-PREEMPTION = [*workload.named("plain-0", "seeded"), *BURST]
+PREEMPTION = workload.with_predecessors([*workload.named("plain-0", "seeded"), *BURST])
 CANCEL = workload.named("cancelled-0", "cancelled-1", "plain-0", "seeded", "chat-choices", "logprobs", "json")
 IDLE = workload.named("prefix-left", "prefix-left-again", "late-free", "prompt-logprobs", "long-echo", "chat-late")
 

@@ -86,6 +86,11 @@ def passage(seed: int, sentences: int) -> str:
     )
 
 
+def with_predecessors(requests: Iterable[Request]) -> list[Request]:
+    """The requests, and those of the whole workload that they come after."""
+    return named(*(request.name for request in requests))
+
+
 def covered(requests: Iterable[Request]) -> frozenset[str]:
     """Every feature that the requests cover."""
     return frozenset().union(*(request.covers for request in requests))
@@ -138,16 +143,25 @@ def _plain() -> list[Request]:
 
 
 def _long() -> list[Request]:
-    # The first two come while few others run, so that the KV memory has room and their prefill starts at once.
+    # The first two come when the prefixes have been hit, and while few others run: the KV memory has room, so that
+    # cached blocks survive until then and these prefills start at once.
     return [
-        completion("long-greedy", passage(10, 40) + " In short,", "greedy long", at=0.2, pipeline=0),
+        completion(
+            "long-greedy",
+            passage(10, 30) + " In short,",
+            "greedy long",
+            at=0.25,
+            after="prefix-left",
+            pipeline=0,
+        ),
         completion(
             "long-seeded",
             passage(11, 22) + " To sum up,",
             "long seeded",
             temperature=0.9,
             seed=77,
-            at=0.2,
+            at=0.25,
+            after="prefix-right",
             pipeline=1,
         ),
         chat(
@@ -156,7 +170,8 @@ def _long() -> list[Request]:
             "long penalties chat",
             repetition_penalty=1.2,
             presence_penalty=0.3,
-            at=0.7,
+            at=0.1,
+            after="prefix-left-again",
             pipeline=0,
         ),
         completion(
@@ -167,7 +182,8 @@ def _long() -> list[Request]:
             echo=True,
             logprobs=2,
             return_tokens_as_token_ids=True,
-            at=0.9,
+            at=0.1,
+            after="prefix-right-again",
             pipeline=1,
         ),
     ]
@@ -385,7 +401,8 @@ def _burst() -> list[Request]:
             "preemption seeded" if index % 3 == 0 else "preemption greedy",
             max_tokens=44,
             ignore_eos=True,
-            at=2.4 + 0.02 * index,
+            at=0.02 * index,
+            after=("long-greedy", "long-seeded")[index % 2],
             pipeline=index % 2,
             **({"temperature": 0.7, "seed": 300 + index} if index % 3 == 0 else {}),
         )
@@ -434,6 +451,15 @@ def everything() -> list[Request]:
 
 
 def named(*names: str) -> list[Request]:
-    """Requests by their names."""
+    """Requests by their names, and those that they have to come after."""
     table = by_name(everything())
-    return [table[name] for name in names]
+    chosen: dict[str, Request] = {}
+    for name in names:
+        for each in [*_predecessors(table, name), name]:
+            chosen[each] = table[each]
+    return list(chosen.values())
+
+
+def _predecessors(table: dict[str, Request], name: str) -> list[str]:
+    before = table[name].after
+    return [] if before is None else [*_predecessors(table, before), before]

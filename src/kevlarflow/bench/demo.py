@@ -33,7 +33,7 @@ STORIES = (
     ("The lighthouse", "Tell me a short story about a lighthouse keeper who finds a message in a bottle."),
     ("The robot", "Tell me a short story about a robot that learns to paint the sea."),
     ("The baker", "Tell me a short story about a baker whose bread makes everybody tell the truth."),
-    ("The desert", "Tell me a short story about two friends who cross a desert with one camel."),
+    ("The garden", "Tell me a short story about a girl who plants a garden on the moon."),
 )
 STORY_TOKENS = 160
 KILL_AFTER_TOKENS = 40
@@ -100,7 +100,7 @@ class Demo:
             self._act("3 of 4: the same stories again, and a node is killed in mid-sentence")
             await self._tell_with_failure()
             record = await self._recovery()
-            self._act("4 of 4: the dead node's replacement takes its place")
+            self._act("4 of 4: a replacement takes the dead node's place")
             await self._replacement()
             self._act("done")
         return self._judge(record)
@@ -118,13 +118,14 @@ class Demo:
 
     async def _tell_without_failure(self) -> None:
         streams = await self._tell()
-        for story, stream in zip(self._scene.stories, streams, strict=True):
+        for stream in streams:
             defect = stream.defect()
             if defect is not None:
                 raise DemoFailed(f"a stream failed before any node was killed: {defect}")
             if stream.tokens <= KILL_AFTER_TOKENS:
                 raise DemoFailed(f"{stream.name} is only {stream.tokens} tokens long: too short to kill a node in it")
-            story.reference = stream
+        for story, stream in zip(self._scene.stories, streams, strict=True):
+            story.stream, story.reference = None, stream
         usual = sorted(gap for stream in streams for gap in gaps(stream))
         tokens = sum(stream.tokens for stream in streams)
         self._say(f"{len(streams)} streams, {tokens} tokens, one every {usual[len(usual) // 2] * 1e3:.0f} ms a stream")
@@ -234,6 +235,7 @@ class Demo:
         return time.time() - (time.monotonic() - self._begun_at)
 
     def _act(self, text: str) -> None:
+        self._take_news()
         self._scene.act = text
         self._say(text.partition(": ")[2] or text)
 

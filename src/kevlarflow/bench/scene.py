@@ -87,6 +87,11 @@ class Seat:
         """Whether another pipeline's node helps out."""
         return self.serving is not None and self.serving != self.own
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether its own node is dead, or in a new life that is not yet ready."""
+        return self.own_state == "dead" or (self.own_state == "starting" and self.own_incarnation > 1)
+
 
 @dataclasses.dataclass
 class Scene:
@@ -110,6 +115,11 @@ class Scene:
             [_seat(nodes, f"node-{pipeline['id']}-{stage}", serving) for stage, serving in enumerate(pipeline["nodes"])]
             for pipeline in self.status["pipelines"]
         ]
+
+    def helps(self, node: str) -> list[int]:
+        """The pipelines that a node serves besides its own."""
+        pipelines = enumerate(self.seats())
+        return [number for number, seats in pipelines for seat in seats if seat.is_borrowed and seat.serving == node]
 
     def pipeline_state(self, pipeline: int) -> str:
         """The state of a pipeline, as `status` has it."""

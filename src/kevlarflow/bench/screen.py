@@ -18,7 +18,7 @@ from kevlarflow.bench.scene import Line, Scene, Seat, Story, Tone
 FRAMES_PER_SECOND = 8
 LOWEST, HIGHEST = 20, 38
 """Lines of the picture: the terminal's height, within these."""
-GRID_LINES = 3
+GRID_LINES = 4
 TONES = {Tone.PLAIN: "", Tone.GOOD: "green", Tone.BAD: "bold red", Tone.CLUSTER: "cyan"}
 STATES = {"ready": "green", "serving": "green", "dead": "bold red", "suspect": "yellow"}
 
@@ -125,23 +125,29 @@ def _subtitle(story: Story) -> str:
 
 def _grid(scene: Scene) -> RenderableType:
     table = Table.grid(padding=(0, 2), expand=True)
-    for pipeline, seats in enumerate(scene.seats()):
+    rows = scene.seats()
+    for pipeline, seats in enumerate(rows):
         state = scene.pipeline_state(pipeline)
         name = Text.assemble(f"pipeline {pipeline}\n", (state, STATES.get(state, "yellow")))
-        table.add_row(name, *(_seat(seat) for seat in seats))
+        table.add_row(name, *(_seat(seat, scene.helps(seat.own)) for seat in seats))
         table.add_row()
-    return Panel(table if scene.status else Text("starting ...", style="dim"), title="nodes", title_align="left")
+    return Panel(table if rows else Text("starting ...", style="dim"), title="nodes", title_align="left")
 
 
-def _seat(seat: Seat) -> Text:
-    helper = ("\n" + f"-> {seat.serving}", "yellow") if seat.is_borrowed else ("", "")
-    lost = "\nno node" if seat.serving is None else ""
-    if seat.own_state == "dead":
-        return Text.assemble((f"x {seat.own}", "bold red strike"), (lost, "red"), helper)
-    if seat.own_state == "starting":
-        return Text.assemble((f". {seat.own} starting", "yellow"), (lost, "red"), helper)
-    again = f" (life {seat.own_incarnation})" if seat.own_incarnation > 1 else ""
-    return Text.assemble((f"o {seat.own}{again}", STATES.get(seat.own_state, "yellow")), (lost, "red"), helper)
+def _seat(seat: Seat, helps: list[int]) -> Text:
+    text = Text()
+    if seat.is_lost:
+        text.append(f"x {seat.own}", style="bold red strike")
+        if seat.own_state == "starting":
+            text.append("\nreplacement starts", style="yellow")
+    else:
+        again = f", life {seat.own_incarnation}" if seat.own_incarnation > 1 else ""
+        text.append(f"o {seat.own}{again}", style=STATES.get(seat.own_state, "yellow"))
+    if seat.is_borrowed:
+        text.append(f"\n-> {seat.serving}", style="bold yellow")
+    for pipeline in helps:
+        text.append(f"\n+ pipeline {pipeline}", style="bold yellow")
+    return text
 
 
 def _log(scene: Scene) -> RenderableType:

@@ -138,7 +138,7 @@ class ServerProcess:
     def require_alive(self) -> None:
         """Raise `SystemFailed` when it has ended."""
         if self._child is not None and self._child.poll() is not None:
-            words = last_words(self.log)
+            words = last_words(self.log).removeprefix("kevlarflow: ")
             ended = f"{self.name} ended with exit status {self._child.returncode}"
             raise SystemFailed(f"{ended}{': ' * bool(words)}{words} (log: {self.log})")
 

@@ -41,7 +41,7 @@ class Watcher:
         self.latest: StatusDocument | None = None
         """The newest status document."""
         self.news: deque[News] = deque(maxlen=NEWS_KEPT)
-        self._address = f"ipc://{run_folder / 'controller.sock'}"
+        self._path = run_folder / "controller.sock"
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
 
@@ -61,7 +61,10 @@ class Watcher:
         limit(socket)
         # Nothing is queued for a controller that is not there.
         socket.setsockopt(zmq.IMMEDIATE, 1)
-        socket.connect(self._address)
+        while not self._path.exists() and not self._closing.wait(STATUS_INTERVAL_SECONDS):
+            pass
+        if not self._closing.is_set():
+            socket.connect(f"ipc://{self._path}")
         ask_at = subscribe_at = 0.0
         while not self._closing.is_set():
             now = time.monotonic()

@@ -30,6 +30,8 @@ class ServeFlags(msgspec.Struct):
     port: int = DEFAULT_PORT
     kv_cache_memory_bytes: int | None = None
     reserve_lanes: int | None = None
+    standby_memory_bytes: int | None = None
+    replication_interval_tokens: int | None = None
     vllm_args: list[str] = msgspec.field(default_factory=list)
     help: str | None = None
     """Empty for ``--help``; the topic in ``--help=topic``, which is vLLM's to explain."""
@@ -61,6 +63,8 @@ _TAKEN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--port": ("port", _integer),
     "--kv-cache-memory-bytes": ("kv_cache_memory_bytes", _human_integer),
     "--reserve-lanes": ("reserve_lanes", _integer),
+    "--standby-memory-bytes": ("standby_memory_bytes", _human_integer),
+    "--replication-interval-tokens": ("replication_interval_tokens", _integer),
 }
 
 

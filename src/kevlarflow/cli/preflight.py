@@ -82,11 +82,23 @@ def choose_kv_bytes(size: Size, available: int) -> int:
     return chosen
 
 
-def check_memory(size: Size, kv_bytes: int, available: int) -> None:
-    """Raise `NotEnoughMemory` when the cluster cannot fit."""
-    needed = size.bytes_without_kv + size.lanes * kv_bytes
+def check_memory(size: Size, kv_bytes: int, available: int, standby_bytes: int = 0) -> None:
+    """Raise `NotEnoughMemory` when the cluster cannot fit. `standby_bytes` is each node's memory for replicas."""
+    needed = size.bytes_without_kv + size.lanes * kv_bytes + size.nodes * standby_bytes
     if needed > available:
-        raise NotEnoughMemory(_too_little(size, needed, available) + ", --kv-cache-memory-bytes")
+        flags = ", --kv-cache-memory-bytes" + (", --standby-memory-bytes" if standby_bytes else "")
+        raise NotEnoughMemory(_too_little(size, needed, available) + flags)
+
+
+def choose_standby_bytes(size: Size, kv_bytes: int, available: int) -> int:
+    """Memory of a node for replicas when nobody asked for a size: a lane's worth, or less where there is less; 0: none.
+
+    Without a reserved lane nobody could take over, so there is nothing to replicate for.
+    """
+    if not size.reserve_lanes:
+        return 0
+    left = available - size.bytes_without_kv - size.lanes * kv_bytes
+    return max(0, min(kv_bytes, left // (2 * size.nodes))) // MIB * MIB
 
 
 def _too_little(size: Size, needed: int, available: int) -> str:

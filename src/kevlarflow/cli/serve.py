@@ -34,6 +34,9 @@ Runs in the foreground until Ctrl-C or SIGTERM.
   --kv-cache-memory-bytes N    KV memory of a pipeline on one node, such as 512M or 2G (what fits, up to 1 GiB)
   --reserve-lanes N            pipelines that a node has KV memory for besides its own, so that it can take over
                                for dead nodes (R - 1: the last node of a stage serves all)
+  --standby-memory-bytes N     host memory of a node for copies of other nodes' KV blocks, so that a failure costs
+                               the same however long the contexts are (as much as a lane has); 0: no replication
+  --replication-interval-tokens N   copy a partly filled block again after N tokens (32); 0: full blocks only
 
 All other flags are vLLM's, such as --max-model-len, --dtype or --enforce-eager, and go to it as they are.
 kevlarflow serve --help=all shows them; --help=GROUP or --help=WORD shows some."""
@@ -51,6 +54,7 @@ def run(arguments: list[str]) -> int:
     size = _size(flags, files)
     free = preflight.available_memory()
     kv_bytes = _kv_bytes(flags, size, free)
+    standby = _standby_bytes(flags, size, kv_bytes, free)
     config = ServeConfig(
         model=str(files.folder),
         served_model_name=value_given(flags.vllm_args, "--served-model-name") or name,
@@ -61,6 +65,8 @@ def run(arguments: list[str]) -> int:
         ranks=flags.ranks,
         kv_cache_memory_bytes=kv_bytes,
         reserve_lanes=size.reserve_lanes,
+        standby_memory_bytes=standby,
+        replication_interval_tokens=_interval(flags),
         vllm_args=tuple(flags.vllm_args),
         run_folder=str(configuration.run_folder_of(flags.port)),
     )
@@ -123,6 +129,24 @@ def _kv_bytes(flags: ServeFlags, size: Size, free: int) -> int:
     return asked
 
 
+def _standby_bytes(flags: ServeFlags, size: Size, kv_bytes: int, free: int) -> int:
+    """Host memory of a node for replicas: as asked for, or as much as a lane, or what is left."""
+    asked = flags.standby_memory_bytes
+    if asked is None:
+        return preflight.choose_standby_bytes(size, kv_bytes, free)
+    if asked < 0:
+        raise UsageError(f"--standby-memory-bytes {asked} is negative: use 0 (no replication) or more")
+    preflight.check_memory(size, kv_bytes, free, asked)
+    return asked if size.reserve_lanes else 0
+
+
+def _interval(flags: ServeFlags) -> int:
+    asked = flags.replication_interval_tokens
+    if asked is not None and asked < 0:
+        raise UsageError(f"--replication-interval-tokens {asked} is negative: use 0 (full blocks only) or more")
+    return 32 if asked is None else asked
+
+
 def _supervise(config: ServeConfig) -> int:
     from kevlarflow.control.run_folder import RunFolder
     from kevlarflow.control.supervisor import Supervisor
@@ -144,12 +168,23 @@ def introduction(config: ServeConfig) -> list[str]:
         f"{config.pipelines} pipelines (-dp) x {config.stages} stages (-pp)",
         f"KV memory: {gib(config.kv_cache_memory_bytes)} a lane (--kv-cache-memory-bytes), {lanes} a node of which "
         f"{config.reserve_lanes} in reserve (--reserve-lanes): up to {most}, as it is used",
+        _about_replication(config),
         f"logs: {config.log_folder}",
     ]
     if config.reserve_lanes == 0:
         why = "with -dp 1 there is nothing to borrow" if config.pipelines == 1 else "--reserve-lanes is 0"
         lines.append(f"note: {why}: when a node dies, its pipeline waits for a replacement")
     return lines
+
+
+def _about_replication(config: ServeConfig) -> str:
+    if not config.standby_memory_bytes:
+        return "replication: off (--standby-memory-bytes 0): after a failure, lost KV is computed again"
+    nodes = config.pipelines * config.stages
+    return (
+        f"replication: up to {gib(config.standby_memory_bytes)} a node (--standby-memory-bytes), "
+        f"{gib(nodes * config.standby_memory_bytes)} in all"
+    )
 
 
 def child_environment(config: ServeConfig) -> dict[str, str]:

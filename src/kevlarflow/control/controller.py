@@ -12,7 +12,6 @@ Run it with ``python -m kevlarflow.control.controller``, with ``KEVLARFLOW_RUN``
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -45,7 +44,7 @@ from kevlarflow.wire.messages import AnyMessage, decode, encode
 
 log = logging.getLogger("kevlarflow.controller")
 
-TICK_SECONDS = 0.02
+TICK_SECONDS = 0.05
 MESSAGES_PER_TURN = 512
 INTRODUCTION_PAUSE_SECONDS = 0.5
 MAX_STRANGERS = 4_096
@@ -201,7 +200,7 @@ class Controller:
         for verdict in self.detector.check(now):
             self.handle(verdict, now)
         self.handle(events.Tick(), now)
-        self.observers.publish_availability(now)
+        self.observers.answer_pending(now)
         for member, (due, pids) in list(self._killed.items()):
             if not self.watcher.watches(member):
                 del self._killed[member]
@@ -331,17 +330,10 @@ class Bell:
 
     def __init__(self) -> None:
         self.read_end, self._write_end = socket.socketpair()
-        self.read_end.setblocking(False)
         self._write_end.setblocking(False)
         signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-
-    def rang(self) -> bool:
-        """Whether the process was asked to end."""
-        with contextlib.suppress(BlockingIOError):
-            return bool(self.read_end.recv(64))
-        return False
 
 
 def run(controller: Controller, hub: ZmqHub) -> None:
@@ -349,20 +341,10 @@ def run(controller: Controller, hub: ZmqHub) -> None:
     bell = Bell()
     controller.start(time.monotonic())
     interval_ms = controller.config.timeouts.watch_interval_ms
-    watched: list[int] = []
     poller = zmq.Poller()
-    while not bell.rang():
-        descriptors = controller.watcher.pidfds()
-        if controller.launcher.descriptor is not None:
-            descriptors.append(controller.launcher.descriptor)
-        if descriptors != watched:
-            watched = descriptors
-            poller = zmq.Poller()
-            poller.register(hub.socket, zmq.POLLIN)
-            poller.register(bell.read_end, zmq.POLLIN)
-            for descriptor in descriptors:
-                poller.register(descriptor, zmq.POLLIN)
-        poller.poll(interval_ms)
+    poller.register(hub.socket, zmq.POLLIN)
+    poller.register(bell.read_end, zmq.POLLIN)
+    while bell.read_end not in dict(poller.poll(interval_ms)):
         controller.turn(time.monotonic())
     controller.stop()
 

@@ -56,9 +56,9 @@ class LauncherClient:
         self._waiting.append(_Request(member, stage, deadline))
 
     @property
-    def descriptor(self) -> int | None:
-        """For a poller; None while there is no connection."""
-        return self._socket.fileno() if self._socket is not None else None
+    def connected(self) -> bool:
+        """Whether there is a connection."""
+        return self._socket is not None
 
     @property
     def idle(self) -> bool:
@@ -114,6 +114,9 @@ class LauncherClient:
                 frame = self._socket.recv(LARGEST_ANSWER)
             except BlockingIOError:
                 return outcomes
+            except ConnectionResetError:
+                # It is reported once, before what was answered earlier.
+                continue
             except OSError:
                 frame = b""
             answer = None

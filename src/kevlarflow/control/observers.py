@@ -58,10 +58,16 @@ class Observers:
             self._told = availability
             self._pending.clear()
             self._tell_all(availability)
-        elif self._pending:
-            for peer in self._pending & self._subscribers.keys():
-                self._send(peer, availability)
-            self._pending.clear()
+        self.answer_pending(now)
+
+    def answer_pending(self, now: float) -> None:
+        """Answer those who asked when nothing was known yet."""
+        if not self._pending or self._cluster.settling(now):
+            return
+        availability = self.availability(now)
+        for peer in self._pending & self._subscribers.keys():
+            self._send(peer, availability)
+        self._pending.clear()
 
     def narrate(self, time: float, text: str) -> None:
         """Send a line to those who asked for them. `time` is Unix seconds."""

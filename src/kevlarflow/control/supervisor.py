@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import zmq
@@ -41,11 +41,22 @@ SUBSCRIBE_SECONDS = 1.0
 LONG_LIFE_SECONDS = 60.0
 """A unit that lived longer than this has not failed in a row."""
 FAILURES_IN_A_ROW = 6
+FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 10.0
 LAUNCH_TIMEOUT_SECONDS = 2.0
 GUARDIAN_TIMEOUT_MS = 15_000
 
 Say = Callable[[str], None]
+
+
+class Programs(NamedTuple):
+    """What is executed for the units that are programs of their own."""
+
+    zygote: tuple[str, ...] = (sys.executable, "-m", "kevlarflow.node.zygote")
+    controller: tuple[str, ...] = (sys.executable, "-m", "kevlarflow.control.controller")
+
+
+DEFAULT_PROGRAMS = Programs()
 
 
 class Unit:
@@ -72,14 +83,23 @@ class Unit:
         self.process.close()
         self.process = None
         self.failures = 1 if now - self.started_at > LONG_LIFE_SECONDS else self.failures + 1
-        self.due_at = now + (min(LONGEST_PAUSE_SECONDS, 0.5 * 2**self.failures) if self.failures > 1 else 0.0)
+        pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (self.failures - 2)) if self.failures > 1 else 0.0
+        self.due_at = now + pause
 
 
 class Supervisor:
     """See the module's text. `run` is all there is to do with one."""
 
-    def __init__(self, config: ServeConfig, run_folder: RunFolder, environment: dict[str, str], say: Say) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        run_folder: RunFolder,
+        environment: dict[str, str],
+        say: Say,
+        programs: Programs = DEFAULT_PROGRAMS,
+    ) -> None:
         self.config = config
+        self.programs = programs
         self.run_folder = run_folder
         self.say = say
         self.begun_at = time.monotonic()
@@ -138,7 +158,7 @@ class Supervisor:
 
     def _start_zygote(self) -> Process:
         self.report, written = os.pipe()
-        command = [sys.executable, "-m", "kevlarflow.node.zygote", "--report-fd", str(written)]
+        command = [*self.programs.zygote, "--report-fd", str(written)]
         log = self.run_folder.log_path / "zygote.log"
         process = spawn("zygote", command, self.environment, log, (written,))
         os.close(written)
@@ -147,8 +167,8 @@ class Supervisor:
     def _start_controller(self) -> Process | None:
         if self.model is None:
             return None
-        command = [sys.executable, "-m", "kevlarflow.control.controller"]
-        return spawn("controller", command, self.environment, self.run_folder.log_path / "controller.log")
+        log = self.run_folder.log_path / "controller.log"
+        return spawn("controller", self.programs.controller, self.environment, log)
 
     def _start_api_server(self) -> Process | None:
         if self.zygote.process is None or self.report is not None or self.model is None:

@@ -6,8 +6,8 @@ process as exiting before it begins. The mark stands in ``/proc/<pid>/stat``, so
 gives the news early. Reading is cheap: the files stay open, and the one that belongs to the main thread does not sum
 over all others.
 
-An open file below ``/proc/<pid>`` and a pidfd belong to one process for ever: when its number is given to another,
-they say that theirs is gone. So neither sight nor signal can go astray once both are open.
+An open file below ``/proc/<pid>`` and a pidfd belong to one process for ever: when its number is given to
+another, they say that theirs is gone. So neither sight nor signal can go astray once both are open.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ log = logging.getLogger("kevlarflow.control.watcher")
 PF_EXITING = 0x4
 STATE, FLAGS, START_TIME = 0, 6, 19
 """Positions in `stat` after the name, which may contain anything: see proc_pid_stat(5)."""
+GONE = (b"Z", b"X")
 STAT_BYTES = 1_024
 
 Key = TypeVar("Key", bound=Hashable)
@@ -43,24 +44,21 @@ class Process:
         except OSError:
             os.close(self.pidfd)
             raise
-        self.start_time = self._read(START_TIME) or 0
+        fields = self._fields(START_TIME + 1)
+        self.start_time = int(fields[START_TIME]) if fields else 0
 
-    def _fields(self) -> list[bytes]:
-        return os.pread(self._stat, STAT_BYTES, 0).rpartition(b")")[2].split()
-
-    def _read(self, position: int) -> int | None:
+    def _fields(self, count: int) -> list[bytes]:
+        """The first fields after the name; none when the process is gone."""
         try:
-            return int(self._fields()[position])
-        except (OSError, IndexError, ValueError):
-            return None
+            stat = os.pread(self._stat, STAT_BYTES, 0)
+        except OSError:
+            return []
+        return stat[stat.rfind(b")") + 2 :].split(b" ", count)
 
     def dying(self) -> bool:
         """Whether it has begun to exit, or is gone."""
-        try:
-            fields = self._fields()
-        except OSError:
-            return True
-        return len(fields) <= FLAGS or fields[STATE] in (b"Z", b"X") or bool(int(fields[FLAGS]) & PF_EXITING)
+        fields = self._fields(FLAGS + 1)
+        return len(fields) <= FLAGS or fields[STATE] in GONE or int(fields[FLAGS]) & PF_EXITING != 0
 
     def kill(self) -> None:
         """SIGKILL, which a stopped process obeys too."""
@@ -120,10 +118,6 @@ class LocalProcessWatcher(Generic[Key]):
     def watches(self, key: Key) -> bool:
         """Whether some process under `key` is still there."""
         return key in self._watched
-
-    def pidfds(self) -> list[int]:
-        """Descriptors that become readable when a process has ended; for a poller."""
-        return [process.pidfd for processes in self._watched.values() for process in processes.values()]
 
     def start_times(self) -> dict[int, int]:
         """When each process started, in clock ticks after boot: with the process id a name that is never reused."""

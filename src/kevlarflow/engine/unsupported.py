@@ -45,7 +45,6 @@ WEIGHTS = "a replacement node loads the weights from the model's folder; leave i
 KV_MOVES = "it moves KV blocks behind KevlarFlow's back; leave it out"
 
 FLAGS = (
-    Row("--tensor-parallel-size", _above_one("tensor_parallel_size"), "a node is one process for now; use -tp 1"),
     Row("--api-server-count", _above_one("api_server_count"), "one API server serves all engines; use 1"),
     Row("--headless", _given("headless"), ONE_HOST),
     Row("--nnodes", _above_one("nnodes"), ONE_HOST),

@@ -31,8 +31,8 @@ class RequestProgress:
     pipeline: int | None
     phase: Phase = Phase.WAITING
     tokens: int = 0
-    others_at_start: int = 0
-    """Tokens that other requests on its pipeline had received when it was sent."""
+    others_at_start: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Tokens that each other request of its pipeline had received when it was sent."""
     was_cancelled: bool = False
 
 
@@ -47,7 +47,7 @@ class Progress:
 
     def sent(self, name: str, pipeline: int | None) -> None:
         """A request has been sent."""
-        others = self.tokens_on(pipeline)
+        others = {other: request.tokens for other, request in self.requests.items() if request.pipeline == pipeline}
         self.requests[name] = RequestProgress(pipeline, others_at_start=others)
 
     def received(self, name: str, tokens: int) -> None:
@@ -70,6 +70,18 @@ class Progress:
     def tokens_on(self, pipeline: int | None) -> int:
         """Tokens received from a pipeline."""
         return sum(request.tokens for request in self.requests.values() if request.pipeline == pipeline)
+
+    def steps_since(self, name: str) -> int:
+        """Steps that its pipeline has certainly run since a request was sent: tokens of its fastest neighbour."""
+        seen = self.requests[name]
+        return max(
+            (
+                request.tokens - seen.others_at_start.get(other, 0)
+                for other, request in self.requests.items()
+                if other != name and request.pipeline == seen.pipeline
+            ),
+            default=0,
+        )
 
     def decoding_on(self, pipeline: int) -> int:
         """Streams of a pipeline that are between their first token and their last."""
@@ -116,15 +128,14 @@ class DuringPrefill(Trigger, frozen=True):
     """
 
     request: str
-    others: int = 2
-    """Tokens of others to wait for."""
+    steps: int = 2
 
     def due(self, progress: Progress) -> bool:
         """See `Trigger.due`."""
         seen = progress.requests.get(self.request)
         if seen is None or seen.phase is not Phase.WAITING:
             return False
-        return progress.tokens_on(seen.pipeline) - seen.others_at_start >= self.others
+        return progress.steps_since(self.request) >= self.steps
 
     def missed(self, progress: Progress) -> bool:
         """See `Trigger.missed`."""

@@ -46,6 +46,7 @@ def _resume(grid: Grid, event: events.ControllerResumed) -> None:
     for pipeline in grid.pipelines:
         pipeline.epoch = snapshot.epochs.get(pipeline.id, Epoch(unused))
         pipeline.served = snapshot.served
+        pipeline.leaving = set(snapshot.lanes.get(pipeline.id, ()))
     for kept in snapshot.recoveries:
         # A mutable record must not be shared with an event.
         recovery = copy.copy(kept)
@@ -57,6 +58,7 @@ def _resume(grid: Grid, event: events.ControllerResumed) -> None:
         if slot.node in known:
             nodes.expect(grid, slot, known[slot.node])
         else:
+            grid.forgetful = True
             slot.incarnation_floor = unused
             slot.start_at = grid.now + grid.config.timeouts.confirm_after_ms / 1_000
     grid.narrate("the controller was started again: it waits for nodes and engines to appear")
@@ -119,6 +121,7 @@ class Cluster(Grid):
             nodes=tuple(map(nodes.known, self.slots.values())),
             epochs={pipeline.id: Epoch(pipeline.epoch) for pipeline in self.pipelines},
             served=self.served,
+            lanes={pipeline.id: tuple(sorted(pipeline.lanes)) for pipeline in self.pipelines},
             recoveries=tuple(map(copy.copy, self.recoveries)),
             next_recovery=self.next_recovery,
             start_seconds=tuple(self.start_seconds),

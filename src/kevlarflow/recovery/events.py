@@ -64,6 +64,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     nodes: tuple[KnownNode, ...]
     epochs: dict[PipelineId, Epoch]
     served: bool
+    lanes: dict[PipelineId, tuple[Member, ...]] = {}
+    """Members on which a pipeline has a lane, or has not given it up yet."""
     recoveries: tuple[Recovery, ...] = ()
     next_recovery: RecoveryId = RecoveryId(1)
     start_seconds: tuple[float, ...] = ()

@@ -126,7 +126,8 @@ def on_formed(grid: Grid, event: events.Formed) -> None:
         return
     pipeline.forming = False
     pipeline.formed = True
-    pipeline.leaving.clear()
+    if isinstance(pipeline.order, Form):
+        pipeline.leaving -= {info.member for info in pipeline.order.released}
     pipeline.unrestored.clear()
     pipeline.avoided.clear()
     pipeline.struck.clear()
@@ -193,7 +194,7 @@ def reconcile(grid: Grid, pipeline: Pipeline) -> None:
     holes = pipeline.holes
     if holes:
         _fill(grid, pipeline, holes)
-    elif pipeline.reform:
+    elif pipeline.reform or (pipeline.formed and _living(grid, pipeline.leaving)):
         form(grid, pipeline, {}, Cause.ATTACH if pipeline.state is PipelineState.STARTING else Cause.CRASH)
     elif pipeline.state is PipelineState.SERVING and pipeline.formed and pipeline.engine.quiet:
         _take_back(grid, pipeline)
@@ -316,9 +317,8 @@ def form(grid: Grid, pipeline: Pipeline, chosen: dict[Stage, NodeInfo], cause: C
     if pipeline.state is PipelineState.STARTING:
         pipeline.unrestored.clear()
     members = [member for member in pipeline.members if member is not None]
-    pipeline.leaving = {each for each in pipeline.leaving if _is_living(grid, each)}
-    released = sorted(pipeline.leaving - set(members))
     pipeline.leaving -= set(members)
+    released = sorted(_living(grid, pipeline.leaving))
     grid.step_pipeline(pipeline, PipelineStep.FORM)
     pipeline.forming = True
     pipeline.formed = pipeline.reform = False
@@ -371,9 +371,9 @@ def _tell_of_loans(grid: Grid, pipeline: Pipeline, chosen: dict[Stage, NodeInfo]
     pipeline.news = ""
 
 
-def _is_living(grid: Grid, member: Member) -> bool:
-    slot = grid.slot_of(member)
-    return slot is not None and slot.living
+def _living(grid: Grid, members: set[Member]) -> set[Member]:
+    slots = {member: grid.slot_of(member) for member in members}
+    return {member for member, slot in slots.items() if slot is not None and slot.living}
 
 
 # ---- records

@@ -35,6 +35,8 @@ class Grid:
         self.begun = False
         self.resumed_at: float | None = None
         """When an earlier life of the controller was taken up."""
+        self.forgetful = False
+        """Whether that life left no memory: then lanes may be held that nobody knows of."""
         self.served = False
         self.aborted: str | None = None
         self.recoveries: collections.deque[Recovery] = collections.deque(maxlen=RECOVERIES_KEPT)
@@ -73,7 +75,7 @@ class Grid:
         """Lanes of other pipelines on a node, that of `besides` not counted."""
         member = slot.member
         others = (each for each in self.pipelines if each.id not in (slot.pipeline, besides))
-        return sum(each.holds(member) for each in others)
+        return sum(member in each.lanes for each in others)
 
     # ---- changing
 

@@ -56,7 +56,10 @@ def lanes_have_memory(cluster: Cluster) -> Iterator[Problem]:
     for slot in cluster.slots.values():
         if slot.info is None:
             continue
-        foreign = cluster.foreign_lanes(slot, slot.pipeline)
+        others = (each for each in cluster.pipelines if each.id != slot.pipeline)
+        # Lanes that are only presumed after a loss of memory are no proof.
+        held = (each.members if cluster.forgetful else each.lanes for each in others)
+        foreign = sum(slot.member in lanes for lanes in held)
         if foreign > slot.info.lanes - 1:
             yield slot.node, f"has {foreign} foreign lanes and memory for {slot.info.lanes} in all"
 

@@ -156,6 +156,7 @@ class Pipeline:
         """Stages without a member."""
         return [Stage(stage) for stage, member in enumerate(self.members) if member is None]
 
-    def holds(self, member: Member) -> bool:
-        """Whether it has a lane on `member`, used or not yet given up."""
-        return member in self.members or member in self.leaving
+    @property
+    def lanes(self) -> set[Member]:
+        """Members on which it has a lane, used or not yet given up."""
+        return self.leaving | {member for member in self.members if member is not None}

@@ -101,6 +101,15 @@ def on_ready(grid: Grid, event: events.NodeReady) -> None:
     slot.failed_starts = 0
     grid.start_seconds.append(grid.now - slot.started_at)
     grid.step_node(slot, NodeStep.READY)
+    if grid.forgetful:
+        _presume_lanes(grid, info.member, event.epochs)
+
+
+def _presume_lanes(grid: Grid, member: Member, epochs: dict[PipelineId, Epoch]) -> None:
+    """Suppose that every lane a node has ever had is still there, and have it given up if it is not used."""
+    for pipeline in grid.pipelines:
+        if pipeline.id in epochs and member not in pipeline.members:
+            pipeline.leaving.add(member)
 
 
 def on_failed(grid: Grid, event: events.NodeFailed) -> None:

@@ -1,0 +1,150 @@
+"""A cluster whose parts are real where processes are concerned, and do nothing else.
+
+Guardian, supervisor and zygote are the real ones. In place of the controller, the API server and the nodes stand
+processes that sleep, so that a whole cluster starts in a second. Run as a program, this file is one of the parts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+from kevlarflow import config as configuration
+from kevlarflow.config import RUN_FOLDER_VARIABLE, ServeConfig, Timeouts
+
+HERE = str(Path(__file__).resolve())
+
+
+def make_config(folder: Path, port: int) -> ServeConfig:
+    return ServeConfig(
+        model="/model",
+        served_model_name="stand-in",
+        host="127.0.0.1",
+        port=port,
+        stages=2,
+        pipelines=2,
+        kv_cache_memory_bytes=2**20,
+        reserve_lanes=1,
+        timeouts=Timeouts(stop_grace_s=2, startup_timeout_s=30),
+        run_folder=str(folder),
+    )
+
+
+def start_cluster(base: Path, port: int, *, zygote: str = "works", controller: str = "works") -> subprocess.Popen[str]:
+    """Start a supervisor over stand-ins. `zygote` and `controller` say how those behave."""
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(base)}
+    command = [sys.executable, HERE, "supervisor", str(port), zygote, controller]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, process_group=0
+    )
+
+
+def members(run_folder: Path) -> dict[int, str]:
+    """The processes that carry the run folder in their environment, with their command lines."""
+    wanted = os.fsencode(f"{RUN_FOLDER_VARIABLE}={run_folder}")
+    found = {}
+    for name in os.listdir("/proc"):
+        try:
+            if name.isdecimal() and wanted in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                found[int(name)] = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(condition: object, seconds: float = 10.0) -> None:
+    """Wait until a callable returns something true."""
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"still not so after {seconds} s: {condition}"
+        time.sleep(0.02)
+
+
+# ---- the parts
+
+
+def _supervisor(port: int, zygote: str, controller: str) -> int:
+    from kevlarflow.cli.main import complain
+    from kevlarflow.cli.serve import child_environment, say
+    from kevlarflow.control.run_folder import RunFolder
+    from kevlarflow.control.supervisor import Programs, Supervisor
+    from kevlarflow.errors import KevlarFlowError
+
+    folder = configuration.run_folder_of(port)
+    config = make_config(folder, port)
+    programs = Programs(
+        zygote=(sys.executable, HERE, "zygote", zygote), controller=(sys.executable, HERE, "controller", controller)
+    )
+    try:
+        run_folder = RunFolder(folder)
+        configuration.save(config)
+        return Supervisor(config, run_folder, child_environment(config), say, programs).run()
+    except KevlarFlowError as error:
+        return complain(str(error), error.exit_status)
+
+
+def _zygote(behaviour: str, report_fd: int) -> int:
+    from kevlarflow.node.zygote import Targets, Zygote
+
+    config = configuration.load()
+    with os.fdopen(report_fd, "w") as pipe:
+        if behaviour == "refuses":
+            json.dump({"error": "--enable-lora is not supported yet", "exit_status": 2}, pipe)
+            return 1
+        if behaviour == "dies":
+            raise RuntimeError("the zygote had a bad day")
+        target = _dying_api_server if behaviour == "api-server-dies" else _api_server
+        zygote = Zygote(config, Targets(node=lambda *_: time.sleep(1000), api_server=target))
+        zygote.listen()
+        json.dump({"model": {"layers": 4, "dtype": "float32", "kv_tokens": 1000}}, pipe)
+    zygote.serve()
+    return 0
+
+
+class _Health(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+
+def _api_server(config: ServeConfig) -> None:
+    if os.fork() == 0:
+        time.sleep(1000)  # The engine.
+    HTTPServer((config.host, config.port), _Health).serve_forever()
+
+
+def _dying_api_server(_: ServeConfig) -> None:
+    raise ValueError("no such chat template")
+
+
+def _controller(behaviour: str) -> int:
+    if behaviour == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if behaviour == "gives-up":
+        import zmq
+
+        from kevlarflow.wire.messages import Fatal, encode
+
+        router = zmq.Context.instance().socket(zmq.ROUTER)
+        router.bind(configuration.load().controller_address)
+        peer, _ = router.recv_multipart()
+        router.send_multipart([peer, encode(Fatal("node-0-1 died during start-up"))])
+    time.sleep(1000)
+    return 0
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["supervisor", port, zygote, controller]:
+            sys.exit(_supervisor(int(port), zygote, controller))
+        case ["zygote", behaviour, "--report-fd", report_fd]:
+            sys.exit(_zygote(behaviour, int(report_fd)))
+        case ["controller", behaviour]:
+            sys.exit(_controller(behaviour))
