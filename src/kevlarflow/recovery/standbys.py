@@ -21,7 +21,8 @@ def assign(grid: Grid, pipeline: Pipeline) -> None:
         pipeline.standbys = ()
         return
     standbys = tuple(_standby(grid, pipeline, Stage(stage)) for stage in range(len(pipeline.members)))
-    if standbys != pipeline.standbys:
+    nobody = (None,) * len(standbys)
+    if standbys != (pipeline.standbys or nobody):
         pipeline.standbys = standbys
         grid.command(AssignStandbys(pipeline.id, standbys))
 

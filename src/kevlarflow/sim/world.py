@@ -61,6 +61,8 @@ class Shape:
     budget: int
     requests: int
     losses: int
+    loss_rate: float
+    """How likely a loss is between two actions, while losses are left: early, or spread over the run."""
     replicates: bool
 
 
@@ -73,6 +75,7 @@ def draw(rng: random.Random) -> Shape:
         budget=rng.choice([4, 6, 16]),
         requests=rng.randint(2, 8),
         losses=rng.randint(0, 4),
+        loss_rate=rng.choice([0.1, 0.02, 0.005]),
         replicates=rng.random() < 0.7,
     )
 
@@ -159,7 +162,7 @@ class World:
             actions.append(self._update)
         elif self.scheduler.has_work and len(self.waits_for) < self.shape.stages:
             actions.append(self._schedule)
-        if self.losses_left and self.rng.random() < 0.1:
+        if self.losses_left and self.rng.random() < self.shape.loss_rate:
             actions.append(self._lose)
         if self.shape.replicates:
             actions += [functools.partial(self._replicate, lane) for lane in self.lanes if self.rng.random() < 0.5]
@@ -175,7 +178,7 @@ class World:
             self.scheduler.blocks.evict_unheld(self.evict_next)
         self.evict_next = None
         step, known = self.scheduler.schedule(formation)
-        if self.losses_left and self.rng.random() < 0.05:
+        if self.losses_left and self.rng.random() < self.shape.loss_rate:
             self._lose()
         self.steps[step.sequence] = (step, known)
         if step.scheduled:

@@ -6,6 +6,7 @@ import pytest
 
 from kevlarflow.errors import IllegalTransition
 from kevlarflow.recovery import pipeline as p
+from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.ledger import Admission, Continuation, Step, StepResult
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.types import Member, NodeInfo
@@ -48,6 +49,11 @@ def serving(nodes=(A0, A1)):
     return pipeline
 
 
+def sent(commands):
+    """Numbers of the steps that are sent, in order."""
+    return [command.sequence for command in commands if isinstance(command, p.Execute)]
+
+
 def kinds(commands):
     return [type(command).__name__ for command in commands]
 
@@ -61,7 +67,7 @@ def test_forming_joins_and_restores_every_stage():
 
 def test_a_step_goes_out_and_its_result_comes_back():
     pipeline = serving()
-    assert pipeline.handle(p.StepIssued(admit(1)), 1.0) == [p.Execute(1)]
+    assert sent(pipeline.handle(p.StepIssued(admit(1)), 1.0)) == [1]
     assert pipeline.handle(executed(1, 1), 1.1) == [p.Deliver(1)]
     assert pipeline.ledger["r"].output == [7]
 
@@ -73,7 +79,7 @@ def test_a_loss_recomputes_restores_and_issues_again():
     pipeline.handle(p.StepIssued(go_on(2)), 1.2)
     commands = pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
     assert kinds(commands) == ["Join", "Join", "Recompute", "Restore", "Execute", "EvictPrefixCache"]
-    assert commands[4] == p.Execute(2)
+    assert sent(commands) == [2]
 
 
 def test_the_phases_of_a_recovery_are_measured():
@@ -155,7 +161,7 @@ def test_a_suspended_pipeline_serves_again_when_it_is_formed():
     pipeline = serving()
     pipeline.handle(p.SuspensionOrdered(2, "no node"), 2.0)
     assert kinds(pipeline.handle(p.FormationOrdered(3, (A0, B1)), 3.0))[-1] == "EvictPrefixCache"
-    assert pipeline.handle(p.StepIssued(admit(1, formation=2)), 3.1) == [p.Execute(1)]
+    assert sent(pipeline.handle(p.StepIssued(admit(1, formation=2)), 3.1)) == [1]
 
 
 def test_a_step_that_raised_ends_its_requests_only():
@@ -165,7 +171,7 @@ def test_a_step_that_raised_ends_its_requests_only():
     commands = pipeline.handle(p.StepBroken(1, 1, 0, "boom"), 1.1)
     assert commands == [p.Abandon(1, "boom"), p.RequestFormation(0, "boom")]
     again = pipeline.handle(p.FormationOrdered(2, (A0, A1)), 1.2)
-    assert [command for command in again if isinstance(command, p.Execute)] == [p.Execute(2)]
+    assert sent(again) == [2]
 
 
 def test_a_step_that_raised_still_tells_which_requests_ended():
@@ -199,3 +205,105 @@ def test_a_step_cannot_be_issued_twice():
     pipeline.handle(p.StepIssued(admit(1)), 1.0)
     with pytest.raises(IllegalTransition):
         pipeline.handle(p.StepIssued(admit(1)), 1.1)
+
+
+# ---- replicas
+
+
+def replicating():
+    """Serving one request of 6 tokens in blocks 1 and 2, with B1 as the standby of stage 1."""
+    pipeline = serving()
+    pipeline.handle(p.StandbysAssigned((None, B1)), 0.5)
+    admission = Admission("r", tuple(range(6)), (1, 2), 0, None)
+    (execute,) = pipeline.handle(p.StepIssued(Step(1, (admission,), (), {"r": 6}, frozenset(), frozenset(), 1)), 1.0)
+    assert execute.writes == (Replica(1, 1, 4), Replica(2, 1, 2))
+    pipeline.handle(executed(1, 1), 1.1)
+    return pipeline
+
+
+def confirm(pipeline, *stored, source=A1, standby=B1, dropped=()):
+    pipeline.handle(p.ReplicasConfirmed(1, source.member, standby.member, stored, dropped), 1.2)
+
+
+def test_the_standby_is_told_to_the_node():
+    assert serving().handle(p.StandbysAssigned((None, B1)), 0.5) == [p.AssignStandby(0, None), p.AssignStandby(1, B1)]
+
+
+def test_replicas_are_placed_and_only_the_rest_is_computed():
+    pipeline = replicating()
+    confirm(pipeline, Replica(1, 1, 4))
+    commands = pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
+    assert commands[-1] == p.Place(1, (Replica(1, 1, 4),), ())
+    commands = pipeline.handle(p.ReplicasPlaced(2, 1, ()), 2.1)
+    (chunk,) = [command.chunk for command in commands if isinstance(command, p.Recompute)]
+    assert [(span.start, span.end) for span in chunk.spans] == [(4, 6)]
+
+
+def test_what_turns_out_to_be_missing_is_computed():
+    pipeline = replicating()
+    confirm(pipeline, Replica(1, 1, 4))
+    pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
+    commands = pipeline.handle(p.ReplicasPlaced(2, 1, (Replica(1, 1, 4),)), 2.1)
+    (chunk,) = [command.chunk for command in commands if isinstance(command, p.Recompute)]
+    assert chunk.num_tokens == 6
+
+
+def test_another_node_than_the_standby_has_no_replicas():
+    pipeline = replicating()
+    confirm(pipeline, Replica(1, 1, 4))
+    other = node("node-2-1", 1)
+    assert "Place" not in kinds(pipeline.handle(p.FormationOrdered(2, (A0, other)), 2.0))
+
+
+def test_a_replica_of_an_earlier_content_is_not_placed():
+    pipeline = replicating()
+    confirm(pipeline, Replica(1, 0, 4), Replica(2, 1, 2))
+    commands = pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
+    assert commands[-1] == p.Place(1, (Replica(2, 1, 2),), ())
+
+
+def test_a_dropped_replica_does_not_count():
+    pipeline = replicating()
+    confirm(pipeline, Replica(1, 1, 4))
+    confirm(pipeline, dropped=(Replica(1, 1, 4),))
+    assert "Place" not in kinds(pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0))
+
+
+def test_confirmations_of_another_source_or_standby_are_not_believed():
+    pipeline = replicating()
+    confirm(pipeline, Replica(1, 1, 4), source=node("node-0-1", 1, incarnation=9))
+    confirm(pipeline, Replica(1, 1, 4), standby=node("node-2-1", 1))
+    assert pipeline.coverage_of(1) == (B1, 6, 0)
+
+
+def test_coverage_is_the_watermark_of_live_requests():
+    pipeline = replicating()
+    confirm(pipeline, Replica(1, 1, 4), Replica(2, 1, 1))
+    assert pipeline.coverage_of(1) == (B1, 6, 5)
+
+
+def test_a_new_standby_has_nothing():
+    pipeline = replicating()
+    confirm(pipeline, Replica(1, 1, 4))
+    pipeline.handle(p.StandbysAssigned((None, node("node-2-1", 1))), 1.5)
+    assert pipeline.coverage_of(1)[2] == 0
+
+
+def test_replicated_prefixes_of_finished_requests_stay_usable():
+    pipeline = replicating()
+    confirm(pipeline, Replica(1, 1, 4))
+    pipeline.handle(p.StepIssued(empty(2, "r")), 1.3)
+    commands = pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
+    assert commands[-1] == p.Place(1, (), (Replica(1, 1, 4),))
+    commands = pipeline.handle(p.ReplicasPlaced(2, 1, ()), 2.1)
+    assert kinds(commands) == ["Restore", "PlaceRest", "EvictPrefixCache"]
+    assert commands[-1].keep == {1}
+
+
+def test_a_step_that_is_issued_while_replicas_are_awaited_goes_out_behind_them():
+    pipeline = replicating()
+    confirm(pipeline, Replica(1, 1, 4))
+    pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
+    assert pipeline.handle(p.StepIssued(go_on(2, computed=6)), 2.05) == []
+    commands = pipeline.handle(p.ReplicasPlaced(2, 1, ()), 2.1)
+    assert kinds(commands) == ["PlaceRest", "Recompute", "Restore", "Execute", "EvictPrefixCache"]

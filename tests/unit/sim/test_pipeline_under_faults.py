@@ -1,16 +1,20 @@
 """The real pipeline core over toy stages: no fault may change a token, and planted bugs must be found."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 
-from kevlarflow.recovery import pipeline, recompute
+from kevlarflow.recovery import coverage, pipeline, recompute
 from kevlarflow.recovery.ledger import Ledger
 from kevlarflow.sim.errors import Violation
-from kevlarflow.sim.world import World
+from kevlarflow.sim.world import Shape, World
 
-SEEDS = range(400)
-PLANTED_SEEDS = range(2_000)
+SEEDS = range(200)
+PLANTED_SEEDS = range(1_500)
+TIGHT = Shape(stages=3, blocks=10, block_size=2, budget=6, requests=8, losses=4, loss_rate=0.02, replicates=False)
+"""Hardly any memory: requests are preempted all the time, and their blocks given away at once."""
+REPLICATED = Shape(stages=2, blocks=14, block_size=2, budget=6, requests=8, losses=4, loss_rate=0.05, replicates=True)
 
 
 @pytest.mark.parametrize("first", range(0, len(SEEDS), 100))
@@ -25,15 +29,15 @@ def test_every_request_ends_with_the_tokens_of_a_run_without_failure(first: int)
 
 def test_the_toy_scheduler_preempts_and_hits_its_prefix_cache() -> None:
     preemptions = 0
-    for seed in range(200):
-        world = World(seed)
+    for seed in range(60):
+        world = World(seed, TIGHT)
         world.run()
         preemptions += world.scheduler.preemptions
     assert preemptions > 20
 
 
 def no_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kevlarflow.sim.scheduler.Blocks.evict_unheld", lambda self: None)
+    monkeypatch.setattr("kevlarflow.sim.scheduler.Blocks.evict_unheld", lambda *_: None)
 
 
 def no_recomputed_hits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,24 +90,57 @@ def short_by_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recompute, "_need", short)
 
 
+def old_replicas_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage.Coverage, "valid", lambda self, _: dict(self._replicas))
+
+
+def watermark_off_by_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = pipeline._held_everywhere
+
+    def too_much(placed: object) -> dict[int, int]:
+        held = original(placed)  # type: ignore[arg-type]
+        return held | {block + 1: 2 for block in held}
+
+    monkeypatch.setattr(pipeline, "_held_everywhere", too_much)
+
+
+def missing_replicas_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = pipeline.Pipeline._replicas_placed
+
+    def believe(self: pipeline.Pipeline, event: pipeline.ReplicasPlaced, now: float) -> list[pipeline.Command]:
+        return original(self, dataclasses.replace(event, missing=()), now)
+
+    monkeypatch.setattr(pipeline.Pipeline, "_replicas_placed", believe)
+
+
+def every_prefix_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kevlarflow.sim.scheduler.Blocks.evict_unheld", lambda *_: None)
+
+
 @pytest.mark.parametrize(
-    "plant",
+    ("plant", "shape"),
     [
-        no_eviction,
-        no_recomputed_hits,
-        no_late_hits,
-        damage_ignored,
-        computed_off_by_one,
-        steps_out_of_order,
-        preemption_ignored,
-        short_by_a_block,
+        (no_eviction, TIGHT),
+        (no_recomputed_hits, TIGHT),
+        (no_late_hits, TIGHT),
+        (damage_ignored, TIGHT),
+        (computed_off_by_one, TIGHT),
+        (steps_out_of_order, TIGHT),
+        (preemption_ignored, TIGHT),
+        (short_by_a_block, TIGHT),
+        (old_replicas_believed, REPLICATED),
+        (watermark_off_by_a_block, REPLICATED),
+        (missing_replicas_ignored, REPLICATED),
+        (every_prefix_kept, REPLICATED),
     ],
 )
-def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_bug_is_found(
+    plant: Callable[[pytest.MonkeyPatch], None], shape: Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plant(monkeypatch)
     for seed in PLANTED_SEEDS:
         try:
-            World(seed).run()
+            World(seed, shape).run()
         except (Violation, KeyError, IndexError):
             return
     pytest.fail(f"{plant.__name__} was not found in {len(PLANTED_SEEDS)} runs")

@@ -1,0 +1,71 @@
+"""Which block is copied next, and when a finished copy must not be sent."""
+
+from kevlarflow.recovery.coverage import Replica
+from kevlarflow.replication.queue import ReplicationQueue
+
+
+def wrote(queue, *replicas):
+    queue.begin(replicas)
+    return queue.end(replicas)
+
+
+def test_a_full_block_is_due():
+    queue = ReplicationQueue(block_size=4, interval=0)
+    assert wrote(queue, Replica(1, 1, 4))
+    assert queue.next() == Replica(1, 1, 4)
+    assert queue.next() is None
+
+
+def test_a_partly_filled_block_is_due_after_the_interval():
+    queue = ReplicationQueue(block_size=8, interval=3)
+    assert not wrote(queue, Replica(1, 1, 2))
+    assert wrote(queue, Replica(1, 1, 3))
+    assert queue.still_holds(queue.next())
+    assert not wrote(queue, Replica(1, 1, 5))
+    assert wrote(queue, Replica(1, 1, 6))
+
+
+def test_without_an_interval_only_full_blocks_are_copied():
+    queue = ReplicationQueue(block_size=8, interval=0)
+    assert not wrote(queue, Replica(1, 1, 7))
+
+
+def test_a_block_that_was_given_away_during_the_copy_is_not_sent():
+    queue = ReplicationQueue(block_size=4, interval=0)
+    wrote(queue, Replica(1, 1, 4))
+    copied = queue.next()
+    queue.begin([Replica(1, 2, 1)])
+    assert not queue.still_holds(copied)
+
+
+def test_a_block_that_grew_during_the_copy_is_sent_as_what_it_was():
+    queue = ReplicationQueue(block_size=8, interval=2)
+    wrote(queue, Replica(1, 1, 2))
+    copied = queue.next()
+    queue.begin([Replica(1, 1, 3)])
+    assert queue.still_holds(copied)
+
+
+def test_a_new_standby_gets_everything_again():
+    queue = ReplicationQueue(block_size=4, interval=0)
+    wrote(queue, Replica(1, 1, 4), Replica(2, 1, 4))
+    for _ in range(2):
+        queue.still_holds(queue.next())
+    assert queue.next() is None
+    queue.restart()
+    assert [queue.next(), queue.next()] == [Replica(1, 1, 4), Replica(2, 1, 4)]
+
+
+def test_after_a_re_forming_only_what_is_held_is_copied():
+    queue = ReplicationQueue(block_size=4, interval=0)
+    wrote(queue, Replica(1, 1, 4), Replica(2, 1, 4))
+    assert queue.hold([Replica(2, 1, 4)])
+    assert queue.next() == Replica(2, 1, 4)
+    assert queue.next() is None
+
+
+def test_what_the_standby_has_is_not_sent_again_after_a_re_forming():
+    queue = ReplicationQueue(block_size=4, interval=0)
+    wrote(queue, Replica(1, 1, 4))
+    queue.still_holds(queue.next())
+    assert not queue.hold([Replica(1, 1, 4)])

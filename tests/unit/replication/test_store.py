@@ -1,0 +1,71 @@
+"""The standby's store stays within its bytes, and drops what is cheapest to compute again."""
+
+import random
+
+from kevlarflow.recovery.coverage import Replica
+from kevlarflow.replication.store import StandbyStore
+
+DATA = b"x" * 10
+
+
+def replica(block, depth=0, generation=1, filled=4):
+    return Replica(block, generation, filled, depth)
+
+
+def test_only_exactly_the_stored_content_is_given_back():
+    store = StandbyStore(100)
+    store.put(0, replica(1), DATA)
+    assert store.get(0, replica(1)) == DATA
+    assert store.get(0, replica(1, generation=2)) is None
+    assert store.get(0, replica(1, filled=3)) is None
+    assert store.get(1, replica(1)) is None
+
+
+def test_a_newer_copy_of_a_block_replaces_the_older():
+    store = StandbyStore(100)
+    store.put(0, replica(1, filled=2), DATA)
+    store.put(0, replica(1, filled=4), DATA)
+    assert store.used_bytes == len(DATA)
+    assert store.get(0, replica(1, filled=2)) is None
+
+
+def test_the_deepest_block_is_dropped_first():
+    store = StandbyStore(30)
+    for block, depth in ((1, 0), (2, 5), (3, 1)):
+        store.put(0, replica(block, depth), DATA)
+    assert store.put(1, replica(4, 2), DATA) == [(0, replica(2, 5))]
+    assert store.get(0, replica(2, 5)) is None
+
+
+def test_among_equally_deep_blocks_the_oldest_goes():
+    store = StandbyStore(20)
+    store.put(0, replica(1), DATA)
+    store.put(0, replica(2), DATA)
+    assert store.put(0, replica(3), DATA) == [(0, replica(1))]
+
+
+def test_a_block_deeper_than_all_others_is_not_taken():
+    store = StandbyStore(20)
+    store.put(0, replica(1), DATA)
+    store.put(0, replica(2), DATA)
+    assert store.put(0, replica(3, depth=9), DATA) == [(0, replica(3, 9))]
+    assert store.get(0, replica(1)) == DATA
+
+
+def test_a_forgotten_lane_frees_its_bytes():
+    store = StandbyStore(100)
+    store.put(0, replica(1), DATA)
+    store.put(1, replica(1), DATA)
+    store.forget(0)
+    assert store.used_bytes == len(DATA)
+    assert store.get(1, replica(1)) == DATA
+
+
+def test_it_never_holds_more_than_its_limit():
+    rng = random.Random(1)
+    store = StandbyStore(95)
+    for _ in range(2_000):
+        store.put(rng.randrange(3), replica(rng.randrange(20), rng.randrange(6), rng.randrange(9)), DATA)
+        assert store.used_bytes <= store.limit_bytes
+        if rng.random() < 0.02:
+            store.forget(rng.randrange(3))
