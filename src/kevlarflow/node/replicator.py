@@ -182,10 +182,15 @@ class Replicator(threading.Thread):
             length=len(data),
             checksum=zlib.crc32(data),
         )
-        with contextlib.suppress(zmq.Again):
+        try:
             lane.channel.send_multipart([replicas.encode(header), data], zmq.NOBLOCK, copy=False)
-            lane.unanswered += 1
+        except zmq.Again:
+            lane.queue.not_sent(replica)
+            lane.unanswered = MAX_UNANSWERED
             lane.sent_at = now
+            return
+        lane.unanswered += 1
+        lane.sent_at = now
         self.copied_bytes += len(data)
         self._next_copy_at = now + len(data) / self._config.replication_bytes_per_second
 

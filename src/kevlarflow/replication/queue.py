@@ -86,6 +86,15 @@ class ReplicationQueue:
             self._sent[replica.block] = replica
             return True
 
+    def not_sent(self, replica: Replica) -> None:
+        """The copy could not be sent after all: it is due again."""
+        with self._lock:
+            if self._sent.get(replica.block) == replica:
+                del self._sent[replica.block]
+            held = self._holds.get(replica.block)
+            if held is not None:
+                self._note(held)
+
     @property
     def backlog(self) -> int:
         """Blocks that are due."""

@@ -69,3 +69,12 @@ def test_what_the_standby_has_is_not_sent_again_after_a_re_forming():
     wrote(queue, Replica(1, 1, 4))
     queue.still_holds(queue.next())
     assert not queue.hold([Replica(1, 1, 4)])
+
+
+def test_a_copy_that_could_not_be_sent_is_due_again():
+    queue = ReplicationQueue(block_size=4, interval=0)
+    wrote(queue, Replica(1, 1, 4))
+    copied = queue.next()
+    assert queue.still_holds(copied)
+    queue.not_sent(copied)
+    assert queue.next() == copied
