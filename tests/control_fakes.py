@@ -212,7 +212,7 @@ class FakeCluster:
     def node(self, name: str) -> dict:
         return next(node for node in self.status()["nodes"] if node["id"] == name)
 
-    def wait(self, condition: Callable[[dict], bool], what: str, seconds: float = 15.0) -> dict:
+    def wait(self, condition: Callable[[dict], bool], what: str, seconds: float = 60.0) -> dict:
         deadline = time.monotonic() + seconds
         document: dict = {}
         while time.monotonic() < deadline:

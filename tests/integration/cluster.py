@@ -70,13 +70,23 @@ class Cluster:
 
     # ---- asking
 
-    def status(self) -> Status:
-        """What ``kevlarflow status --json`` prints."""
+    def ask(self) -> Status:
+        """What ``kevlarflow status --json`` prints, asked once."""
         command = [KEVLARFLOW, "status", "--port", str(self.port), "--json"]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=STATUS_TIMEOUT_SECONDS, check=False)
         assert answer.returncode == 0, f"status failed: {answer.stderr.strip()}"
         document: Status = json.loads(answer.stdout)
         return document
+
+    def status(self) -> Status:
+        """The same for tests that are about something else: a crowded machine may make it late, but not for long."""
+        deadline = time.monotonic() + STATUS_TIMEOUT_SECONDS
+        while True:
+            try:
+                return self.ask()
+            except AssertionError:
+                if time.monotonic() >= deadline or self.process.poll() is not None:
+                    raise
 
     def healthy(self) -> bool:
         """Whether /health is 200."""

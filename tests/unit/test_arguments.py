@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from standins import make_config
 
 from kevlarflow.config import ServeConfig
 from kevlarflow.errors import IncompatibleVllm, Unsupported, UsageError
+from standins import make_config
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,9 @@ LLAMA = {
     "max_position_embeddings": 512, "torch_dtype": "bfloat16",
 }  # fmt: skip
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 128}
-MIXTRAL = LLAMA | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, "sliding_window": None}  # fmt: skip
+MIXTRAL = LLAMA | {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, "sliding_window": None,
+}  # fmt: skip
 MAMBA = {"architectures": ["MambaForCausalLM"], "model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 4,
          "state_size": 16, "vocab_size": 128, "torch_dtype": "float32"}  # fmt: skip
 BERT = {"architectures": ["BertModel"], "model_type": "bert", "hidden_size": 64, "num_hidden_layers": 4,
@@ -105,7 +107,7 @@ def test_what_vllm_refuses_is_one_line(configured: Any, words: list[str], line: 
     ],
 )  # fmt: skip
 def test_what_is_not_yet_safe_is_refused_by_name(configured: Any, words: str) -> None:
-    flag = words.split()[0]
+    flag = words.split(maxsplit=1)[0]
     with pytest.raises(Unsupported) as error:
         inspect(configured(*words.split()))
     assert str(error.value).startswith(flag)
@@ -161,7 +163,7 @@ def test_a_seam_that_is_gone_is_named(configured: Any, monkeypatch: pytest.Monke
     from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 
     monkeypatch.delattr(GenerateBaseServing, "_raise_if_error")
-    with pytest.raises(IncompatibleVllm, match="has no vllm.entrypoints.generate.base.serving:.*_raise_if_error"):
+    with pytest.raises(IncompatibleVllm, match=r"has no vllm\.entrypoints\.generate\.base\.serving:.*_raise_if_error"):
         inspect(configured())
 
 

@@ -11,10 +11,10 @@ import pytest
 import zmq
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
-from standins import wait_until
 
 from kevlarflow.engine.availability import AvailabilityMiddleware, ControllerMetrics, Watch
 from kevlarflow.wire.messages import AskMetrics, Availability, Metrics, Subscribe, decode, encode
+from standins import wait_until
 
 SERVING = Availability(serving=True, started=True, reason="", retry_after_seconds=0)
 DOWN = Availability(serving=False, started=True, reason="stage 1 has no node", retry_after_seconds=7)

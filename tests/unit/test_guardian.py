@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from standins import members, wait_until
 
 from kevlarflow.config import RUN_FOLDER_VARIABLE, RUN_ID_VARIABLE
 from kevlarflow.control import guardian
 from kevlarflow.control.run_folder import RunFolder, make_private
 from kevlarflow.errors import UsageError
+from standins import members, wait_until
 
 
 class Sleepers:

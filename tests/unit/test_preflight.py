@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -167,10 +168,11 @@ def test_a_free_port_is_accepted() -> None:
     preflight.check_port("0.0.0.0", port)
 
 
-def test_the_owner_of_a_port_is_named(tmp_path: Path) -> None:
-    import subprocess
-
-    script = "import socket, time; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); time.sleep(60)"
+def test_the_owner_of_a_port_is_named() -> None:
+    script = (
+        "import socket, time; listener = socket.create_server(('127.0.0.1', 0)); "
+        "print(listener.getsockname()[1], flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         port = int(owner.stdout.readline())

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from standins import members, start_cluster, wait_until
 
 from kevlarflow.control.process import Process, last_words
 from kevlarflow.control.supervisor import FAILURES_IN_A_ROW, LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Unit
+from standins import members, start_cluster, wait_until
 
 
 def free_port() -> int:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from standins import make_config, wait_until
 
 from kevlarflow.config import ServeConfig
 from kevlarflow.errors import KevlarFlowError
 from kevlarflow.node.zygote import Targets, Zygote, require_one_thread
 from kevlarflow.types import NodeId, Stage
 from kevlarflow.wire.messages import AnyMessage, AskStatus, StartApiServer, Started, StartNode, decode, encode
+from standins import make_config, wait_until
 
 NODE = StartNode(NodeId("node-0-1"), 3, Stage(1))
 

@@ -19,6 +19,7 @@ import msgspec
 from kevlarflow.bench.contestants import KEVLARFLOW, Recipe, make, own_caches
 from kevlarflow.bench.experiment import Say, Void, require_whole, running
 from kevlarflow.bench.load import closed_loop
+from kevlarflow.bench.machine import CpuMeter, wait_quiet
 from kevlarflow.bench.measure import Pause, pause_after
 from kevlarflow.bench.prompts import clients
 from kevlarflow.bench.results import Failover, Kill
@@ -49,6 +50,8 @@ class Plan(msgspec.Struct, frozen=True):
     tokens: int = 160
     """Output tokens of a request."""
     seed: int = 0
+    patience_seconds: float = 60.0
+    """How long a kill waits for others to leave the machine alone."""
 
 
 def run(plan: Plan, result: Failover, folder: Path, say: Say) -> None:
@@ -73,9 +76,11 @@ async def _kills(plan: Plan, result: Failover, system: System, watcher: Watcher,
     chance = random.Random(plan.seed)
     warm_up = clients("warm", plan.streams, 1, WARM_UP_TOKENS, plan.recipe.pipelines)
     await closed_loop(system.address, system.model, warm_up)
+    meter = CpuMeter(lambda: [process.pid for process in system.processes()])
     for number in range(plan.kills):
         system.require_alive()
         await _until_settled(watcher)
+        await wait_quiet(meter, plan.patience_seconds)
         stages, pipelines = plan.recipe.stages, plan.recipe.pipelines
         stage = 0 if number % 2 == 0 else stages - 1
         kill = Kill(number + 1, pipeline=number // 2 % pipelines, stage=stage)

@@ -1,11 +1,13 @@
 """The machine that was measured on: what it is, and how much of it others used meanwhile.
 
-A benchmark on a shared machine measures its neighbours as well. So each load is accompanied by the share of all cores
-that was taken by processes which are neither the system under test nor the harness.
+A benchmark on a shared machine measures its neighbours as well. So each load waits a while for a quiet moment, and is
+accompanied by the share of all cores that was taken by processes which are neither the system under test nor the
+harness.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import os
 import platform
@@ -14,6 +16,10 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 import psutil
+
+QUIET_SHARE = 0.05
+"""Others may use this share of the machine in a quiet moment."""
+LOOK_SECONDS = 2.0
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -63,6 +69,18 @@ class CpuMeter:
         times = psutil.cpu_times()
         busy = times.user + times.nice + times.system + times.irq + times.softirq
         return time.monotonic(), busy, sum(map(_cpu_seconds, {*self._pids(), os.getpid()}))
+
+
+async def wait_quiet(meter: CpuMeter, patience_seconds: float) -> bool:
+    """Wait for a moment in which others leave the machine alone; says whether there was one in time."""
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        meter.start()
+        await asyncio.sleep(min(LOOK_SECONDS, patience_seconds))
+        if meter.strangers() <= QUIET_SHARE:
+            return True
+        if time.monotonic() > deadline:
+            return False
 
 
 def _cpu_seconds(pid: int) -> float:

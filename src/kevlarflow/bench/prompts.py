@@ -1,7 +1,7 @@
 """What is asked: prompts of 100 to 300 tokens, none of which begins as another does.
 
 They differ from the first words on, so that no prefix cache helps, and are the same for the same seed, so that two
-systems are given the same work.
+systems are given the same work. How long each is does not depend on the seed, so that rounds can be compared.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ FEWEST_SENTENCES, MOST_SENTENCES = 6, 17
 """A sentence is some 16 tokens long."""
 
 
-def passage(seed: str) -> str:
-    """A passage to be continued."""
+def passage(seed: str, count: int = FEWEST_SENTENCES) -> str:
+    """A passage of `count` sentences, to be continued."""
     chance = random.Random(seed)
-    count = chance.randint(FEWEST_SENTENCES, MOST_SENTENCES)
     sentences = [
         f"{chance.choice(WHO)} {chance.choice(DID)} {chance.choice(WHERE)} {chance.choice(WHEN)}." for _ in range(count)
     ]
@@ -47,7 +46,7 @@ def clients(seed: str, streams: int, requests_each: int, tokens: int, pipelines:
         [
             completion(
                 name=f"client {client} request {number}",
-                prompt=passage(f"{seed}/{client}/{number}"),
+                prompt=passage(f"{seed}/{client}/{number}", _sentences(client, number)),
                 tokens=tokens,
                 pipeline=(client + number) % pipelines,
             )
@@ -55,3 +54,8 @@ def clients(seed: str, streams: int, requests_each: int, tokens: int, pipelines:
         ]
         for client in range(streams)
     ]
+
+
+def _sentences(client: int, number: int) -> int:
+    lengths = MOST_SENTENCES - FEWEST_SENTENCES + 1
+    return FEWEST_SENTENCES + (7 * client + 5 * number) % lengths

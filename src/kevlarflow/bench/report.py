@@ -116,6 +116,7 @@ def _ratio(ours: Sequence[float | None], theirs: Sequence[float | None]) -> str:
 def startup_grid(result: Startup) -> Grid:
     """Seconds to the first 200, cold and warm."""
     rounds = 1 + max((each.number for each in result.starts), default=0)
+    strangers = [each.strangers for each in result.starts if each.void is None]
     rows = []
     for cache in dict.fromkeys(each.cache for each in result.starts):
         values = {}
@@ -131,6 +132,10 @@ def startup_grid(result: Startup) -> Grid:
         for each in result.starts
         if each.void is not None
     ]
+    if strangers:
+        remarks.append(
+            f"Other processes used {percentile(strangers, 0.5):.0%} of the machine (at most {max(strangers):.0%})."
+        )
     return Grid("Ready: command to the first 200 of /health", ("", STOCK, KEVLARFLOW, "ratio"), rows, remarks)
 
 
@@ -183,7 +188,17 @@ def phases_grid(result: Failover) -> Grid:
 
 def kills_grid(result: Failover) -> Grid:
     """One row for each kill."""
-    headers = ("kill", "node", "taken over by", "streams", "resumed, worst", "recovery", "recomputed", "lane back")
+    headers = (
+        "kill",
+        "node",
+        "taken over by",
+        "streams",
+        "resumed, worst",
+        "recovery",
+        "recompute",
+        "tokens",
+        "lane back",
+    )
     return Grid("Kills", headers, [_kill_row(kill) for kill in result.kills if kill.void is None])
 
 
@@ -195,7 +210,8 @@ def _kill_row(kill: Kill) -> tuple[str, ...]:
         str(len(kill.affected)),
         _milliseconds(max(pause.resumed_seconds for pause in kill.affected)),
         _milliseconds(kill.phases["total"]),
-        f"{kill.recomputed_tokens:,} tokens",
+        _milliseconds(kill.phases["recompute"]),
+        f"{kill.recomputed_tokens:,}",
         NOTHING if kill.rejoin_seconds is None else f"{kill.rejoin_seconds:.1f} s",
     )
 
@@ -215,7 +231,7 @@ def rich_table(grid: Grid) -> RenderableType:
 
     table = Table(title=grid.title, title_justify="left", title_style="bold")
     for position, header in enumerate(grid.headers):
-        table.add_column(header, justify="left" if position < 1 else "right")
+        table.add_column(header, justify="left" if position < 1 else "right", no_wrap=True)
     for row in grid.rows:
         table.add_row(*row)
     return Group(table, *(Text(remark, style="dim") for remark in grid.remarks), Text())

@@ -14,7 +14,7 @@ import msgspec
 
 from kevlarflow.bench.contestants import NAMES, Recipe, make, own_caches
 from kevlarflow.bench.experiment import Say, Void, require_whole, running, turns
-from kevlarflow.bench.machine import CpuMeter
+from kevlarflow.bench.machine import CpuMeter, wait_quiet
 from kevlarflow.bench.measure import time_to_first_token
 from kevlarflow.bench.prompts import passage
 from kevlarflow.bench.results import Start, Startup
@@ -32,6 +32,8 @@ class Plan(msgspec.Struct, frozen=True):
     rounds: int = 2
     caches: tuple[str, ...] = (COLD, WARM)
     systems: tuple[str, ...] = NAMES
+    patience_seconds: float = 60.0
+    """How long a start waits for others to leave the machine alone."""
 
 
 def run(plan: Plan, result: Startup, folder: Path, say: Say) -> None:
@@ -44,15 +46,16 @@ def run(plan: Plan, result: Startup, folder: Path, say: Say) -> None:
             start = Start(number, name, cache)
             result.starts.append(start)
             try:
-                _start(make(name, plan.recipe, folder, caches), start)
+                _start(plan, make(name, plan.recipe, folder, caches), start)
                 say(f"round {number} of {plan.rounds}: {name}, {cache} caches: ready in {start.ready_seconds:.1f} s")
             except (SystemFailed, Void) as error:
                 start.void = str(error)
                 say(f"round {number}: {name}, {cache} caches: void: {error}")
 
 
-def _start(system: System, start: Start) -> None:
+def _start(plan: Plan, system: System, start: Start) -> None:
     meter = CpuMeter(lambda: [process.pid for process in system.processes()])
+    asyncio.run(wait_quiet(meter, plan.patience_seconds))
     meter.start()
     with running(system, start.leftovers) as ready_seconds:
         start.ready_seconds = ready_seconds

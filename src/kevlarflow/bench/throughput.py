@@ -16,7 +16,7 @@ import msgspec
 from kevlarflow.bench.contestants import NAMES, Recipe, make, own_caches
 from kevlarflow.bench.experiment import Say, Void, require_whole, running, turns
 from kevlarflow.bench.load import closed_loop
-from kevlarflow.bench.machine import CpuMeter
+from kevlarflow.bench.machine import CpuMeter, wait_quiet
 from kevlarflow.bench.measure import summarize
 from kevlarflow.bench.prompts import clients
 from kevlarflow.bench.results import Load, Round, Throughput
@@ -35,6 +35,8 @@ class Plan(msgspec.Struct, frozen=True):
     """Output tokens of a request."""
     systems: tuple[str, ...] = NAMES
     seed: int = 0
+    patience_seconds: float = 60.0
+    """How long a load waits for others to leave the machine alone."""
 
 
 def run(plan: Plan, result: Throughput, folder: Path, say: Say) -> None:
@@ -70,6 +72,7 @@ def _round(plan: Plan, this: Round, system: System, say: Say) -> None:
 def _load(plan: Plan, system: System, seed: str, streams: int, requests: int, tokens: int) -> Load:
     work = clients(f"{plan.seed}/{seed}/{streams}", streams, requests, tokens, plan.recipe.pipelines)
     meter = CpuMeter(lambda: [process.pid for process in system.processes()])
+    asyncio.run(wait_quiet(meter, plan.patience_seconds))
     meter.start()
     recorded = asyncio.run(closed_loop(system.address, system.model, work))
     strangers = meter.strangers()

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 EXPERIMENTS = ("throughput", "startup", "failover")
 DEFAULT_OUTPUT = Path("docs/benchmarks")
+FILE_WIDTH = 120
+"""Characters of a line where there is no terminal."""
 DESCRIPTION = """\
 Measure KevlarFlow against stock vLLM, in turns, with the same flags, model and environment:
 
@@ -37,7 +39,9 @@ def run(arguments: list[str]) -> int:
 
     from kevlarflow.bench import report as reporting
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
     report = _empty_report(arguments, options)
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
@@ -79,6 +83,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=_count, default=2048, help="as vLLM's (%(default)s)")
     parser.add_argument("--kv-cache-memory-bytes", type=_bytes, default=512 * 2**20, help="as vLLM's (512M)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and moments (%(default)s)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to wait, each time, until other processes leave the machine alone (%(default)s)",
+    )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder of the reports (%(default)s)")
     options = parser.parse_args(arguments)
     for name in options.experiments:
@@ -141,15 +152,18 @@ def _measure(options: argparse.Namespace, report: Report, folder: Path, say: Say
     if "throughput" in options.experiments:
         size = {"rounds": 1, "streams": (1, 4), "tokens": 32} if options.quick else {}
         asked = {"rounds": options.rounds, "streams": options.streams, "tokens": options.tokens} | size
-        throughput_plan = throughput.Plan(recipe, seed=options.seed, **asked)
+        throughput_plan = throughput.Plan(recipe, seed=options.seed, patience_seconds=options.patience, **asked)
         report.throughput = results.Throughput()
         throughput.run(throughput_plan, report.throughput, folder, say)
     if "startup" in options.experiments:
-        startup_plan = startup.Plan(recipe, rounds=1 if options.quick else options.startup_rounds)
+        rounds = 1 if options.quick else options.startup_rounds
+        startup_plan = startup.Plan(recipe, rounds=rounds, patience_seconds=options.patience)
         report.startup = results.Startup()
         startup.run(startup_plan, report.startup, folder, say)
     if "failover" in options.experiments:
         kills, streams = (2, 8) if options.quick else (options.kills, options.kill_streams)
-        failover_plan = failover.Plan(recipe, kills=kills, streams=streams, seed=options.seed)
+        failover_plan = failover.Plan(
+            recipe, kills=kills, streams=streams, seed=options.seed, patience_seconds=options.patience
+        )
         report.failover = results.Failover(streams)
         failover.run(failover_plan, report.failover, folder, say)

@@ -140,9 +140,10 @@ class Controller:
             if known.pids and not self.watcher.watch(known.member, known.pids, remembered.start_times):
                 self._bury(known.member, now, now)
 
-    def turn(self, now: float) -> None:
+    def turn(self, now: float, *, messages_wait: bool = True) -> None:
         """Everything that is due: messages, deaths, answers of the launcher, and time."""
-        self._read_messages(now)
+        if messages_wait:
+            self._read_messages(now)
         for death in self.watcher.check(now):
             if isinstance(death.key, EngineProcess):
                 self.handle(events.EngineLost(death.key.pipeline, death.pid), now)
@@ -329,7 +330,9 @@ class Bell:
     """Makes signals readable, so that the loop hears of them between two events and never inside one."""
 
     def __init__(self) -> None:
-        self.read_end, self._write_end = socket.socketpair()
+        self._read_end, self._write_end = socket.socketpair()
+        self.descriptor = self._read_end.fileno()
+        """Becomes readable when the process is asked to end."""
         self._write_end.setblocking(False)
         signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -343,9 +346,11 @@ def run(controller: Controller, hub: ZmqHub) -> None:
     interval_ms = controller.config.timeouts.watch_interval_ms
     poller = zmq.Poller()
     poller.register(hub.socket, zmq.POLLIN)
-    poller.register(bell.read_end, zmq.POLLIN)
-    while bell.read_end not in dict(poller.poll(interval_ms)):
-        controller.turn(time.monotonic())
+    poller.register(bell.descriptor, zmq.POLLIN)
+    ready: dict[object, int] = {}
+    while bell.descriptor not in ready:
+        controller.turn(time.monotonic(), messages_wait=hub.socket in ready)
+        ready = dict(poller.poll(interval_ms))
     controller.stop()
 
 

@@ -9,10 +9,10 @@ comparison, and its order, with a higher epoch, replaces the one that is under w
 
 from __future__ import annotations
 
-from kevlarflow.recovery import events
-from kevlarflow.recovery.events import Form, KillNode, Recovery, Suspend
+from kevlarflow.recovery import events, records
+from kevlarflow.recovery.events import Form, KillNode, Suspend
 from kevlarflow.recovery.grid import Grid
-from kevlarflow.recovery.members import Pipeline, Slot, node_id, subject
+from kevlarflow.recovery.members import Pipeline, node_id, subject
 from kevlarflow.recovery.planner import Candidate, choose
 from kevlarflow.recovery.transitions import PipelineStep
 from kevlarflow.types import (
@@ -22,7 +22,6 @@ from kevlarflow.types import (
     Member,
     NodeInfo,
     NodeState,
-    Phases,
     PipelineState,
     RecoveryState,
     Stage,
@@ -133,7 +132,7 @@ def on_formed(grid: Grid, event: events.Formed) -> None:
     pipeline.struck.clear()
     pipeline.complaints.clear()
     grid.tell(subject(pipeline.id), f"formed in epoch {event.epoch}")
-    _finish_recoveries(grid, pipeline, event)
+    records.finish(grid, pipeline, event)
 
 
 def on_member_failed(grid: Grid, event: events.MemberFailed) -> None:
@@ -178,7 +177,7 @@ def _settle_complaint(grid: Grid, pipeline: Pipeline, member: Member) -> None:
     pipeline.news = f"{slot.node} could not help {subject(pipeline.id)}"
     if pipeline.state is not PipelineState.STARTING:
         pipeline.cause = Cause.CRASH
-        _record(grid, pipeline, slot.stage, Cause.CRASH, slot)
+        records.begin(grid, pipeline, slot.stage, Cause.CRASH, slot)
 
 
 # ---- comparing what is with what could be
@@ -237,9 +236,9 @@ def _adopt(grid: Grid, pipeline: Pipeline, claim: events.EngineAttached) -> bool
         pipeline.cause = Cause.CRASH
         origin = grid.slots.get(claim.members[stage].node) or grid.home(pipeline, stage)
         if stage not in pipeline.recoveries:
-            _record(grid, pipeline, stage, Cause.CRASH, origin)
+            records.begin(grid, pipeline, stage, Cause.CRASH, origin)
     if not holes:
-        _finish_recoveries(grid, pipeline, None)
+        records.finish(grid, pipeline, None)
         # Someone has seen a newer epoch: what the engine sends would be refused.
         pipeline.reform = claim.epoch < pipeline.epoch
     return True
@@ -297,7 +296,7 @@ def _take_back(grid: Grid, pipeline: Pipeline) -> None:
         ready = slot.state is NodeState.READY and slot.fenced_by is None
         if ready and slot.info is not None and member is not None and slot.member != member:
             chosen[Stage(number)] = slot.info
-            _record(grid, pipeline, Stage(number), Cause.REJOIN, grid.slots[member.node])
+            records.begin(grid, pipeline, Stage(number), Cause.REJOIN, grid.slots[member.node])
     if chosen:
         pipeline.cause = Cause.REJOIN
         form(grid, pipeline, chosen, Cause.REJOIN)
@@ -317,7 +316,7 @@ def form(grid: Grid, pipeline: Pipeline, chosen: dict[Stage, NodeInfo], cause: C
     if pipeline.state is PipelineState.STARTING:
         pipeline.unrestored.clear()
     members = [member for member in pipeline.members if member is not None]
-    pipeline.leaving -= set(members)
+    pipeline.leaving = {each for each in pipeline.leaving - set(members) if grid.slot_of(each) is not None}
     released = sorted(_living(grid, pipeline.leaving))
     grid.step_pipeline(pipeline, PipelineStep.FORM)
     pipeline.forming = True
@@ -331,7 +330,7 @@ def form(grid: Grid, pipeline: Pipeline, chosen: dict[Stage, NodeInfo], cause: C
         cause=cause,
         lost_stages=tuple(sorted(pipeline.unrestored)),
     )
-    _plan_recoveries(grid, pipeline)
+    records.plan(grid, pipeline)
     _tell_of_loans(grid, pipeline, chosen, cause)
     grid.tell(subject(pipeline.id), f"is told to form in epoch {pipeline.epoch}: {', '.join(map(str, members))}")
     grid.command(pipeline.order)
@@ -374,68 +373,3 @@ def _tell_of_loans(grid: Grid, pipeline: Pipeline, chosen: dict[Stage, NodeInfo]
 def _living(grid: Grid, members: set[Member]) -> set[Member]:
     slots = {member: grid.slot_of(member) for member in members}
     return {member for member, slot in slots.items() if slot is not None and slot.living}
-
-
-# ---- records
-
-
-def _record(grid: Grid, pipeline: Pipeline, stage: Stage, cause: Cause, origin: Slot) -> None:
-    """Begin the record of a recovery that no loss seen by this controller has begun."""
-    grid.open_recovery(
-        Recovery(
-            id=grid.next_recovery,
-            pipeline=pipeline.id,
-            stage=stage,
-            cause=cause,
-            origin=origin.node,
-            time=grid.now + grid.unix_offset,
-            decided_at=grid.now,
-        )
-    )
-
-
-def _plan_recoveries(grid: Grid, pipeline: Pipeline) -> None:
-    """Note in the running records who takes over, and how long it took to find one."""
-    for stage, recovery in pipeline.recoveries.items():
-        member = pipeline.members[stage]
-        recovery.target = member.node if member is not None else None
-        recovery.formed_at = grid.now
-        recovery.seconds = Phases(detect=recovery.seconds.detect, plan=grid.now - recovery.decided_at)
-
-
-def _finish_recoveries(grid: Grid, pipeline: Pipeline, answer: events.Formed | None) -> None:
-    """End all running records of a pipeline that generates again.
-
-    Stages that came back by one order share its requests and tokens: each record names them all.
-    Without an answer, after a restart of the controller, what the recovery cost is not known.
-    """
-    ended = []
-    for stage in list(pipeline.recoveries):
-        recovery = pipeline.recoveries[stage]
-        if answer is not None:
-            recovery.requests = answer.requests
-            recovery.lost_requests = answer.lost_requests
-            recovery.recomputed_tokens = answer.recomputed_tokens
-            recovery.seconds = Phases(
-                detect=recovery.seconds.detect,
-                plan=recovery.seconds.plan,
-                relink=answer.seconds.relink,
-                restore=answer.seconds.restore,
-                recompute=answer.seconds.recompute,
-                reissue=answer.seconds.reissue,
-            )
-        ended.append(recovery)
-        grid.close_recovery(pipeline, stage, RecoveryState.DONE)
-    rejoined = [each.target for each in ended if each.cause is Cause.REJOIN and each.target]
-    if rejoined:
-        verb, lane = ("is", "its lane") if len(rejoined) == 1 else ("are", "their lanes")
-        grid.narrate(f"{', '.join(rejoined)} {verb} back and took {lane} of {subject(pipeline.id)} again")
-    crashed = [each for each in ended if each.cause is not Cause.REJOIN]
-    if crashed:
-        slowest = max(each.seconds.total for each in crashed)
-        last = crashed[-1]
-        lost = f", {last.lost_requests:,} lost" if last.lost_requests else ""
-        grid.narrate(
-            f"{subject(pipeline.id)} recovered in {slowest * 1_000:,.0f} ms: {last.requests:,} requests"
-            f"{lost}, {last.recomputed_tokens:,} tokens recomputed"
-        )

@@ -7,12 +7,12 @@ simply no longer stands in any of them.
 
 from __future__ import annotations
 
-from kevlarflow.recovery import events
-from kevlarflow.recovery.events import KillNode, KnownNode, Recovery, Retire, StartNode
+from kevlarflow.recovery import events, records
+from kevlarflow.recovery.events import KillNode, KnownNode, Retire, StartNode
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import Pipeline, Slot
 from kevlarflow.recovery.transitions import NodeStep
-from kevlarflow.types import Cause, Epoch, Member, NodeState, Phases, PipelineId, PipelineState
+from kevlarflow.types import Cause, Epoch, Member, NodeState, PipelineId, PipelineState
 
 START_ATTEMPTS = 5
 """Failed starts in a row after which a slot stays empty."""
@@ -193,7 +193,9 @@ def lose(grid: Grid, slot: Slot, cause: Cause, alive_at: float, what: str) -> No
     grid.step_node(slot, NodeStep.LOSE)
     slot.info = None
     slot.ready_by = slot.exit_due = slot.fenced_by = None
-    if not grid.served:
+    # A node that cannot even start is a mistake to be mended, whether or not another pipeline was quicker.
+    cannot_start = was_starting and slot.incarnation == 1 and not all(each.served for each in grid.pipelines)
+    if not grid.served or cannot_start:
         grid.abort(f"{slot.node} {what}. Its log: {log_path(grid, slot)}")
         return
     concerned = [each for each in grid.pipelines if _bereave(grid, each, slot, member, cause, alive_at)]
@@ -217,18 +219,7 @@ def _bereave(grid: Grid, pipeline: Pipeline, slot: Slot, member: Member, cause: 
     if pipeline.state is PipelineState.STARTING:
         return True
     pipeline.cause = cause
-    grid.open_recovery(
-        Recovery(
-            id=grid.next_recovery,
-            pipeline=pipeline.id,
-            stage=slot.stage,
-            cause=cause,
-            origin=slot.node,
-            time=grid.now + grid.unix_offset,
-            decided_at=grid.now,
-            seconds=Phases(detect=max(0.0, grid.now - alive_at)),
-        )
-    )
+    records.begin(grid, pipeline, slot.stage, cause, slot, detect=max(0.0, grid.now - alive_at))
     return True
 
 

@@ -65,6 +65,15 @@ def test_prompts_are_the_same_for_the_same_seed():
     assert passage("a") == passage("a") != passage("b")
 
 
+def test_prompts_of_any_seed_are_equally_long():
+    lengths = [
+        [[request.body["prompt"].count(".") for request in each] for each in clients(seed, 16, 4, 8, 2)]
+        for seed in "ab"
+    ]
+    assert lengths[0] == lengths[1]
+    assert len({length for each in lengths[0] for length in each}) == 12
+
+
 def test_streams_are_spread_evenly_over_the_pipelines():
     firsts = [requests[0].pipeline for requests in clients("x", 16, 2, 8, 2)]
     assert firsts.count(0) == firsts.count(1) == 8

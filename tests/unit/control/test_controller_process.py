@@ -112,7 +112,7 @@ def test_pipelines_wait_when_a_stage_is_gone_and_take_the_replacement(cluster):
     Path(cluster.config.path("hold-node-0-1")).unlink()
     document = cluster.wait_serving()
     assert nodes_of(document, 1) == ["node-1-0", "node-0-1"]
-    assert observer.poll(2_000)
+    assert observer.poll(20_000)
     assert decode(observer.recv()) == messages.Availability(True, True, "", 0)
     observer.close(linger=0)
 
@@ -141,7 +141,7 @@ def test_a_node_that_dies_while_the_controller_is_away_is_missed_at_once(cluster
     cluster.controller.wait()
     os.kill(victim, signal.SIGKILL)
     cluster.start_controller()
-    document = cluster.wait(lambda d: d["recoveries"] and all_serve(d), "the failover", seconds=2.5)
+    document = cluster.wait(lambda d: d["recoveries"] and all_serve(d), "the failover", seconds=30)
     assert nodes_of(document, 0) == ["node-0-0", "node-1-1"]
     assert document["recoveries"][0]["state"] == "done"
 
@@ -167,7 +167,7 @@ def test_a_node_that_fails_at_start_ends_the_start_with_its_reason(cluster):
     observer.send(encode(messages.Subscribe()))
     cluster.start_launcher()
     cluster.start_engines()
-    while observer.poll(10_000):
+    while observer.poll(60_000):
         message = decode(observer.recv())
         if isinstance(message, messages.Fatal):
             assert message.reason.startswith("node-1-0 failed: no weights: use another --model. Its log: ")
@@ -211,7 +211,7 @@ def test_a_subscriber_hears_what_happens(cluster):
     cluster.engines[0].running = 1
     pid = kill(cluster, "node-0-1")
     lines = []
-    while len(lines) < 2 and observer.poll(5_000):
+    while len(lines) < 2 and observer.poll(60_000):
         message = decode(observer.recv())
         if isinstance(message, messages.Narration):
             lines.append(message.text)

@@ -155,6 +155,28 @@ def test_a_node_that_fails_before_the_cluster_has_served_ends_the_start():
     assert driver.ready("node-0-0") == []
 
 
+def test_a_node_that_cannot_start_ends_the_start_even_if_another_pipeline_was_quicker():
+    driver = Driver(stages=1)
+    driver.do(events.ClusterBegun())
+    driver.ready("node-0-0")
+    driver.attach(0)
+    driver.formed(0, 1)
+    driver.engine_ready(0)
+    (abort,) = driver.do(events.NodeFailed(member("node-1-0"), "no memory"))
+    assert isinstance(abort, Abort)
+
+
+def test_a_ready_node_that_dies_before_its_pipeline_has_served_is_replaced_once_another_serves():
+    driver = Driver(stages=1)
+    driver.do(events.ClusterBegun())
+    driver.ready("node-0-0")
+    driver.ready("node-1-0")
+    driver.attach(0)
+    driver.formed(0, 1)
+    driver.engine_ready(0)
+    assert StartNode(member("node-1-0", 2), Stage(0)) in driver.exited("node-1-0")
+
+
 def test_a_node_that_dies_at_start_has_a_moment_to_say_why():
     driver = Driver()
     driver.do(events.ClusterBegun())

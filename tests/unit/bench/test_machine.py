@@ -1,0 +1,55 @@
+"""The machine: who uses its cores."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kevlarflow.bench import machine
+from kevlarflow.bench.machine import CpuMeter, describe, wait_quiet
+
+
+def burn() -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", "while True: pass"])
+
+
+def test_a_busy_stranger_is_seen_and_our_own_process_is_not():
+    child = burn()
+    try:
+        ours, strange = CpuMeter(lambda: [child.pid]), CpuMeter(list)
+        for meter in (ours, strange):
+            meter.start()
+        time.sleep(1.0)
+        seen_as_ours, seen_as_strange = ours.strangers(), strange.strangers()
+    finally:
+        child.kill()
+        child.wait()
+    one_core = 1 / (os.cpu_count() or 1)
+    assert seen_as_strange - seen_as_ours > 0.2 * one_core
+
+
+def test_waiting_for_a_quiet_moment(monkeypatch: pytest.MonkeyPatch):
+    shares = iter([0.5, 0.3, 0.01])
+    monkeypatch.setattr(machine, "LOOK_SECONDS", 0.0)
+    meter = CpuMeter(list)
+    monkeypatch.setattr(meter, "strangers", lambda: next(shares))
+    assert asyncio.run(wait_quiet(meter, 10.0))
+    assert list(shares) == []
+
+
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch):
+    meter = CpuMeter(list)
+    monkeypatch.setattr(meter, "strangers", lambda: 0.5)
+    assert not asyncio.run(wait_quiet(meter, 0.0))
+
+
+def test_the_machine_can_be_described():
+    this = describe()
+    assert this.cores >= 1
+    assert this.memory_gib > 0
+    assert this.vllm == "0.32.0"
