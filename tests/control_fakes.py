@@ -47,7 +47,9 @@ def be_node(config: ServeConfig, member: Member, stage: Stage) -> None:
         zmq.Context.instance().term()
         sys.exit(1)
     hold = config.path(f"hold-{member.node}")
-    while True:
+    parent = os.getppid()
+    # A test that is killed must not leave nodes behind.
+    while os.getppid() == parent:
         if isinstance(introduction, messages.NodeStarting) and not os.path.exists(hold):
             lanes = config.reserve_lanes + 1
             info = NodeInfo(member, stage, "here", os.getpid(), pids, "ipc://steps", "ipc://activations", lanes)

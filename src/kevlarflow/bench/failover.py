@@ -47,7 +47,7 @@ class Plan(msgspec.Struct, frozen=True):
     recipe: Recipe
     kills: int = 10
     streams: int = 16
-    tokens: int = 160
+    tokens: int = 96
     """Output tokens of a request."""
     seed: int = 0
     patience_seconds: float = 60.0

@@ -9,16 +9,21 @@ with flags or model comes to light here, as one line.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect as inspection
+import json
 import re
 from argparse import Namespace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from kevlarflow.config import ServeConfig
@@ -86,12 +91,29 @@ def inspect(config: ServeConfig) -> ModelFacts:
     """Check vLLM, flags and model; raise one of our errors, with one line, for whatever cannot work."""
     check_vllm()
     args = namespace(config)
+    _import_model_class(config.model)
     try:
         vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError, AssertionError) as error:
         raise UsageError(f"vLLM refuses these flags or this model: {one_line(error)}") from error
     refuse_model(vllm_config)
     return _facts(config, vllm_config)
+
+
+def _import_model_class(folder: str) -> None:
+    """Import the model's class in this process, for all forks.
+
+    vLLM would ask a fresh interpreter about it, the first time on a machine, so as not to touch a GPU in a process
+    that forks. That takes 9 s, and on a CPU there is nothing to be careful of.
+    """
+    if not current_platform.is_cpu():
+        return
+    # What is wrong with the model is vLLM's to say, in a moment.
+    with contextlib.suppress(OSError, ValueError, ImportError):
+        described = json.loads(Path(folder, "config.json").read_bytes())
+        for architecture in described.get("architectures") or []:
+            if known := ModelRegistry.models.get(architecture):
+                ModelRegistry.register_model(architecture, known.load_model_cls())
 
 
 def check_vllm() -> None:
