@@ -223,7 +223,7 @@ class Session:
                 self._handle(core.StepBroken(epoch, sequence, stage, reason))
             case steps.Refused(epoch=epoch, stage=stage, reason=reason):
                 if epoch == self._core.epoch:
-                    self._report(MemberFailed(self.pipeline, self._core.nodes[stage].member, reason))
+                    self._member_failed(stage, reason)
             case steps.Description():
                 self._descriptions.append(payload[0])
             case _:
@@ -262,7 +262,7 @@ class Session:
                 lost, self._lost_requests = self._lost_requests, 0
                 self._report(Formed(self.pipeline, epoch, seconds, requests, lost, tokens))
             case core.RequestFormation(stage, reason):
-                self._report(MemberFailed(self.pipeline, self._core.nodes[stage].member, reason))
+                self._member_failed(stage, reason)
             case _:
                 self._form(command)
 
@@ -307,6 +307,9 @@ class Session:
         self._payloads.pop(sequence, None)
         self._outputs.pop(sequence, None)
         self._futures.pop(sequence).set_result(value)
+
+    def _member_failed(self, stage: Stage, reason: str) -> None:
+        self._report(MemberFailed(self.pipeline, self._core.nodes[stage].member, reason, self._core.epoch))
 
     def _report(self, message: AnyMessage) -> None:
         self.reports.append(message)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import collections
 import copy
 import fcntl
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,28 @@ class LoneStageGroup(GroupCoordinator):
         """Nothing to destroy."""
 
 
+class _FirstModelRunner(CPUModelRunner):
+    """The runner that owns the KV tensors, in memory that the kernel backs page by page as it is written.
+
+    vLLM allocates them with `torch.zeros`, which writes every page: seconds for each GiB, and all of the reserved
+    lanes at once. An anonymous mapping reads as zero and costs nothing until it is used.
+    """
+
+    def initialize_kv_cache_tensors(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """As vLLM does, over lazily backed memory."""
+        zeros = torch.zeros
+
+        def lazy_zeros(size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+            return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype)
+
+        torch.zeros = lazy_zeros
+        try:
+            caches: dict[str, torch.Tensor] = super().initialize_kv_cache_tensors(*args, **kwargs)
+        finally:
+            torch.zeros = zeros
+        return caches
+
+
 class _LaneModelRunner(CPUModelRunner):
     """A further runner over the weights and KV tensors of the first one."""
 
@@ -97,11 +120,14 @@ class _StageWorker(CPUWorker):
     def init_device(self) -> None:
         """Make the world of one, then let vLLM build its model runner in it."""
         original = cpu_worker.init_worker_distributed_environment
+        runner = cpu_worker.CPUModelRunner
         cpu_worker.init_worker_distributed_environment = self._init_alone
+        cpu_worker.CPUModelRunner = _FirstModelRunner
         try:
             super().init_device()
         finally:
             cpu_worker.init_worker_distributed_environment = original
+            cpu_worker.CPUModelRunner = runner
 
     def _init_alone(self, vllm_config: VllmConfig, *_: Any, **__: Any) -> None:
         parallel_state.set_custom_all_reduce(False)
