@@ -30,7 +30,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from kevlarflow.config import ServeConfig
 from kevlarflow.engine import availability
-from kevlarflow.engine.arguments import namespace
+from kevlarflow.engine.arguments import namespace, vllm_config_of
 
 
 def run(config: ServeConfig) -> None:
@@ -57,14 +57,13 @@ def _interrupt(*_: Any) -> NoReturn:
 
 async def _serve(args: Namespace, listen_address: str, sock: socket.socket) -> None:
     engine_args = AsyncEngineArgs.from_cli_args(args)
-    usage = UsageContext.OPENAI_API_SERVER
-    vllm_config = engine_args.create_engine_config(usage_context=usage)
+    vllm_config = vllm_config_of(args)
     # Creating the configuration has set it to "spawn".
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     with _no_coordination_store():
         engines = AsyncLLM.from_vllm_config(
             vllm_config=vllm_config,
-            usage_context=usage,
+            usage_context=UsageContext.OPENAI_API_SERVER,
             enable_log_requests=engine_args.enable_log_requests,
             aggregate_engine_logging=engine_args.aggregate_engine_logging,
             disable_log_stats=engine_args.disable_log_stats,

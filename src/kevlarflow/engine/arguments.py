@@ -20,10 +20,12 @@ from typing import Any, NoReturn
 
 import msgspec
 from pydantic import ValidationError
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from kevlarflow.config import ServeConfig
@@ -93,11 +95,24 @@ def inspect(config: ServeConfig) -> ModelFacts:
     args = namespace(config)
     _import_model_class(config.model)
     try:
-        vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        vllm_config = vllm_config_of(args)
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError, AssertionError) as error:
         raise UsageError(f"vLLM refuses these flags or this model: {one_line(error)}") from error
     refuse_model(vllm_config)
     return _facts(config, vllm_config)
+
+
+def vllm_config_of(args: Namespace) -> VllmConfig:
+    """vLLM's configuration of all engines. Its defaults depend on who asks: it is always the server."""
+    return AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+
+
+def stage_config(config: ServeConfig) -> VllmConfig:
+    """vLLM's configuration of one pipeline, as its workers see it: its engines are not their business."""
+    vllm_config = vllm_config_of(namespace(config))
+    vllm_config.parallel_config.reconfigure_for_independent_dp_rank()
+    vllm_config.parallel_config.distributed_executor_backend = "mp"
+    return vllm_config
 
 
 def _import_model_class(folder: str) -> None:

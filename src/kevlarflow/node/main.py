@@ -12,12 +12,14 @@ import os
 import pickle
 import socket
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 import zmq
+from vllm.config import VllmConfig
 
 from kevlarflow.config import ServeConfig
 from kevlarflow.errors import KevlarFlowError
@@ -40,8 +42,10 @@ MAX_WAITING_MESSAGES = 10_000
 """High-water mark of each socket, in messages."""
 
 
-def run(config: ServeConfig, member: Member, stage: Stage) -> None:
+def run(config: ServeConfig, member: Member, stage: Stage, configure: Callable[[ServeConfig], VllmConfig]) -> None:
     """Serve as `member` until the process is told to leave. Does not return.
+
+    `configure` makes vLLM's configuration of a pipeline, the same that the engines have.
 
     A failure to load is reported to the controller in one line, and the process exits with status 1.
     """
@@ -52,7 +56,7 @@ def run(config: ServeConfig, member: Member, stage: Stage) -> None:
     heartbeat = HeartbeatThread(config, starting, progress, server.epochs)
     heartbeat.start()
     try:
-        device = stage_device(config, stage)
+        device = stage_device(config, stage, configure(config))
         device.load()
     except Exception as error:
         log.exception("%s cannot load stage %d", member, stage)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -42,6 +43,8 @@ from kevlarflow.wire.messages import StartApiServer, Started, StartNode, decode,
 # Named by strings, because engines and nodes know each other only through wire/.
 CHECK = "kevlarflow.engine.arguments:inspect"
 RUN_NODE = "kevlarflow.node.main:run"
+REGISTER_KERNELS = "kevlarflow.node.cpu:register_kernels"
+STAGE_CONFIG = "kevlarflow.engine.arguments:stage_config"
 RUN_API_SERVER = "kevlarflow.engine.api_server:run"
 
 PRELOADED = (
@@ -225,6 +228,8 @@ def prepare(config: ServeConfig) -> dict[str, Any]:
     for module in PRELOADED:
         with contextlib.suppress(ModuleNotFoundError):  # An optional part; whoever needs it will say so.
             importlib.import_module(module)
+    # Once here, or 0.75 s in every node.
+    load(REGISTER_KERNELS)()
     require_one_thread()
     gc.collect()
     # The collector writes into every object it looks at, and would unshare the pages that forks share.
@@ -242,7 +247,9 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             config = configuration.load()
             facts = prepare(config)
-            zygote = Zygote(config, Targets(load(RUN_NODE), load(RUN_API_SERVER)))
+            zygote = Zygote(
+                config, Targets(functools.partial(load(RUN_NODE), configure=load(STAGE_CONFIG)), load(RUN_API_SERVER))
+            )
             # Listening comes first, so that whoever hears of it can connect at once.
             zygote.listen()
         except Exception as error:
