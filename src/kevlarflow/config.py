@@ -17,7 +17,7 @@ from kevlarflow.errors import UsageError
 RUN_FOLDER_VARIABLE = "KEVLARFLOW_RUN"
 """Environment variable that names the run folder; every process of a cluster carries it."""
 RUN_ID_VARIABLE = "KEVLARFLOW_RUN_ID"
-"""Environment variable with the run's random id: together they say who belongs to a cluster (see `control.guardian`)."""
+"""Environment variable with the run's random id; together they say who belongs to a cluster."""
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,9 +21,10 @@ from typing import Any
 
 from kevlarflow.engine.links import NodeLinks
 from kevlarflow.errors import StartupFailed
-from kevlarflow.recovery import pipeline as core
+from kevlarflow.recovery import pipeline_events as core
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.ledger import Step, StepResult
+from kevlarflow.recovery.pipeline import Phase, Pipeline
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.types import LaneCoverage, Member, PipelineId, Stage
 from kevlarflow.wire import steps
@@ -59,7 +60,7 @@ class Session:
 
     def __init__(self, pipeline: PipelineId, limits: Limits, translate: Any, abandoned: Any) -> None:
         self.pipeline = pipeline
-        self._core = core.Pipeline(limits)
+        self._core = Pipeline(limits)
         self._translate = translate
         self._abandoned = abandoned
         self._door = threading.Lock()
@@ -112,7 +113,7 @@ class Session:
     @property
     def suspended_reason(self) -> str:
         """Why the pipeline cannot generate; empty when it can."""
-        return self._core.reason if self._core.phase is core.Phase.SUSPENDED else ""
+        return self._core.reason if self._core.phase is Phase.SUSPENDED else ""
 
     @property
     def in_flight(self) -> int:
@@ -138,7 +139,7 @@ class Session:
         """
         deadline = time.monotonic() + timeout
         with self._door:
-            while self._core.phase is not core.Phase.SERVING and time.monotonic() < deadline:
+            while self._core.phase is not Phase.SERVING and time.monotonic() < deadline:
                 self._pump(100)
             for stage in range(len(self._core.nodes)):
                 self._links.send(Stage(stage), steps.Describe())
@@ -167,14 +168,14 @@ class Session:
 
         Waits at most `patience` seconds for the door, and then pumps for about as long.
         """
-        if not self._mailbox and self._core.phase is not core.Phase.FORMING:
+        if not self._mailbox and self._core.phase is not Phase.FORMING:
             return False
         if self._door.acquire(timeout=patience):
             try:
                 self._pump(round(patience * 1_000))
             finally:
                 self._door.release()
-        return bool(self._mailbox) or self._core.phase is core.Phase.FORMING
+        return bool(self._mailbox) or self._core.phase is Phase.FORMING
 
     # ---- behind the door
 
@@ -208,6 +209,18 @@ class Session:
                     self._outputs[sequence] = output
                     result: StepResult = self._translate(output, generators)
                     self._handle(core.StepExecuted(epoch, sequence, result))
+            case steps.StepFailed(epoch=epoch, sequence=sequence, stage=stage, reason=reason):
+                log.error("step %d failed at stage %d: %s", sequence, stage, reason)
+                self._handle(core.StepBroken(epoch, sequence, stage, reason))
+            case steps.Replicated():
+                self._replicated(header)
+            case steps.Description():
+                self._descriptions.append(payload[0])
+            case _:
+                self._receive_while_forming(header)
+
+    def _receive_while_forming(self, header: steps.AnyStepMessage) -> None:
+        match header:
             case steps.Joined(epoch=epoch, stage=stage):
                 self._handle(core.StageJoined(epoch, stage))
             case steps.Recomputed(epoch=epoch, sequence=sequence):
@@ -216,16 +229,9 @@ class Session:
                 self._handle(core.StageRestored(epoch, stage))
             case steps.Placed(epoch=epoch, stage=stage, missing=missing):
                 self._handle(core.ReplicasPlaced(epoch, stage, _replicas(missing)))
-            case steps.Replicated():
-                self._replicated(header)
-            case steps.StepFailed(epoch=epoch, sequence=sequence, stage=stage, reason=reason):
-                log.error("step %d failed at stage %d: %s", sequence, stage, reason)
-                self._handle(core.StepBroken(epoch, sequence, stage, reason))
             case steps.Refused(epoch=epoch, stage=stage, reason=reason):
                 if epoch == self._core.epoch:
                     self._member_failed(stage, reason)
-            case steps.Description():
-                self._descriptions.append(payload[0])
             case _:
                 self._links.dropped += 1
 

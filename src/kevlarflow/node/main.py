@@ -160,12 +160,8 @@ class NodeServer:
                 self._answer(engine, steps.Description(), self._description)
             case steps.Join():
                 self._join(engine, header)
-            case steps.Leave(pipeline, epoch):
-                left = self._lanes.leave(pipeline, epoch)
-                if left is not None:
-                    _unlink(left)
-                    if self._replicas:
-                        self._replicas.close(left)
+            case steps.Leave():
+                self._leave(header)
             case steps.AssignStandby(pipeline, epoch, standby):
                 lane = self._lanes.current(pipeline, epoch)
                 if lane and self._replicas:
@@ -177,6 +173,13 @@ class NodeServer:
                     self.dropped += 1
             case _:
                 self.dropped += 1
+
+    def _leave(self, leave: steps.Leave) -> None:
+        left = self._lanes.leave(leave.pipeline, leave.epoch)
+        if left is not None:
+            _unlink(left)
+            if self._replicas:
+                self._replicas.close(left)
 
     def _join(self, engine: bytes, join: steps.Join) -> None:
         lane = self._lanes.open(join.pipeline, join.epoch) if join.stage == self._stage else None
@@ -261,19 +264,22 @@ class NodeServer:
             case steps.PlaceRest():
                 if self._replicas:
                     self._replicas.place_rest(lane)
-            case steps.Execute(pipeline, epoch, sequence, _, writes):
-                written = [Replica(*each) for each in writes]
-                if self._replicas:
-                    self._replicas.begin(lane, written)
-                scheduled, grammar = pickle.loads(work.payload[0]), pickle.loads(work.payload[1])
-                result = lane.runner.execute(scheduled, activations, grammar)
-                if isinstance(result, Sampled):
-                    payload = pickle.dumps((result.output, result.generators), pickle.HIGHEST_PROTOCOL)
-                    self._answer(work.engine, steps.Executed(pipeline, epoch, sequence), payload)
-                elif result is not None:
-                    self._forward(lane, sequence, result)
-                if self._replicas:
-                    self._replicas.end(lane, written)
+            case steps.Execute():
+                self._execute(lane, work, work.header, activations)
+
+    def _execute(self, lane: Lane, work: Work, step: steps.Execute, activations: Activations | None) -> None:
+        written = [Replica(*each) for each in step.writes]
+        if self._replicas:
+            self._replicas.begin(lane, written)
+        scheduled, grammar = pickle.loads(work.payload[0]), pickle.loads(work.payload[1])
+        result = lane.runner.execute(scheduled, activations, grammar)
+        if isinstance(result, Sampled):
+            payload = pickle.dumps((result.output, result.generators), pickle.HIGHEST_PROTOCOL)
+            self._answer(work.engine, steps.Executed(step.pipeline, step.epoch, step.sequence), payload)
+        elif result is not None:
+            self._forward(lane, step.sequence, result)
+        if self._replicas:
+            self._replicas.end(lane, written)
 
     # ---- going out
 

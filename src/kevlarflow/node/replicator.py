@@ -147,7 +147,7 @@ class Replicator(threading.Thread):
                 self._copy_one(lane)
 
     def _wait_ms(self, lanes: list[LaneReplication]) -> int:
-        """Do not wait while something can be copied; look again in time when the cap or a silent standby holds it up."""
+        """No wait while something can be copied; a short one while the cap or a silent standby holds it up."""
         if not any(lane.queue.backlog for lane in lanes):
             return 1_000
         if all(lane.unanswered >= MAX_UNANSWERED for lane in lanes if lane.queue.backlog):

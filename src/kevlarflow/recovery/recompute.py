@@ -8,8 +8,8 @@ scheduler's limits, without sampling. Four cases need more care than that:
   them either, so they are computed as well, once for each block however many requests share it. A hit on a block
   that an earlier step in flight fills is left to that step: it is issued again, first.
 * A step in flight may have **given away** blocks of a request that an earlier step in flight still computes (vLLM
-  delivers the token of a request that a later step preempts), prefix hits included. Surviving stages may have run the later step
-  already, so the request's KV is damaged there too: it is computed from token 0 on all stages.
+  delivers the token of a request that a later step preempts), prefix hits included. Surviving stages may have run the
+  later step already, so the request's KV is damaged there too: it is computed from token 0 on all stages.
 * What the new node has **restored from replicas** is not computed: each request starts at its watermark.
 * **Prompt log-probabilities** are gathered at the last stage while the prompt is computed. Where they are not
   complete, the request runs through all stages from token 0 and gathers them again.

@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kevlarflow.recovery import pipeline as core
+from kevlarflow.recovery import pipeline_events as core
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.ledger import Step, StepResult
+from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Chunk, Limits
 from kevlarflow.sim.errors import Stuck, WrongTokens
 from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler
@@ -88,7 +89,7 @@ class World:
         self.shape = shape or draw(self.rng)
         shape = self.shape
         self.now = 0.0
-        self.pipeline = core.Pipeline(Limits(shape.budget, 3, shape.block_size, shape.stages))
+        self.pipeline = Pipeline(Limits(shape.budget, 3, shape.block_size, shape.stages))
         self.scheduler = ToyScheduler(self.rng, Blocks(shape.blocks, shape.block_size), shape.budget, max_running=4)
         self.aborted: set[str] = set()
         self.incarnations = [0] * shape.stages
@@ -305,15 +306,8 @@ class World:
                 lane.stage.reset()
                 lane.activations = {key for key in lane.activations if key[0] >= epoch}
                 self.answers.append(core.StageJoined(Epoch(epoch), stage))
-            case core.AssignStandby(_, standby):
-                lane.standby = standby.member if standby else None
-            case core.Place(stage, now, later):
-                self._place(lane, epoch, now, later)
-            case core.PlaceRest():
-                for block, (replica, content) in lane.rest.items():
-                    lane.stage.memory.place(block, content)
-                    lane.tags[block] = replica
-                lane.rest = {}
+            case core.AssignStandby() | core.Place() | core.PlaceRest():
+                self._work_on_replicas(lane, epoch, command)
             case core.Restore(entries, held):
                 lane.stage.restore(entries)
                 lane.tags = {replica.block: replica for replica in held if replica.block not in lane.rest}
@@ -322,6 +316,20 @@ class World:
                 self._recompute(lane, epoch, sequence, chunk)
             case core.Execute(sequence, _, written):
                 self._execute(lane, epoch, sequence, written)
+
+    def _work_on_replicas(
+        self, lane: Lane, epoch: int, command: core.AssignStandby | core.Place | core.PlaceRest
+    ) -> None:
+        match command:
+            case core.AssignStandby(_, standby):
+                lane.standby = standby.member if standby else None
+            case core.Place(_, now, later):
+                self._place(lane, epoch, now, later)
+            case core.PlaceRest():
+                for block, (replica, content) in lane.rest.items():
+                    lane.stage.memory.place(block, content)
+                    lane.tags[block] = replica
+                lane.rest = {}
 
     def _place(self, lane: Lane, epoch: int, now: tuple[Replica, ...], later: tuple[Replica, ...]) -> None:
         missing = tuple(r for r in (*now, *later) if lane.store.get(r.block, (None,))[0] != r)

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from kevlarflow.errors import IllegalTransition
-from kevlarflow.recovery import pipeline as p
+from kevlarflow.recovery import pipeline_events as p
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.ledger import Admission, Continuation, Step, StepResult
+from kevlarflow.recovery.pipeline import Phase, Pipeline
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.types import Member, NodeInfo
 
@@ -40,12 +41,12 @@ def executed(epoch, sequence, **tokens):
 
 
 def serving(nodes=(A0, A1)):
-    pipeline = p.Pipeline(LIMITS)
+    pipeline = Pipeline(LIMITS)
     pipeline.handle(p.FormationOrdered(1, nodes), 0.0)
     for stage in (0, 1):
         pipeline.handle(p.StageJoined(1, stage), 0.1)
         pipeline.handle(p.StageRestored(1, stage), 0.2)
-    assert pipeline.phase is p.Phase.SERVING
+    assert pipeline.phase is Phase.SERVING
     return pipeline
 
 
@@ -59,10 +60,10 @@ def kinds(commands):
 
 
 def test_forming_joins_and_restores_every_stage():
-    pipeline = p.Pipeline(LIMITS)
+    pipeline = Pipeline(LIMITS)
     commands = pipeline.handle(p.FormationOrdered(1, (A0, A1)), 0.0)
     assert commands == [p.Join(0), p.Join(1), p.Restore(()), p.EvictPrefixCache()]
-    assert pipeline.phase is p.Phase.FORMING
+    assert pipeline.phase is Phase.FORMING
 
 
 def test_a_step_goes_out_and_its_result_comes_back():
@@ -192,7 +193,7 @@ def test_recovery_work_that_raised_ends_every_request():
     pipeline.handle(p.StepIssued(admit(1)), 1.0)
     commands = pipeline.handle(p.StepBroken(1, -1, 1, "boom"), 1.1)
     assert commands == [p.Abandon(1, "boom"), p.RequestFormation(1, "boom")]
-    assert pipeline.phase is p.Phase.SUSPENDED
+    assert pipeline.phase is Phase.SUSPENDED
 
 
 def test_released_nodes_are_told():

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kevlarflow.recovery import coverage, pipeline, recompute
+from kevlarflow.recovery import coverage, pipeline, pipeline_events, recompute
 from kevlarflow.recovery.ledger import Ledger
 from kevlarflow.sim.errors import Violation
 from kevlarflow.sim.world import Shape, World
@@ -65,10 +65,10 @@ def computed_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def steps_out_of_order(monkeypatch: pytest.MonkeyPatch) -> None:
     original = pipeline.Pipeline._form
 
-    def shuffled(self: pipeline.Pipeline, order: object, now: float) -> list[pipeline.Command]:
+    def shuffled(self: pipeline.Pipeline, order: object, now: float) -> list[pipeline_events.Command]:
         commands = original(self, order, now)  # type: ignore[arg-type]
-        steps = [c for c in commands if isinstance(c, pipeline.Execute)]
-        return [c for c in commands if not isinstance(c, pipeline.Execute)] + steps[::-1]
+        steps = [c for c in commands if isinstance(c, pipeline_events.Execute)]
+        return [c for c in commands if not isinstance(c, pipeline_events.Execute)] + steps[::-1]
 
     monkeypatch.setattr(pipeline.Pipeline, "_form", shuffled)
 
@@ -107,7 +107,9 @@ def watermark_off_by_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
 def missing_replicas_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     original = pipeline.Pipeline._replicas_placed
 
-    def believe(self: pipeline.Pipeline, event: pipeline.ReplicasPlaced, now: float) -> list[pipeline.Command]:
+    def believe(
+        self: pipeline.Pipeline, event: pipeline_events.ReplicasPlaced, now: float
+    ) -> list[pipeline_events.Command]:
         return original(self, dataclasses.replace(event, missing=()), now)
 
     monkeypatch.setattr(pipeline.Pipeline, "_replicas_placed", believe)

@@ -1,0 +1,231 @@
+"""What a pipeline is told, and what it asks for: the events and commands of `recovery.pipeline`.
+
+Stages and steps are named by number, nodes by what they said of themselves; nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.ledger import LedgerEntry, Step, StepResult
+from kevlarflow.recovery.recompute import Chunk
+from kevlarflow.types import Epoch, Member, NodeInfo, Phases, Stage
+
+# ---- events
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FormationOrdered:
+    """The controller wants these nodes, in stage order; `released` nodes keep no lane of this pipeline."""
+
+    epoch: Epoch
+    nodes: tuple[NodeInfo, ...]
+    released: tuple[NodeInfo, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SuspensionOrdered:
+    """A stage has no node; requests in flight end with `reason`."""
+
+    epoch: Epoch
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StandbysAssigned:
+    """The controller has chosen who keeps the replicas of each stage; None where nobody can."""
+
+    standbys: tuple[NodeInfo | None, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReplicasConfirmed:
+    """What a standby has stored and dropped of what `source` sent it."""
+
+    stage: Stage
+    source: Member
+    standby: Member
+    stored: tuple[Replica, ...]
+    dropped: tuple[Replica, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReplicasPlaced:
+    """A new node has put its replicas into the lane; these it did not have after all."""
+
+    epoch: Epoch
+    stage: Stage
+    missing: tuple[Replica, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepIssued:
+    """vLLM's scheduler made a step."""
+
+    step: Step
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageJoined:
+    """A node has opened the lane."""
+
+    epoch: Epoch
+    stage: Stage
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChunkRecomputed:
+    """A recompute chunk has passed its last stage."""
+
+    epoch: Epoch
+    sequence: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageRestored:
+    """A node has rebuilt the request state."""
+
+    epoch: Epoch
+    stage: Stage
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepExecuted:
+    """The last stage has sampled."""
+
+    epoch: Epoch
+    sequence: int
+    result: StepResult
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepBroken:
+    """A stage raised an exception in this step: its requests cannot go on, everybody else's can."""
+
+    epoch: Epoch
+    sequence: int
+    stage: Stage
+    reason: str
+
+
+Event = (
+    FormationOrdered | SuspensionOrdered | StandbysAssigned | ReplicasConfirmed | ReplicasPlaced
+    | StepIssued | StageJoined | ChunkRecomputed | StageRestored | StepExecuted | StepBroken
+)  # fmt: skip
+
+
+# ---- commands
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Join:
+    """Open the lane on the node of `stage`, linked to the next one."""
+
+    stage: Stage
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Leave:
+    """Give up the lane on a node that is no longer used."""
+
+    node: NodeInfo
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AssignStandby:
+    """Tell the node of `stage` where to replicate to; None: nowhere."""
+
+    stage: Stage
+    standby: NodeInfo | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Put replicas into the lane on the node of `stage`: `now`, and those of `later` when `PlaceRest` comes."""
+
+    stage: Stage
+    now: tuple[Replica, ...]
+    later: tuple[Replica, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlaceRest:
+    """Put the remaining replicas into the lane: cached prefixes that no live request uses."""
+
+    stage: Stage
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recompute:
+    """Send a chunk to the stages up to `chunk.through`."""
+
+    sequence: int
+    chunk: Chunk
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Restore:
+    """Send the ledger to every stage, with the blocks of the lane that hold something."""
+
+    entries: tuple[LedgerEntry, ...]
+    held: tuple[Replica, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Execute:
+    """Send a step to every stage."""
+
+    sequence: int
+    has_tokens: bool = True
+    """False for a step that only says which requests ended."""
+    writes: tuple[Replica, ...] = ()
+    """What each block that the step writes holds after it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Deliver:
+    """Give vLLM the result of a step."""
+
+    sequence: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Abandon:
+    """Tell vLLM that a step will never have a result; end its requests with `reason`."""
+
+    sequence: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EvictPrefixCache:
+    """Forget cached blocks that no live request holds, but `keep`: the new node does not have them."""
+
+    keep: frozenset[int] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FormationDone:
+    """The pipeline generates again; what it cost."""
+
+    epoch: Epoch
+    seconds: Phases
+    requests: int
+    recomputed_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RequestFormation:
+    """Ask the controller for a new epoch: a step that failed at `stage` left the nodes in different states."""
+
+    stage: Stage
+    reason: str
+
+
+FormingCommand = Join | Leave | AssignStandby | Place | PlaceRest | Recompute | Restore
+"""Commands that go to nodes while the pipeline is formed."""
+
+Command = (
+    FormingCommand | Execute | Deliver | Abandon | EvictPrefixCache | FormationDone | RequestFormation
+)  # fmt: skip
