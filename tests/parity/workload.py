@@ -284,7 +284,7 @@ def _endings() -> list[Request]:
             "stop-chat",
             "List five fruits, separated by commas.",
             "stop chat",
-            stop=[","],
+            stop=["\n4"],
             include_stop_str_in_output=True,
             max_tokens=32,
             at=0.5,

@@ -44,6 +44,7 @@ def grids(report: Report) -> Iterator[Grid]:
     """All tables of a report."""
     if report.throughput is not None:
         yield throughput_grid(report.throughput)
+        yield rounds_grid(report.throughput)
     if report.startup is not None:
         yield startup_grid(report.startup)
     if report.failover is not None:
@@ -86,6 +87,21 @@ def throughput_grid(result: Throughput) -> Grid:
         )
     remarks += [f"left running by {each.system}: {left}" for each in result.rounds for left in each.leftovers]
     return Grid("No failure", ("streams", "", STOCK, KEVLARFLOW, "ratio"), rows, remarks)
+
+
+def rounds_grid(result: Throughput) -> Grid:
+    """One row for each load, in the order in which they ran."""
+    headers = ("round", "system", "ready", "streams", "throughput", "TTFT p50", "TPOT p50", "others' CPU")
+    rows: list[tuple[str, ...]] = []
+    for each in result.rounds:
+        if each.void is not None or each.ready_seconds is None:
+            continue
+        for load in each.loads:
+            shown = [MEASURES[0], MEASURES[1], MEASURES[3]]
+            cells = [form.format(getattr(load.summary, field) * scale) for _, field, scale, form in shown]
+            ready, streams = f"{each.ready_seconds:.1f} s", str(load.summary.streams)
+            rows.append((str(each.number), each.system, ready, streams, *cells, f"{load.strangers:.0%}"))
+    return Grid("Rounds", headers, rows)
 
 
 def _by_round(result: Throughput, name: str, streams: int, field: str, rounds: int) -> list[float | None]:

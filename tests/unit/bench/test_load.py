@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
-from kevlarflow.bench import load
+from kevlarflow.bench import load, throughput
+from kevlarflow.bench.contestants import Recipe
 from kevlarflow.bench.experiment import Void, require_whole, turns
 from kevlarflow.bench.prompts import clients, passage
 from kevlarflow.bench.streams import Address, Request, Stream
@@ -95,3 +97,19 @@ def test_a_failed_stream_voids():
     require_whole([whole], 1)
     with pytest.raises(Void, match=r"1 of 2 streams failed: broken: reset"):
         require_whole([whole, Stream("broken", 0.0, failure="reset")], 1)
+
+
+def test_a_disturbed_load_is_measured_again_and_the_quietest_counts(monkeypatch: pytest.MonkeyPatch):
+    shares = iter([0.5, 0.2, 0.3])
+    seeds: list[str] = []
+
+    def measured(_: object, __: object, seed: str, *___: object) -> SimpleNamespace:
+        seeds.append(seed)
+        return SimpleNamespace(strangers=next(shares))
+
+    monkeypatch.setattr(throughput, "_load", measured)
+    plan = throughput.Plan(Recipe())
+    assert throughput._quietest(plan, None, 7, 4).strangers == 0.2  # type: ignore[arg-type]
+    assert seeds == ["7/0", "7/1", "7/2"]
+    shares = iter([0.05])
+    assert throughput._quietest(plan, None, 8, 4).strangers == 0.05  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from kevlarflow.bench.report import (
     pauses_grid,
     phases_grid,
     rich_table,
+    rounds_grid,
     save,
     startup_grid,
     throughput_grid,
@@ -89,6 +90,12 @@ def test_a_void_round_is_said_so():
 def test_a_system_that_never_ran_leaves_a_gap_and_no_ratio():
     rows = throughput_grid(Throughput([life(1, KEVLARFLOW, 98.0), Round(1, STOCK, void="it died")])).rows
     assert rows[0] == ("4", "throughput", "-", "98.0 tokens/s", "-")
+
+
+def test_rounds_are_listed_as_they_ran():
+    rows = rounds_grid(throughput()).rows
+    assert rows[1] == ("1", KEVLARFLOW, "30.0 s", "4", "98.0 tokens/s", "100 ms", "10.2 ms", "5%")
+    assert len(rows) == 5
 
 
 def test_startup_row():
