@@ -45,13 +45,14 @@ def run(arguments: list[str]) -> int:
     report = _empty_report(arguments, options)
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
-    signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
     folder = Path(tempfile.mkdtemp(prefix="kevlarflow-bench-"))
     is_complete = False
     try:
         _measure(options, report, folder, lambda line: console.print(line, markup=False))
         is_complete = not reporting.void(report)
     finally:
+        signal.signal(signal.SIGTERM, previous)
         if is_complete:
             shutil.rmtree(folder, ignore_errors=True)
         else:

@@ -1,0 +1,41 @@
+"""``kevlarflow bench`` and ``kevlarflow demo`` where they cannot succeed: what they say, and their exit status."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from kevlarflow.cli import bench
+from kevlarflow.cli.main import main
+
+
+def test_an_unknown_experiment_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert main(["bench", "speed"]) == 2
+    assert "there is no experiment 'speed': use throughput, startup, failover" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--streams", "0"], ["--kills", "-1"], ["--kv-cache-memory-bytes", "much"]])
+def test_a_senseless_number_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as refusal:
+        main(["bench", *words])
+    assert refusal.value.code == 2
+    assert words[0] in capsys.readouterr().err
+
+
+def test_sizes_may_have_a_unit():
+    options = bench._parse(["--kv-cache-memory-bytes", "2G", "--streams", "2,8"])
+    assert (options.kv_cache_memory_bytes, options.streams) == (2 * 2**30, (2, 8))
+    assert options.experiments == ["throughput", "startup", "failover"]
+
+
+def test_a_system_that_cannot_start_is_said_so_and_fails_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert main(["bench", "failover", "--model", "/no/such/model", "--output", str(tmp_path)]) == 1
+    shown = capsys.readouterr().out
+    assert "failover: KevlarFlow ended with exit status 1: there is no model /no/such/model" in shown
+    assert "logs of the systems are kept in" in shown
+    assert "no further kills" in next(tmp_path.glob("*.md")).read_text()
