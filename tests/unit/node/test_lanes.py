@@ -1,0 +1,135 @@
+"""Lanes: what may run next, and what an epoch fences off."""
+
+from kevlarflow.node.lanes import Lanes, Work
+from kevlarflow.wire.steps import Execute, PlaceRest, Recompute, Restore
+
+
+class Runner:
+    """Counts how often a lane was emptied."""
+
+    def __init__(self):
+        self.resets = 0
+
+    def reset(self):
+        self.resets += 1
+
+
+def lanes(first_stage=False, slots=2):
+    return Lanes([Runner() for _ in range(slots)], is_first_stage=first_stage)
+
+
+def execute(sequence, pipeline=0, epoch=1, has_tokens=True):
+    return Work(b"engine", Execute(pipeline, epoch, sequence, has_tokens, ()), [])
+
+
+def test_a_lane_opens_on_a_free_slot_and_forgets_its_requests():
+    table = lanes()
+    lane = table.open(0, 1)
+    assert (lane.slot, lane.runner.resets) == (0, 1)
+    assert table.open(1, 1).slot == 1
+    assert table.open(2, 1) is None, "there is no third slot"
+
+
+def test_an_old_epoch_does_not_open_a_lane():
+    table = lanes()
+    table.open(0, 2)
+    assert table.open(0, 2) is None
+    assert table.open(0, 1) is None
+
+
+def test_opened_again_it_keeps_its_slot_and_drops_its_work():
+    table = lanes(first_stage=True)
+    lane = table.open(0, 1)
+    table.add_work(execute(1))
+    assert table.open(0, 2) is lane
+    assert table.next_work() is None
+
+
+def test_a_lane_that_was_left_frees_its_slot_and_its_epoch_stays_used():
+    table = lanes(slots=1)
+    table.open(0, 3)
+    assert table.leave(0, 3) is not None
+    assert table.open(0, 3) is None
+    assert table.open(1, 1).slot == 0
+
+
+def test_leaving_under_an_old_epoch_does_nothing():
+    table = lanes()
+    table.open(0, 3)
+    assert table.leave(0, 2) is None
+
+
+def test_work_of_another_epoch_is_refused():
+    table = lanes(first_stage=True)
+    table.open(0, 2)
+    assert not table.add_work(execute(1, epoch=1))
+    assert not table.add_work(execute(1, epoch=3))
+    assert not table.add_work(execute(1, pipeline=7))
+
+
+def test_a_step_waits_for_its_activations():
+    table = lanes()
+    table.open(0, 1)
+    table.add_work(execute(1))
+    assert table.next_work() is None
+    table.add_activations(0, 1, 1, {"hidden": "x"})
+    _, work, activations = table.next_work()
+    assert (work.header.sequence, activations) == (1, {"hidden": "x"})
+
+
+def test_the_first_stage_and_a_step_without_tokens_wait_for_nothing():
+    first = lanes(first_stage=True)
+    first.open(0, 1)
+    first.add_work(execute(1))
+    assert first.next_work() is not None
+    second = lanes()
+    second.open(0, 1)
+    for work in (
+        execute(1, has_tokens=False),
+        Work(b"", Restore(0, 1), []),
+        Work(b"", PlaceRest(0, 1), []),
+    ):
+        second.add_work(work)
+        assert second.next_work() is not None
+
+
+def test_work_stays_in_order_within_a_lane():
+    table = lanes()
+    table.open(0, 1)
+    table.add_work(Work(b"", Recompute(0, 1, -1, 1), []))
+    table.add_work(execute(2))
+    table.add_activations(0, 1, 2, {})
+    assert table.next_work() is None, "the chunk before it still waits"
+
+
+def test_lanes_take_turns():
+    table = lanes(first_stage=True)
+    for pipeline in (0, 1):
+        table.open(pipeline, 1)
+        for sequence in (1, 2):
+            table.add_work(execute(sequence, pipeline))
+    order = []
+    while (ready := table.next_work()) is not None:
+        order.append(ready[0].pipeline)
+    assert order == [0, 1, 0, 1]
+
+
+def test_activations_may_arrive_before_their_epoch_and_old_ones_are_dropped():
+    table = lanes()
+    table.open(0, 1)
+    assert table.add_activations(0, 2, 5, {"early": True})
+    table.open(0, 2)
+    assert not table.add_activations(0, 1, 6, {})
+    table.add_work(execute(5, epoch=2))
+    assert table.next_work()[2] == {"early": True}
+
+
+def test_a_broken_lane_takes_no_work_until_it_is_opened_again():
+    table = lanes(first_stage=True)
+    lane = table.open(0, 1)
+    table.add_work(execute(1))
+    table.break_off(lane)
+    assert table.next_work() is None
+    assert not table.add_work(execute(2))
+    table.open(0, 2)
+    assert table.add_work(execute(3, epoch=2))
