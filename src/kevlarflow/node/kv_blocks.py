@@ -6,9 +6,13 @@ inside, so a slice of tokens would be meaningless. An accelerator build copies t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
+
+# A copy that came over a channel is read-only, and only read.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
 class HostKvBlocks:
