@@ -28,6 +28,11 @@ from kevlarflow.types import PipelineId
 from kevlarflow.wire.messages import EngineReady
 
 
+RECOMPUTE_TOKENS = 128
+"""Tokens that are recomputed in one forward pass. Short passes let the donor serve its own pipeline in between, and let
+the stages up to the lost one work on different passes at the same time; much shorter ones waste time in overhead."""
+
+
 @dataclasses.dataclass
 class AbandonedOutput(ModelRunnerOutput):
     """Stands for the output of a step that will never have one; the scheduler hook ends its requests."""
@@ -49,7 +54,7 @@ class KevlarExecutor(Executor):
         config = configuration.load()
         pipeline = PipelineId(self.parallel_config.data_parallel_index)
         limits = Limits(
-            max_batched_tokens=self.scheduler_config.max_num_batched_tokens,
+            max_batched_tokens=min(RECOMPUTE_TOKENS, self.scheduler_config.max_num_batched_tokens),
             max_requests=self.scheduler_config.max_num_seqs,
             block_size=self.cache_config.block_size,
             stages=self.parallel_config.pipeline_parallel_size,
