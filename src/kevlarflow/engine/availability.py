@@ -35,6 +35,7 @@ log = logging.getLogger("kevlarflow.engine.availability")
 REFRESH_SECONDS = 1.0
 """How often the subscription is renewed, so that a controller that was started again learns of it."""
 RETRY_SECONDS = 0.05
+OUTAGE_MEMORY_SECONDS = 30.0
 GENERATION_PREFIXES = ("/v1/", "/v2/", "/inference/", "/invocations", "/generate")
 FAILED_REQUEST = (
     "This request was ended because the cluster could not complete it after a failure; "
@@ -56,6 +57,8 @@ class Watch:
 
     def __init__(self, address: str) -> None:
         self.latest = UNKNOWN
+        self._outage_reason = ""
+        self._outage_seen_at = 0.0
         self.metrics = b""
         """The controller's metrics in Prometheus' text format, at most a refresh old."""
         self._address = address
@@ -63,6 +66,13 @@ class Watch:
     def start(self) -> None:
         """Begin to listen. Only after the engines were forked: a fork must not meet a second thread."""
         threading.Thread(target=self._listen, name="kevlarflow-availability", daemon=True).start()
+
+    def recent_outage(self) -> str:
+        """Why nothing could generate a moment ago; empty when there was no such moment.
+
+        A request may fail because of an outage and be reported when it is over.
+        """
+        return self._outage_reason if time.monotonic() - self._outage_seen_at < OUTAGE_MEMORY_SECONDS else ""
 
     def _listen(self) -> None:
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -93,6 +103,8 @@ class Watch:
         except msgspec.DecodeError:
             return
         if isinstance(message, Availability):
+            if not message.serving and message.started:
+                self._outage_reason, self._outage_seen_at = message.reason, time.monotonic()
             self.latest = message
         elif isinstance(message, Metrics):
             self.metrics = message.exposition
@@ -130,11 +142,11 @@ def explain_failed_requests() -> None:
     def raise_if_error(_: object, finish_reason: str | None, request_id: str) -> None:
         if finish_reason != "error":
             return
-        now = _watch.latest
-        log.error("request %s was ended with an error: %s", request_id, now.reason or "unknown")
-        if now.serving:
+        reason = _watch.latest.reason or _watch.recent_outage()
+        log.error("request %s was ended with an error: %s", request_id, reason or "unknown")
+        if not reason:
             raise GenerationError(FAILED_REQUEST)
-        raise RetryableRequestError(now.reason)
+        raise RetryableRequestError(reason)
 
     GenerateBaseServing._raise_if_error = raise_if_error
 

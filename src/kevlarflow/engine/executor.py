@@ -27,7 +27,6 @@ from kevlarflow.recovery.recompute import Limits
 from kevlarflow.types import PipelineId
 from kevlarflow.wire.messages import EngineReady
 
-
 RECOMPUTE_TOKENS = 128
 """Tokens that are recomputed in one forward pass. Short passes let the donor serve its own pipeline in between, and let
 the stages up to the lost one work on different passes at the same time; much shorter ones waste time in overhead."""
