@@ -8,6 +8,8 @@ import json
 from kevlarflow import config as configuration
 
 DEFAULT_PORT = 8000
+ANSWER_SECONDS = 5.0
+"""The controller answers in milliseconds; a crowded machine may be slow to let it."""
 
 
 def run(arguments: list[str]) -> int:
@@ -19,7 +21,7 @@ def run(arguments: list[str]) -> int:
 
     from kevlarflow.control.status import ask_status, render
 
-    document = ask_status(configuration.run_folder_of(options.port))
+    document = ask_status(configuration.run_folder_of(options.port), timeout_seconds=ANSWER_SECONDS)
     if options.json:
         print(json.dumps(document, indent=2))
         return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -62,7 +63,9 @@ class KevlarExecutor(Executor):
         self._attendant = Attendant(config, self.session)
         self._attendant.start()
         self._descriptions = self.session.wait_formed(config.timeouts.startup_timeout_s)
-        self._sequence = itertools.count(1)
+        # Numbers of steps name the content of KV blocks, on standbys too, which outlive an engine. Counting on from
+        # the time of day in microseconds, no engine of this pipeline uses a number of an earlier one again.
+        self._sequence = itertools.count(time.time_ns() // 1_000)
         self._formation = 0
         self._pending: SchedulerOutput | None = None
         KevlarExecutor.current = self
