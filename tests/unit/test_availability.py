@@ -117,3 +117,27 @@ def test_the_watch_follows_a_controller_through_its_restart(
     registry = CollectorRegistry()
     registry.register(ControllerMetrics(watch))
     assert b"kevlarflow_nodes 4.0" in generate_latest(registry)
+
+
+class _Output:
+    def __init__(self, finish_reason: str | None, stop_reason: str | None) -> None:
+        self.finish_reason = finish_reason
+        self.stop_reason = stop_reason
+
+
+class _OutputProcessor:
+    def __init__(self) -> None:
+        self.seen: list[_Output] = []
+
+    def process_outputs(self, engine_core_outputs: list[_Output], timestamp: float) -> float:
+        self.seen += engine_core_outputs
+        return timestamp
+
+
+def test_the_reason_of_a_failed_request_is_learnt_before_vllm_sees_the_output() -> None:
+    processor, failure = _OutputProcessor(), availability.Failure()
+    failure.listen(processor)
+    outputs = [_Output(None, None), _Output("stop", "END"), _Output("error", "stage 1 has no node")]
+    assert processor.process_outputs(outputs, 2.5) == 2.5
+    assert processor.seen == outputs
+    assert failure.reason == "stage 1 has no node"

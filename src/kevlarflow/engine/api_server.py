@@ -68,6 +68,7 @@ async def _serve(args: Namespace, listen_address: str, sock: socket.socket) -> N
             aggregate_engine_logging=engine_args.aggregate_engine_logging,
             disable_log_stats=engine_args.disable_log_stats,
         )
+    availability.learn_reasons(engines.output_processor)
     try:
         await engines.reset_mm_cache()
         stopped = await build_and_serve(engines, listen_address, sock, args)

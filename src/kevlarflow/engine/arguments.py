@@ -52,6 +52,7 @@ SEAMS = {
         "request_id",
     ),
     "vllm.distributed.utils:create_tcp_store": ("host", "port"),
+    "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": ("self", "engine_core_outputs"),
     "vllm.v1.executor.abstract:Executor.execute_model": ("self", "scheduler_output", "non_block"),
     "vllm.v1.executor.abstract:Executor.sample_tokens": ("self", "grammar_output", "non_block"),
     "vllm.v1.executor.abstract:Executor.collective_rpc": ("self", "method", "timeout", "args", "kwargs"),

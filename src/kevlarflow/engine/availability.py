@@ -9,7 +9,8 @@ word. From it come four things that vLLM cannot say:
 * ``GET /metrics`` has the controller's metrics next to vLLM's.
 
 The first two are an ASGI middleware, which vLLM adds by its public ``--middleware``. The third replaces one method of
-vLLM, whose signature `kevlarflow.engine.arguments.check_vllm` checks at start. The last is a Prometheus collector.
+vLLM and wraps another, whose signatures `kevlarflow.engine.arguments.check_vllm` checks at start. The last is a
+Prometheus collector.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ log = logging.getLogger("kevlarflow.engine.availability")
 REFRESH_SECONDS = 1.0
 """How often the subscription is renewed, so that a controller that was started again learns of it."""
 RETRY_SECONDS = 0.05
-OUTAGE_MEMORY_SECONDS = 30.0
 GENERATION_PREFIXES = ("/v1/", "/v2/", "/inference/", "/invocations", "/generate")
 FAILED_REQUEST = (
     "This request was ended because the cluster could not complete it after a failure; "
@@ -57,8 +57,6 @@ class Watch:
 
     def __init__(self, address: str) -> None:
         self.latest = UNKNOWN
-        self._outage_reason = ""
-        self._outage_seen_at = 0.0
         self.metrics = b""
         """The controller's metrics in Prometheus' text format, at most a refresh old."""
         self._address = address
@@ -66,13 +64,6 @@ class Watch:
     def start(self) -> None:
         """Begin to listen. Only after the engines were forked: a fork must not meet a second thread."""
         threading.Thread(target=self._listen, name="kevlarflow-availability", daemon=True).start()
-
-    def recent_outage(self) -> str:
-        """Why nothing could generate a moment ago; empty when there was no such moment.
-
-        A request may fail because of an outage and be reported when it is over.
-        """
-        return self._outage_reason if time.monotonic() - self._outage_seen_at < OUTAGE_MEMORY_SECONDS else ""
 
     def _listen(self) -> None:
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -103,8 +94,6 @@ class Watch:
         except msgspec.DecodeError:
             return
         if isinstance(message, Availability):
-            if not message.serving and message.started:
-                self._outage_reason, self._outage_seen_at = message.reason, time.monotonic()
             self.latest = message
         elif isinstance(message, Metrics):
             self.metrics = message.exposition
@@ -134,6 +123,37 @@ class ControllerMetrics(Collector):
         yield from text_string_to_metric_families(self._watch.metrics.decode())
 
 
+class Failure:
+    """Why the engines ended requests last. The scheduler hook sends the reason along as the stop reason.
+
+    vLLM asks about an error as soon as it has the output, so the last reason is that request's own, or one of the
+    same failure.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+
+    def listen(self, output_processor: Any) -> None:
+        """Look at what the engines send before vLLM does."""
+        original = output_processor.process_outputs
+
+        def process_outputs(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+            for output in engine_core_outputs:
+                if isinstance(output.stop_reason, str) and str(output.finish_reason) == "error":
+                    self.reason = output.stop_reason
+            return original(engine_core_outputs, *args, **kwargs)
+
+        output_processor.process_outputs = process_outputs
+
+
+_failure = Failure()
+
+
+def learn_reasons(output_processor: Any) -> None:
+    """Let `explain_failed_requests` know what the engines say of the requests that they end."""
+    _failure.listen(output_processor)
+
+
 def explain_failed_requests() -> None:
     """Let a request that ends in an error say why, where vLLM says "Internal server error"."""
     from vllm.entrypoints.generate.base.serving import GenerateBaseServing
@@ -142,7 +162,7 @@ def explain_failed_requests() -> None:
     def raise_if_error(_: object, finish_reason: str | None, request_id: str) -> None:
         if finish_reason != "error":
             return
-        reason = _watch.latest.reason or _watch.recent_outage()
+        reason = _failure.reason or _watch.latest.reason
         log.error("request %s was ended with an error: %s", request_id, reason or "unknown")
         if not reason:
             raise GenerationError(FAILED_REQUEST)

@@ -28,7 +28,8 @@ class KevlarScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         assert KevlarExecutor.current is not None, "the executor comes before the scheduler"
         self._executor = KevlarExecutor.current
-        self._ended: list[Request] = []
+        self._ended: list[tuple[Request, str]] = []
+        """Requests that were ended, with the reason for the client."""
         self._executor.scheduler_ready(self._load)
 
     def _load(self) -> tuple[int, int, int]:
@@ -40,8 +41,9 @@ class KevlarScheduler(Scheduler):
         keep = self._executor.begin_scheduling()
         if keep is not None:
             self._evict_unheld_blocks(keep)
-        if self._executor.session.suspended_reason:
-            self._end(list(self.requests))
+        reason = self._executor.session.suspended_reason
+        if reason:
+            self._end(list(self.requests), reason)
         return super().schedule(*args, **kwargs)
 
     def update_from_output(
@@ -50,7 +52,8 @@ class KevlarScheduler(Scheduler):
         """Take a step's output; for an abandoned step, end its requests."""
         if isinstance(model_runner_output, AbandonedOutput):
             whole_pipeline = bool(self._executor.session.suspended_reason)
-            self._end(list(self.requests if whole_pipeline else scheduler_output.num_scheduled_tokens))
+            lost = self.requests if whole_pipeline else scheduler_output.num_scheduled_tokens
+            self._end(list(lost), model_runner_output.reason)
             model_runner_output = EMPTY_MODEL_RUNNER_OUTPUT
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         self._tell_clients(outputs)
@@ -64,17 +67,18 @@ class KevlarScheduler(Scheduler):
         } - keep
         pool.evict_blocks(unheld)
 
-    def _end(self, request_ids: list[str]) -> None:
+    def _end(self, request_ids: list[str], reason: str) -> None:
         ended = self.finish_requests(request_ids, RequestStatus.FINISHED_ERROR)
         self._executor.session.note_lost(len(ended))
-        self._ended += ended
+        self._ended += [(request, reason) for request in ended]
 
     def _tell_clients(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        for request in self._ended:
+        for request, reason in self._ended:
             output = EngineCoreOutput(
                 request_id=request.request_id,
                 new_token_ids=[],
                 finish_reason=request.get_finished_reason(),
+                stop_reason=reason,
                 events=request.take_events(),
                 trace_headers=request.trace_headers,
             )
