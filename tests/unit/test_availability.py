@@ -12,7 +12,7 @@ import zmq
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
-from kevlarflow.engine.availability import AvailabilityMiddleware, ControllerMetrics, Watch
+from kevlarflow.engine.availability import AvailabilityMiddleware, ControllerMetrics, Failure, Watch
 from kevlarflow.wire.messages import AskMetrics, Availability, Metrics, Subscribe, decode, encode
 from standins import wait_until
 
@@ -135,7 +135,7 @@ class _OutputProcessor:
 
 
 def test_the_reason_of_a_failed_request_is_learnt_before_vllm_sees_the_output() -> None:
-    processor, failure = _OutputProcessor(), availability.Failure()
+    processor, failure = _OutputProcessor(), Failure()
     failure.listen(processor)
     outputs = [_Output(None, None), _Output("stop", "END"), _Output("error", "stage 1 has no node")]
     assert processor.process_outputs(outputs, 2.5) == 2.5
