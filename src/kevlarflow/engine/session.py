@@ -75,6 +75,7 @@ class Session:
         self._evict: frozenset[int] | None = None
         self._standby_bytes: dict[Stage, tuple[int, int]] = {}
         self._lost_requests = 0
+        self._last_replication: tuple[LaneCoverage, ...] = ()
         self.reports: collections.deque[AnyMessage] = collections.deque(maxlen=MAX_ORDERS)
         """What the attendant has to tell the controller."""
         self.report_bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -241,7 +242,18 @@ class Session:
         self._handle(core.ReplicasConfirmed(header.stage, header.source, header.standby, stored, dropped))
 
     def replication(self) -> tuple[LaneCoverage, ...]:
-        """How far the replication of each stage is; without the door, so a moment old or new."""
+        """How far the replication of each stage is.
+
+        The engine thread holds the door most of the time, and this is only for people: so it looks without the door,
+        and when something changes meanwhile, it says what it said before.
+        """
+        try:
+            self._last_replication = self._replication()
+        except (RuntimeError, IndexError, KeyError):
+            log.debug("the pipeline changed while its replication was looked at")
+        return self._last_replication
+
+    def _replication(self) -> tuple[LaneCoverage, ...]:
         reports = []
         for stage in range(len(self._core.nodes)):
             standby, tokens, covered = self._core.coverage_of(Stage(stage))
