@@ -6,6 +6,7 @@ may die while the engine thread waits for the result of a step that will never c
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -27,6 +28,8 @@ from kevlarflow.wire.messages import (
     decode,
     encode,
 )
+
+log = logging.getLogger("kevlarflow.engine")
 
 PATIENCE_SECONDS = 0.005
 """How long to wait for the session's door before looking at the controller's channel again."""
@@ -56,7 +59,14 @@ class Attendant(threading.Thread):
         self.join(timeout=2.0)
 
     def run(self) -> None:
-        """Serve until stopped."""
+        """Serve until stopped. Without it the engine would obey no order any more, so its failure ends the engine."""
+        try:
+            self._serve()
+        except Exception:
+            log.exception("the engine ends: its line to the controller failed")
+            os._exit(1)
+
+    def _serve(self) -> None:
         controller: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         controller.setsockopt(zmq.LINGER, 0)
         controller.setsockopt(zmq.SNDHWM, 1_000)

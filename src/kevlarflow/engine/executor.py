@@ -72,10 +72,14 @@ class KevlarExecutor(Executor):
 
     # ---- the scheduler hook
 
-    def begin_scheduling(self) -> frozenset[int] | None:
-        """Called before the scheduler makes a step; when it has to evict its prefix cache, the blocks it may keep."""
-        self._formation, keep = self.session.begin_scheduling()
-        return keep
+    def begin_scheduling(self) -> tuple[frozenset[int] | None, str]:
+        """Called before the scheduler makes a step.
+
+        Returns (the blocks it may keep when it has to evict its prefix cache, else None; why it has to end all
+        requests, or "").
+        """
+        self._formation, keep, reason = self.session.begin_scheduling()
+        return keep, reason
 
     def scheduler_ready(self, load: Callable[[], tuple[int, int, int]]) -> None:
         """The scheduler exists and can be asked for its load."""

@@ -38,22 +38,19 @@ class KevlarScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Make the next step, after what a failure demands."""
-        keep = self._executor.begin_scheduling()
-        if keep is not None:
-            self._evict_unheld_blocks(keep)
-        reason = self._executor.session.suspended_reason
+        keep, reason = self._executor.begin_scheduling()
         if reason:
             self._end(list(self.requests), reason)
+        if keep is not None:
+            self._evict_unheld_blocks(keep)
         return super().schedule(*args, **kwargs)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Take a step's output; for an abandoned step, end its requests."""
+        """Take a step's output; when it was abandoned, so is every request."""
         if isinstance(model_runner_output, AbandonedOutput):
-            whole_pipeline = bool(self._executor.session.suspended_reason)
-            lost = self.requests if whole_pipeline else scheduler_output.num_scheduled_tokens
-            self._end(list(lost), model_runner_output.reason)
+            self._end(list(self.requests), model_runner_output.reason)
             model_runner_output = EMPTY_MODEL_RUNNER_OUTPUT
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         self._tell_clients(outputs)

@@ -73,6 +73,8 @@ class Session:
         self._outputs: dict[int, Any] = {}
         self._descriptions: list[bytes] = []
         self._evict: frozenset[int] | None = None
+        self._abandonment = ""
+        """Why all requests have to end; until the scheduler has heard of it."""
         self._standby_bytes: dict[Stage, tuple[int, int]] = {}
         self._lost_requests = 0
         self._last_replication: tuple[LaneCoverage, ...] = ()
@@ -82,11 +84,15 @@ class Session:
 
     # ---- the engine thread
 
-    def begin_scheduling(self) -> tuple[int, frozenset[int] | None]:
-        """Called before the scheduler makes a step: (formation count, blocks to keep when it has to evict, or None)."""
+    def begin_scheduling(self) -> tuple[int, frozenset[int] | None, str]:
+        """Called before the scheduler makes a step.
+
+        Returns (formation count, blocks to keep when it has to evict or None, why all requests have to end or "").
+        """
         with self._door:
             keep, self._evict = self._evict, None
-            return self._core.formations, keep
+            reason, self._abandonment = self._abandonment or self.suspended_reason, ""
+            return self._core.formations, keep, reason
 
     def issue(self, step: Step, scheduled: Any, grammar: Any) -> StepFuture:
         """Send a step to the pipeline."""
@@ -187,8 +193,7 @@ class Session:
         self._take_orders()
 
     def _take_orders(self) -> None:
-        if not self._mailbox:
-            return
+        # The bell first: an order is in the mailbox before the bell is rung for it.
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._bell)
         while self._mailbox:
@@ -274,6 +279,8 @@ class Session:
                 self._finish(sequence, self._outputs.pop(sequence, None))
             case core.Abandon(sequence, reason):
                 self._finish(sequence, self._abandoned(reason))
+            case core.AbandonEverything(reason):
+                self._abandonment = reason
             case core.EvictPrefixCache(keep):
                 self._evict = keep if self._evict is None else keep & self._evict
             case core.FormationDone(epoch, seconds, requests, tokens):

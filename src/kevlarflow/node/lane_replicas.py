@@ -36,8 +36,10 @@ class LaneReplicas:
     # ---- as a source
 
     def open(self, lane: Lane) -> None:
-        """The lane was opened under a new epoch."""
-        self._of(lane).epoch = lane.epoch
+        """The lane was opened under a new epoch: until it is restored, nobody knows what its blocks hold."""
+        replication = self._of(lane)
+        replication.epoch = lane.epoch
+        replication.queue.hold(())
 
     def close(self, lane: Lane) -> None:
         """The lane was left."""
@@ -65,8 +67,9 @@ class LaneReplicas:
             self._replicator.ring()
 
     def hold(self, lane: Lane, held: Iterable[Replica]) -> None:
-        """The lane was restored and holds these."""
-        if self._of(lane).queue.hold(held):
+        """The lane was restored and holds these, but for those that `place_rest` has yet to write."""
+        resting = {replica.block for replica, _ in lane.rest}
+        if self._of(lane).queue.hold(replica for replica in held if replica.block not in resting):
             self._replicator.ring()
 
     @property
@@ -104,5 +107,8 @@ class LaneReplicas:
         """Write what `place` kept; the store needs nothing of this lane any more."""
         for replica, data in lane.rest:
             self._kv.write(lane.slot * self._blocks_per_lane + replica.block, data)
+        placed = [replica for replica, _ in lane.rest]
         lane.rest.clear()
+        self.begin(lane, placed)
+        self.end(lane, placed)
         self._replicator.store.forget(lane.pipeline)

@@ -99,8 +99,9 @@ class Replicator(threading.Thread):
         """The lane is not served here any more."""
         with self._lock:
             lane = self._lanes.pop(pipeline, None)
-            if lane is not None and lane.channel is not None:
+            if lane is not None:
                 lane.standby = None
+                lane.queue.hold(())
         self.ring()
 
     def assign(self, lane: LaneReplication, standby: NodeInfo | None) -> None:
@@ -131,20 +132,28 @@ class Replicator(threading.Thread):
     def run(self) -> None:
         """Copy and store for ever."""
         while True:
-            with self._lock:
-                lanes = [lane for lane in self._lanes.values() if lane.channel is not None]
-            poller = zmq.Poller()
-            for sock in (self._inbox, self._bell_in, *(lane.channel for lane in lanes)):
-                poller.register(sock, zmq.POLLIN)
-            ready = dict(poller.poll(self._wait_ms(lanes)))
-            if self._bell_in in ready:
-                self._silence_bell()
-            if self._inbox in ready:
-                self._store_what_came()
-            for lane in lanes:
-                if lane.channel in ready:
-                    self._take_outcomes(lane)
-                self._copy_one(lane)
+            try:
+                self._turn()
+            except Exception:
+                # What went wrong with one copy must not end replication for good.
+                log.exception("%s: a turn of replication failed", self._member)
+
+    def _turn(self) -> None:
+        # The main thread may change a lane's channel at any time: this turn uses the one that it has now.
+        with self._lock:
+            lanes = [(lane, lane.channel) for lane in self._lanes.values() if lane.channel is not None]
+        poller = zmq.Poller()
+        for sock in (self._inbox, self._bell_in, *(channel for _, channel in lanes)):
+            poller.register(sock, zmq.POLLIN)
+        ready = dict(poller.poll(self._wait_ms([lane for lane, _ in lanes])))
+        if self._bell_in in ready:
+            self._silence_bell()
+        if self._inbox in ready:
+            self._store_what_came()
+        for lane, channel in lanes:
+            if channel in ready:
+                self._take_outcomes(lane, channel)
+            self._copy_one(lane, channel)
 
     def _wait_ms(self, lanes: list[LaneReplication]) -> int:
         """No wait while something can be copied; a short one while the cap or a silent standby holds it up."""
@@ -159,11 +168,11 @@ class Replicator(threading.Thread):
             while True:
                 self._bell_in.recv(zmq.NOBLOCK)
 
-    def _copy_one(self, lane: LaneReplication) -> None:
+    def _copy_one(self, lane: LaneReplication, channel: zmq.Socket[bytes]) -> None:
         now = time.monotonic()
         if lane.unanswered >= MAX_UNANSWERED and now - lane.sent_at > UNANSWERED_SECONDS:
             lane.unanswered = 0
-        if lane.unanswered >= MAX_UNANSWERED or now < self._next_copy_at or lane.channel is None:
+        if lane.unanswered >= MAX_UNANSWERED or now < self._next_copy_at:
             return
         replica = lane.queue.next()
         if replica is None:
@@ -183,7 +192,7 @@ class Replicator(threading.Thread):
             checksum=zlib.crc32(data),
         )
         try:
-            lane.channel.send_multipart([replicas.encode(header), data], zmq.NOBLOCK, copy=False)
+            channel.send_multipart([replicas.encode(header), data], zmq.NOBLOCK, copy=False)
         except zmq.Again:
             lane.queue.not_sent(replica)
             lane.unanswered = MAX_UNANSWERED
@@ -194,10 +203,10 @@ class Replicator(threading.Thread):
         self.copied_bytes += len(data)
         self._next_copy_at = now + len(data) / self._config.replication_bytes_per_second
 
-    def _take_outcomes(self, lane: LaneReplication) -> None:
-        while lane.channel is not None:
+    def _take_outcomes(self, lane: LaneReplication, channel: zmq.Socket[bytes]) -> None:
+        while True:
             try:
-                outcome = replicas.decode(lane.channel.recv(zmq.NOBLOCK))
+                outcome = replicas.decode(channel.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return
             except msgspec.MsgspecError:

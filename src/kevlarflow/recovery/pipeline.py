@@ -25,10 +25,11 @@ import itertools
 from collections.abc import Iterable, Mapping
 
 from kevlarflow.errors import IllegalTransition
-from kevlarflow.recovery.coverage import Coverage, Generations, IssuedTables, Replica, tables, watermark
+from kevlarflow.recovery.coverage import Coverage, Generations, IssuedTables, Replica, allocated, tables, watermark
 from kevlarflow.recovery.ledger import Ledger, Step, StepResult
 from kevlarflow.recovery.pipeline_events import (
     Abandon,
+    AbandonEverything,
     AssignStandby,
     ChunkRecomputed,
     Command,
@@ -118,8 +119,8 @@ class Pipeline:
         self.formations = 0
         """How often it was ordered to form; a step that was scheduled under a smaller count is checked again."""
         self._in_flight: collections.OrderedDict[int, Step] = collections.OrderedDict()
-        self._hollow: set[int] = set()
-        """Steps in flight that were abandoned: they only still tell the ledger which requests ended."""
+        self._abandoned_upto = -1
+        """Steps that were scheduled under this count of formations or a smaller one are abandoned."""
         self._results: dict[int, StepResult] = {}
         self._complete_on: dict[Stage, Member] = {}
         self._lost_at: dict[int, frozenset[Stage]] = {}
@@ -184,7 +185,7 @@ class Pipeline:
         )
         commands: list[Command] = [Leave(node) for node in order.released]
         commands += [Join(stage) for stage in sorted(stages)]
-        commands += [AssignStandby(stage, self._standbys.get(stage)) for stage in sorted(self._standbys)]
+        commands += [AssignStandby(stage, self._standby_of(stage)) for stage in sorted(self._standbys)]
         return commands + (self._place(self._forming) or self._resume(self._forming))
 
     def _place(self, forming: _Formation) -> list[Command]:
@@ -203,6 +204,10 @@ class Pipeline:
             commands.append(Place(stage, now, later))
         forming.to_place = set(forming.placed)
         return commands
+
+    def _standby_of(self, stage: Stage) -> NodeInfo | None:
+        """The standby, unless it serves the stage itself now: the controller will name another."""
+        return None if self._was_standby(stage) else self._standbys[stage]
 
     def _was_standby(self, stage: Stage) -> bool:
         standby = self._standbys.get(stage)
@@ -243,10 +248,13 @@ class Pipeline:
         commands: list[Command] = list(rest) if forming.issued_meanwhile else []
         commands += [Recompute(number, chunk) for number, chunk in numbered.items()]
         commands.append(Restore(tuple(self.ledger.entries()), self._held(keep)))
-        commands += [self._execute(step) for step in steps if step.sequence not in self._hollow]
+        commands += [self._execute(step) for step in steps]
         commands += [] if forming.issued_meanwhile else rest
         if forming.lost:
             commands.append(EvictPrefixCache(keep))
+            # A step that is being scheduled now does not know of the eviction yet.
+            self.formations += 1
+            self._lost_at[self.formations] = forming.lost
         return commands
 
     def _current(self, replicas: Mapping[int, Replica]) -> dict[int, Replica]:
@@ -256,9 +264,13 @@ class Pipeline:
     def _held(self, keep: frozenset[int]) -> tuple[Replica, ...]:
         """What every node's lane holds once it is restored: blocks of live requests, and kept prefixes."""
         size = self.limits.block_size
-        held = {block: Replica(block, self._generations[block], size) for block in keep}
+        # What a step in flight has taken bears that step's generation already, and holds its content only after it.
+        taken = set[int]().union(*(allocated(step, size) for step in self._in_flight.values()))
+        held = {block: Replica(block, self._generations[block], size) for block in keep - taken}
         for entry in self.ledger.entries():
             for index, block in enumerate(entry.blocks[: -(-entry.computed // size)]):
+                if block in taken:
+                    continue
                 filled = min(size, entry.computed - index * size)
                 if block not in held or held[block].filled < filled:
                     held[block] = Replica(block, self._generations[block], filled, depth=index)
@@ -348,7 +360,7 @@ class Pipeline:
     def _issue(self, step: Step) -> list[Command]:
         if step.sequence in self._in_flight:
             raise IllegalTransition(f"step {step.sequence}", "in flight", "StepIssued")
-        if self.phase is Phase.SUSPENDED:
+        if self.phase is Phase.SUSPENDED or step.formation <= self._abandoned_upto:
             return [Abandon(step.sequence, self.reason)]
         commands: list[Command] = []
         self._generations.allocate(step, self.limits.block_size)
@@ -389,38 +401,34 @@ class Pipeline:
             self.ledger.complete(step, self._results.pop(sequence, _NOTHING))
             del self._in_flight[sequence]
             self._writes.pop(sequence, None)
-            if sequence in self._hollow:
-                self._hollow.discard(sequence)
-            else:
-                commands.append(Deliver(sequence))
+            commands.append(Deliver(sequence))
         return commands
 
     def _broken(self, event: StepBroken) -> list[Command]:
-        """End the requests of a step that raised, and ask to form anew: the stages disagree on whether it ran.
+        """End every request, and ask to form anew.
 
-        When it was recovery work that raised, no live request can be trusted to go on, and all are ended.
+        The stages disagree on whether the step ran, and vLLM has cached the blocks that it was to fill: requests of
+        other steps may count on them already. So none can be trusted to go on, nor any cached block.
         """
-        commands: list[Command] = [RequestFormation(event.stage, event.reason)]
-        step = self._in_flight.get(event.sequence)
-        if step is None:
-            return [*self._abandon_all(event.reason), *commands]
-        self._hollow.add(event.sequence)
-        self._in_flight[event.sequence] = dataclasses.replace(
-            step, admissions=(), continuations=(), scheduled={}, finished=step.finished | step.scheduled.keys()
-        )
-        return [Abandon(event.sequence, event.reason), *commands, *self._complete_in_order()]
+        return [*self._abandon_all(event.reason), RequestFormation(event.stage, event.reason)]
 
     def _abandon_all(self, reason: str) -> list[Command]:
-        """End every request with `reason`; nothing is generated until the pipeline is formed again."""
+        """End every request with `reason`; nothing is generated until the pipeline is formed again.
+
+        Steps that never ran on some stage leave blocks in the prefix cache that were never computed there: so no
+        stage counts as complete, and the next formation evicts everything.
+        """
         self.phase, self.reason, self._forming = Phase.SUSPENDED, reason, None
-        commands: list[Command] = [Abandon(s, reason) for s in self._in_flight if s not in self._hollow]
+        self._abandoned_upto = self.formations
+        commands: list[Command] = [Abandon(sequence, reason) for sequence in self._in_flight]
         self._in_flight.clear()
-        self._hollow.clear()
         self._writes.clear()
         self._tables.clear()
         self._results.clear()
         self.ledger.clear()
-        return commands
+        self._complete_on.clear()
+        self._coverage = {stage: Coverage() for stage in self._coverage}
+        return [AbandonEverything(reason), *commands]
 
 
 def _held_everywhere(placed: Iterable[Mapping[int, Replica]]) -> dict[int, int]:

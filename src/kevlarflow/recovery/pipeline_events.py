@@ -101,7 +101,7 @@ class StepExecuted:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepBroken:
-    """A stage raised an exception in this step: its requests cannot go on, everybody else's can."""
+    """A stage raised an exception in this step, or in recovery work."""
 
     epoch: Epoch
     sequence: int
@@ -199,6 +199,13 @@ class Abandon:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class AbandonEverything:
+    """Tell vLLM's scheduler to end all its requests with `reason`, those that are in no step included."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class EvictPrefixCache:
     """Forget cached blocks that no live request holds, but `keep`: the new node does not have them."""
 
@@ -227,5 +234,6 @@ FormingCommand = Join | Leave | AssignStandby | Place | PlaceRest | Recompute | 
 """Commands that go to nodes while the pipeline is formed."""
 
 Command = (
-    FormingCommand | Execute | Deliver | Abandon | EvictPrefixCache | FormationDone | RequestFormation
+    FormingCommand | Execute | Deliver | Abandon | AbandonEverything | EvictPrefixCache | FormationDone
+    | RequestFormation
 )  # fmt: skip

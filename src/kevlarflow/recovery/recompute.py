@@ -82,12 +82,15 @@ def plan(
     lost = tuple(lost_stages)
     through, last = max(lost, default=None), Stage(limits.stages - 1)
     tokens = _tokens(ledger, in_flight)
-    needs = list(_live(ledger, in_flight, _taken(in_flight, limits.block_size), through, last))
+    taken = _taken(in_flight, limits.block_size)
+    # A replica of a block that was taken in flight is the new owner's, and the step writes it again anyway.
+    restored = {block: filled for block, filled in (restored or {}).items() if block not in taken}
+    needs = list(_live(ledger, in_flight, taken, through, last))
     for index, step in enumerate(in_flight):
         filled = _taken(in_flight[: index + 1], limits.block_size)
         given_away = _taken(in_flight[index + 1 :], limits.block_size)
         needs += _hits(tokens, step, filled, given_away, through, last, limits.block_size)
-    return list(_pack(_without_repeats(needs, restored or {}, through, limits.block_size), limits))
+    return list(_pack(_without_repeats(needs, restored, through, limits.block_size), limits))
 
 
 def plan_hits(

@@ -48,6 +48,8 @@ class StandbyStore:
             self._entries[pipeline, replica.block] = _Entry(replica, data, age)
             self._bytes += len(data)
             heapq.heappush(self._order, (-replica.depth, age, pipeline, replica.block))
+            if len(self._order) > 2 * len(self._entries) + 1_024:
+                self._forget_replaced()
             dropped = []
             while self._bytes > self.limit_bytes:
                 dropped.append(self._drop_cheapest())
@@ -69,6 +71,13 @@ class StandbyStore:
         entry = self._entries.pop((pipeline, block), None)
         if entry is not None:
             self._bytes -= len(entry.data)
+
+    def _forget_replaced(self) -> None:
+        """Rebuild the order without copies that newer ones have replaced."""
+        self._order = [
+            (-entry.replica.depth, entry.age, pipeline, block) for (pipeline, block), entry in self._entries.items()
+        ]
+        heapq.heapify(self._order)
 
     def _drop_cheapest(self) -> tuple[PipelineId, Replica]:
         while True:

@@ -75,7 +75,7 @@ def draw(rng: random.Random) -> Shape:
         block_size=rng.choice([2, 4]),
         budget=rng.choice([4, 6, 16]),
         requests=rng.randint(2, 8),
-        losses=rng.randint(0, 4),
+        losses=rng.randint(0, 8),
         loss_rate=rng.choice([0.1, 0.02, 0.005]),
         replicates=rng.random() < 0.7,
     )
@@ -181,6 +181,8 @@ class World:
         step, known = self.scheduler.schedule(formation)
         if self.losses_left and self.rng.random() < self.shape.loss_rate:
             self._lose()
+        while self.answers and self.rng.random() < 0.3:
+            self._answer()
         self.steps[step.sequence] = (step, known)
         if step.scheduled:
             self.waits_for.append(step.sequence)
@@ -304,6 +306,8 @@ class World:
             case core.Join(stage):
                 lane.epoch = epoch
                 lane.stage.reset()
+                lane.tags = {}
+                lane.rest = {}
                 lane.activations = {key for key in lane.activations if key[0] >= epoch}
                 self.answers.append(core.StageJoined(Epoch(epoch), stage))
             case core.AssignStandby() | core.Place() | core.PlaceRest():

@@ -1,7 +1,5 @@
 """Events in, commands out: what the executor is told to do, in order."""
 
-import dataclasses
-
 import pytest
 
 from kevlarflow.errors import IllegalTransition
@@ -147,13 +145,16 @@ def test_a_step_that_was_scheduled_before_the_loss_has_its_hits_computed():
     pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
     late = admit(1, formation=1, computed=4)
     assert kinds(pipeline.handle(p.StepIssued(late), 2.1)) == ["Recompute", "Execute"]
-    assert kinds(pipeline.handle(p.StepIssued(admit(2, "s", formation=2, computed=4)), 2.2)) == ["Execute"]
+    assert kinds(pipeline.handle(p.StepIssued(admit(2, "s", formation=pipeline.formations, computed=4)), 2.2)) == [
+        "Execute"
+    ]
 
 
 def test_suspension_abandons_what_is_in_flight_and_what_is_issued_later():
     pipeline = serving()
     pipeline.handle(p.StepIssued(admit(1)), 1.0)
-    assert pipeline.handle(p.SuspensionOrdered(2, "no node"), 2.0) == [p.Abandon(1, "no node")]
+    commands = pipeline.handle(p.SuspensionOrdered(2, "no node"), 2.0)
+    assert commands == [p.AbandonEverything("no node"), p.Abandon(1, "no node")]
     assert pipeline.handle(p.StepIssued(admit(2)), 2.1) == [p.Abandon(2, "no node")]
     assert len(pipeline.ledger) == 0
 
@@ -162,38 +163,27 @@ def test_a_suspended_pipeline_serves_again_when_it_is_formed():
     pipeline = serving()
     pipeline.handle(p.SuspensionOrdered(2, "no node"), 2.0)
     assert kinds(pipeline.handle(p.FormationOrdered(3, (A0, B1)), 3.0))[-1] == "EvictPrefixCache"
-    assert sent(pipeline.handle(p.StepIssued(admit(1, formation=2)), 3.1)) == [1]
+    assert sent(pipeline.handle(p.StepIssued(admit(1, formation=pipeline.formations)), 3.1)) == [1]
 
 
-def test_a_step_that_raised_ends_its_requests_only():
+def test_a_step_that_raised_ends_every_request_and_trusts_no_block():
     pipeline = serving()
     pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
     pipeline.handle(p.StepIssued(admit(2, "b")), 1.0)
     commands = pipeline.handle(p.StepBroken(1, 1, 0, "boom"), 1.1)
-    assert commands == [p.Abandon(1, "boom"), p.RequestFormation(0, "boom")]
-    again = pipeline.handle(p.FormationOrdered(2, (A0, A1)), 1.2)
-    assert sent(again) == [2]
+    assert commands == [
+        p.AbandonEverything("boom"), p.Abandon(1, "boom"), p.Abandon(2, "boom"), p.RequestFormation(0, "boom")
+    ]  # fmt: skip
+    assert p.EvictPrefixCache() in pipeline.handle(p.FormationOrdered(2, (A0, A1)), 1.2)
 
 
-def test_a_step_that_raised_still_tells_which_requests_ended():
+def test_a_step_that_was_scheduled_before_everything_was_abandoned_is_abandoned_too():
     pipeline = serving()
-    pipeline.handle(p.StepIssued(admit(1, "z")), 1.0)
-    pipeline.handle(executed(1, 1, z=[1]), 1.0)
-    pipeline.handle(p.StepIssued(admit(2, "a")), 1.0)
-    last = dataclasses.replace(admit(3, "b"), finished=frozenset({"z"}))
-    pipeline.handle(p.StepIssued(last), 1.0)
-    pipeline.handle(p.StepBroken(1, 3, 0, "boom"), 1.1)
-    assert "z" in pipeline.ledger
-    assert pipeline.handle(executed(1, 2, a=[1]), 1.2) == [p.Deliver(2)]
-    assert [entry.request for entry in pipeline.ledger.entries()] == ["a"]
-
-
-def test_recovery_work_that_raised_ends_every_request():
-    pipeline = serving()
-    pipeline.handle(p.StepIssued(admit(1)), 1.0)
-    commands = pipeline.handle(p.StepBroken(1, -1, 1, "boom"), 1.1)
-    assert commands == [p.Abandon(1, "boom"), p.RequestFormation(1, "boom")]
-    assert pipeline.phase is Phase.SUSPENDED
+    before = pipeline.formations
+    pipeline.handle(p.SuspensionOrdered(2, "no node"), 2.0)
+    pipeline.handle(p.FormationOrdered(3, (A0, B1)), 2.1)
+    assert kinds(pipeline.handle(p.StepIssued(admit(1, formation=before)), 2.2)) == ["Abandon"]
+    assert sent(pipeline.handle(p.StepIssued(admit(2, formation=pipeline.formations)), 2.3)) == [2]
 
 
 def test_released_nodes_are_told():
@@ -308,3 +298,13 @@ def test_a_step_that_is_issued_while_replicas_are_awaited_goes_out_behind_them()
     assert pipeline.handle(p.StepIssued(go_on(2, computed=6)), 2.05) == []
     commands = pipeline.handle(p.ReplicasPlaced(2, 1, ()), 2.1)
     assert kinds(commands) == ["PlaceRest", "Recompute", "Restore", "Execute", "EvictPrefixCache"]
+
+
+def test_a_block_that_was_taken_in_flight_is_not_said_to_hold_its_content_yet():
+    pipeline = replicating()
+    admission = Admission("s", (7, 8), (2,), 0, None)
+    taking = Step(2, (admission,), (), {"s": 2}, frozenset({"r"}), frozenset(), 1)
+    pipeline.handle(p.StepIssued(taking), 1.5)
+    commands = pipeline.handle(p.FormationOrdered(2, (A0, node("node-2-1", 1))), 2.0)
+    (restore,) = [command for command in commands if isinstance(command, p.Restore)]
+    assert [replica.block for replica in restore.held] == [1]
