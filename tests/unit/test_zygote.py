@@ -69,6 +69,9 @@ def zygote(config: ServeConfig) -> Iterator[int]:
     pid = os.fork()
     if pid == 0:
         try:
+            # Other tests of this process may have left sockets open: they are not the zygote's.
+            for descriptor in filter(is_socket, map(int, os.listdir("/proc/self/fd"))):
+                os.close(descriptor)
             # Pytest has put its own files in their place.
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
             running = Zygote(config, Targets(node=report, api_server=fail))
