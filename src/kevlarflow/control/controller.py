@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
@@ -105,8 +106,12 @@ class Peers:
 class Controller:
     """Turns what happens into events, and commands into deeds."""
 
-    def __init__(self, config: ServeConfig, hub: Hub, main_pid: int) -> None:
+    def __init__(
+        self, config: ServeConfig, hub: Hub, main_pid: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.config = config
+        self.clock = clock
+        """Monotonic seconds; read after something was seen, so that no record says that it was known before."""
         self.hub = hub
         self.main_pid = main_pid
         self.cluster = Cluster(config, unix_offset())
@@ -126,8 +131,9 @@ class Controller:
 
     # ---- the loop's parts
 
-    def start(self, now: float) -> None:
+    def start(self) -> None:
         """Begin a cluster, or take up one that an earlier life of the controller began."""
+        now = self.clock()
         remembered = self.memory.recall()
         facts = {"unix_offset": self.cluster.unix_offset, "config": self.config}
         self.journal.start(now, resumed=remembered is not None, **facts)
@@ -140,11 +146,13 @@ class Controller:
             if known.pids and not self.watcher.watch(known.member, known.pids, remembered.start_times):
                 self._bury(known.member, now, now)
 
-    def turn(self, now: float, *, messages_wait: bool = True) -> None:
+    def turn(self, *, messages_wait: bool = True) -> None:
         """Everything that is due: messages, deaths, answers of the launcher, and time."""
         if messages_wait:
-            self._read_messages(now)
-        for death in self.watcher.check(now):
+            self._read_messages()
+        deaths = self.watcher.check(self.clock())
+        now = self.clock()
+        for death in deaths:
             if isinstance(death.key, EngineProcess):
                 self.handle(events.EngineLost(death.key.pipeline, death.pid), now)
             else:
@@ -198,6 +206,8 @@ class Controller:
         return changed
 
     def _let_time_pass(self, now: float) -> None:
+        # The wall clock of a machine is set now and then.
+        self.cluster.unix_offset = unix_offset()
         for verdict in self.detector.check(now):
             self.handle(verdict, now)
         self.handle(events.Tick(), now)
@@ -220,7 +230,7 @@ class Controller:
 
     # ---- messages
 
-    def _read_messages(self, now: float) -> None:
+    def _read_messages(self) -> None:
         for _ in range(MESSAGES_PER_TURN):
             received = self.hub.receive()
             if received is None:
@@ -231,7 +241,7 @@ class Controller:
             except msgspec.DecodeError:
                 self.dropped += 1
                 continue
-            self._take(peer, message, now)
+            self._take(peer, message, self.clock())
 
     def _take(self, peer: bytes, message: AnyMessage, now: float) -> None:
         match message:
@@ -342,14 +352,14 @@ class Bell:
 def run(controller: Controller, hub: ZmqHub) -> None:
     """Turn until a signal asks for the end."""
     bell = Bell()
-    controller.start(time.monotonic())
+    controller.start()
     interval_ms = controller.config.timeouts.watch_interval_ms
     poller = zmq.Poller()
     poller.register(hub.socket, zmq.POLLIN)
     poller.register(bell.descriptor, zmq.POLLIN)
     ready: dict[object, int] = {}
     while bell.descriptor not in ready:
-        controller.turn(time.monotonic(), messages_wait=hub.socket in ready)
+        controller.turn(messages_wait=hub.socket in ready)
         ready = dict(poller.poll(interval_ms))
     controller.stop()
 

@@ -8,6 +8,7 @@ import pytest
 
 from kevlarflow.control.controller import Controller
 from kevlarflow.control.observers import MAX_SUBSCRIBERS
+from kevlarflow.control.watcher import Death
 from kevlarflow.types import Epoch, Member, NodeId, NodeInfo, Phases, PipelineId, Stage
 from kevlarflow.wire import messages
 from kevlarflow.wire.channel import MemoryHub, MemoryPeer
@@ -25,8 +26,8 @@ class Shell:
             **{name: getattr(config, name) for name in config.__struct_fields__} | {"run_folder": str(folder)}
         )
         self.now = 100.0
-        self.controller = Controller(self.config, self.hub, main_pid=1)
-        self.controller.start(self.now)
+        self.controller = Controller(self.config, self.hub, main_pid=1, clock=lambda: self.now)
+        self.controller.start()
 
     def say(self, peer: MemoryPeer, *said: AnyMessage) -> list[AnyMessage]:
         for message in said:
@@ -36,7 +37,7 @@ class Shell:
 
     def turn(self, seconds: float = 0.0) -> None:
         self.now += seconds
-        self.controller.turn(self.now)
+        self.controller.turn()
 
     def ready(self) -> messages.NodeReady:
         pid = os.getpid()
@@ -112,12 +113,32 @@ def test_silence_is_judged_after_what_waits_was_read(shell):
     assert shell.controller.cluster.slots[NodeId("node-0-0")].state == "ready"
 
 
+def test_a_loss_is_never_dated_before_it_happened(shell, monkeypatch):
+    shell.serve()
+    member = Member(NodeId("node-0-0"), 1)
+
+    def die_while_it_is_looked_at(now: float) -> list[Death]:
+        shell.now += 0.5
+        return [Death(member, os.getpid(), alive_at=now)]
+
+    monkeypatch.setattr(shell.controller.watcher, "check", die_while_it_is_looked_at)
+    shell.turn()
+    (recovery,) = shell.controller.cluster.recoveries
+    assert recovery.time == shell.now + shell.controller.cluster.unix_offset
+
+
+def test_a_wall_clock_that_is_set_is_followed(shell, monkeypatch):
+    monkeypatch.setattr("kevlarflow.control.controller.unix_offset", lambda: 12_345.0)
+    shell.turn(1.0)
+    assert shell.controller.cluster.unix_offset == 12_345.0
+
+
 def test_a_second_life_does_not_say_no_before_it_knows(shell):
     node, engine = shell.serve()
     second = Shell.__new__(Shell)
     second.config, second.hub, second.now = shell.config, shell.hub, shell.now + 1
-    second.controller = Controller(shell.config, shell.hub, main_pid=1)
-    second.controller.start(second.now)
+    second.controller = Controller(shell.config, shell.hub, main_pid=1, clock=lambda: second.now)
+    second.controller.start()
     observer = shell.hub.connect()
     assert second.say(observer, messages.Subscribe()) == []
     second.say(node, shell.ready())
@@ -130,8 +151,8 @@ def test_a_second_life_says_no_when_nobody_appears(shell):
     shell.serve()
     second = Shell.__new__(Shell)
     second.config, second.hub, second.now = shell.config, shell.hub, shell.now + 1
-    second.controller = Controller(shell.config, shell.hub, main_pid=1)
-    second.controller.start(second.now)
+    second.controller = Controller(shell.config, shell.hub, main_pid=1, clock=lambda: second.now)
+    second.controller.start()
     observer = shell.hub.connect()
     assert second.say(observer, messages.Subscribe()) == []
     # The node is this very process: it must not come to the point where it is fenced.
