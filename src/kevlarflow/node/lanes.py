@@ -14,13 +14,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kevlarflow.node.replicator import LaneReplication
-from kevlarflow.node.stage import Activations, LaneRunner
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.types import Epoch, PipelineId
 from kevlarflow.wire.steps import Execute, PlaceRest, Recompute, Restore
+
+if TYPE_CHECKING:
+    # The simulator runs this module without torch.
+    from kevlarflow.node.replicator import LaneReplication
+    from kevlarflow.node.stage import Activations, LaneRunner
 
 MAX_QUEUED_WORK = 4_096
 """Items of work that a lane holds; an engine has at most S steps and one recovery under way, so this is a bug guard."""

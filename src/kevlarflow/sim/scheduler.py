@@ -2,7 +2,7 @@
 
 Blocks are cached when a step is scheduled, before it has run; a request that is in flight can be preempted, and its
 token is delivered all the same; its blocks may be given away at once; a request may be aborted while it is in flight;
-prompts are cut into chunks; a resumed request hits its own old blocks.
+prompts are cut into chunks, of which several may be in flight; a resumed request hits its own old blocks.
 """
 
 from __future__ import annotations
@@ -130,9 +130,11 @@ class ToyScheduler:
         scheduled: dict[str, int] = {}
         continuations: list[Continuation] = []
         for request in list(self.running):
-            if request.in_flight or request not in self.running or room == 0:
+            if request not in self.running or room == 0:
                 continue
             count = min(len(request.tokens) - request.computed, room)
+            if count == 0:
+                continue  # Its token is under way; a prompt's next chunk need not wait for that.
             new = self._grow(request, count)
             if new is None:
                 break

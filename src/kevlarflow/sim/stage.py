@@ -25,36 +25,47 @@ def next_token(tokens: Sequence[int]) -> int:
 
 @dataclass
 class Memory:
-    """KV memory of one node: it survives a re-forming, and is garbage on a new node."""
+    """KV memory of one lane of a node: it survives a re-forming, and is garbage on a new node."""
 
     stage: int
     block_size: int
-    slots: dict[tuple[int, int], int] = field(default_factory=dict)
+    blocks: dict[int, list[int | None]] = field(default_factory=dict)
 
-    def write(self, blocks: Sequence[int], position: int, tokens: Sequence[int]) -> None:
-        """Store the KV of `position`."""
-        self.slots[blocks[position // self.block_size], position % self.block_size] = self._content(position, tokens)
+    def write(self, blocks: Sequence[int], start: int, end: int, tokens: Sequence[int]) -> None:
+        """Store the KV of positions `start` to `end`."""
+        contents = self._contents(tokens, end)
+        size = self.block_size
+        for index in range(start // size, -(-end // size)):
+            first = index * size
+            held = self.blocks.setdefault(blocks[index], [None] * size)
+            low, high = max(start, first), min(end, first + size)
+            held[low - first : high - first] = contents[low:high]
 
-    def check(self, request: str, blocks: Sequence[int], position: int, tokens: Sequence[int]) -> None:
-        """Read all slots before `position`; raise `WrongKv` unless each holds what it should."""
-        for earlier in range(position):
-            found = self.slots.get((blocks[earlier // self.block_size], earlier % self.block_size))
-            if found != self._content(earlier, tokens):
-                block = blocks[earlier // self.block_size]
-                raise WrongKv(f"{request} reads position {earlier} (block {block}) at stage {self.stage}: not its KV")
+    def check(self, request: str, blocks: Sequence[int], end: int, tokens: Sequence[int]) -> None:
+        """Read all positions before `end`; raise `WrongKv` unless each holds what it should."""
+        contents = self._contents(tokens, end)
+        for first in range(0, end, self.block_size):
+            block = blocks[first // self.block_size]
+            expected = contents[first : first + self.block_size]
+            if self.blocks.get(block, [])[: len(expected)] != expected:
+                raise WrongKv(f"{request} reads block {block} from position {first} at stage {self.stage}: not its KV")
 
-    def read(self, block: int) -> dict[int, int]:
-        """Everything in a block, as a copy."""
-        return {offset: self.slots[block, offset] for offset in range(self.block_size) if (block, offset) in self.slots}
+    def read(self, block: int) -> tuple[int | None, ...]:
+        """Everything in a block, as a copy; None where nothing was ever written."""
+        return tuple(self.blocks.get(block, [None] * self.block_size))
 
-    def place(self, block: int, content: dict[int, int]) -> None:
+    def place(self, block: int, content: Sequence[int | None]) -> None:
         """Put a copied block in place of whatever is there."""
-        for offset in range(self.block_size):
-            self.slots.pop((block, offset), None)
-        self.slots.update({(block, offset): value for offset, value in content.items()})
+        self.blocks[block] = list(content)
 
-    def _content(self, position: int, tokens: Sequence[int]) -> int:
-        return hash((self.stage, *tokens[: position + 1]))
+    def _contents(self, tokens: Sequence[int], end: int) -> list[int]:
+        """What positions 0 to `end` should hold: each a hash of the stage and all tokens up to it."""
+        content = self.stage
+        contents = []
+        for token in tokens[:end]:
+            content = hash((content, token))
+            contents.append(content)
+        return contents
 
 
 @dataclass
@@ -90,8 +101,7 @@ class ToyStage:
     def recompute(self, chunk: Chunk) -> None:
         """Write the KV of a chunk."""
         for span in chunk.spans:
-            for position in range(span.start, span.end):
-                self.memory.write(span.blocks, position, span.tokens)
+            self.memory.write(span.blocks, span.start, span.end, span.tokens)
         for span in chunk.spans:
             self.memory.check(span.request, span.blocks, span.end, span.tokens)
 
@@ -117,8 +127,7 @@ class ToyStage:
 
     def _compute(self, request: str, running: Running, count: int) -> list[int]:
         end = running.computed + count
-        for position in range(running.computed, end):
-            self.memory.write(running.blocks, position, running.tokens)
+        self.memory.write(running.blocks, running.computed, end, running.tokens)
         if request not in self.aborted:
             self.memory.check(request, running.blocks, end, running.tokens)
         running.computed = end

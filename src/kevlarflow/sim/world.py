@@ -26,13 +26,15 @@ from kevlarflow.types import Epoch, Member, NodeId, NodeInfo, Stage
 
 MAX_ACTIONS = 20_000
 
+Content = tuple[int | None, ...]
+
 
 @dataclass
 class Standby:
     """Keeps replicas of one stage; may drop any of them, and tells so late."""
 
     info: NodeInfo
-    store: dict[int, tuple[Replica, dict[int, int]]] = field(default_factory=dict)
+    store: dict[int, tuple[Replica, Content]] = field(default_factory=dict)
 
 
 @dataclass
@@ -46,9 +48,9 @@ class Lane:
     activations: set[tuple[int, int]] = field(default_factory=set)
     tags: dict[int, Replica] = field(default_factory=dict)
     """What each block of the lane holds."""
-    store: dict[int, tuple[Replica, dict[int, int]]] = field(default_factory=dict)
+    store: dict[int, tuple[Replica, Content]] = field(default_factory=dict)
     """Replicas that the node kept as the standby of the node before it."""
-    rest: dict[int, tuple[Replica, dict[int, int]]] = field(default_factory=dict)
+    rest: dict[int, tuple[Replica, Content]] = field(default_factory=dict)
     standby: Member | None = None
 
 
