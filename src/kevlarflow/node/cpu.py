@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import collections
 import copy
-import fcntl
 import functools
 import mmap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +34,13 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from kevlarflow.errors import StartupFailed
+from kevlarflow.node.compiled import load_or_compile
 from kevlarflow.node.kv_blocks import HostKvBlocks
 from kevlarflow.node.stage import StageDescription
 from kevlarflow.node.v1_runner import V1LaneRunner
+
+WARM_UP_TOKENS = 32
+"""How many tokens go through a stage whose compiled code is loaded, to see that it runs."""
 
 
 @functools.cache
@@ -88,6 +89,16 @@ class _FirstModelRunner(CPUModelRunner):
     vLLM allocates them with `torch.zeros`, which writes every page: seconds for each GiB, and all of the reserved
     lanes at once. An anonymous mapping reads as zero and costs nothing until it is used.
     """
+
+    compile_lock: Path
+    """Set before it warms up; see `kevlarflow.node.compiled`."""
+
+    def warming_up_model(self) -> None:
+        """As vLLM does, unless what it is for can be loaded."""
+        if self.vllm_config.compilation_config.mode == CompilationMode.NONE:
+            return
+        few = min(WARM_UP_TOKENS, self.max_num_tokens)
+        load_or_compile(lambda: self._dummy_run(few, is_profile=True), super().warming_up_model, self.compile_lock)
 
     def initialize_kv_cache_tensors(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """As vLLM does, over lazily backed memory."""
@@ -149,7 +160,7 @@ class CpuStage:
     """`StageDevice` for vLLM's CPU build.
 
     `lanes` is how many lanes the KV memory is made for; `compile_lock` is a file that nodes of the same stage share,
-    so that one of them compiles and the others read its cache.
+    so that one of them compiles and the others load that.
     """
 
     def __init__(self, vllm_config: VllmConfig, stage: int, lanes: int, compile_lock: Path) -> None:
@@ -169,6 +180,7 @@ class CpuStage:
             worker = _StageWorker(self._config, self._stage)
             worker.init_device()
             worker.load_model()
+            worker.model_runner.compile_lock = self._compile_lock
             self._prepare_activations(worker.model_runner)
             self._allocate(worker)
 
@@ -200,8 +212,7 @@ class CpuStage:
         layouts = worker.get_supported_kv_cache_layouts()
         layout = resolve_kv_cache_layout(self._config, [layouts], list(spec.values()))
         worker.set_kv_cache_layout(layout.name)
-        with self._one_compiles():
-            available = worker.determine_available_memory()
+        available = worker.determine_available_memory()
         try:
             one_lane = get_kv_cache_configs(self._config, [spec], [available])[0]
         except ValueError as error:
@@ -231,16 +242,6 @@ class CpuStage:
             self._prepare_activations(runner)
             runners.append(runner)
         self._runners = [V1LaneRunner(r, slot * blocks_per_lane) for slot, r in enumerate(runners)]
-
-    @contextmanager
-    def _one_compiles(self) -> Iterator[None]:
-        """Only one node of a stage compiles at a time; eager nodes need not wait."""
-        if self._config.compilation_config.mode == CompilationMode.NONE:
-            yield
-            return
-        with self._compile_lock.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
 
 
 def _times(config: KVCacheConfig, lanes: int) -> KVCacheConfig:
