@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import pytest
 
 from kevlarflow.config import ServeConfig
 from kevlarflow.errors import KevlarFlowError
+from kevlarflow.kinship import adopt_orphans, die_with_parent
 from kevlarflow.node.zygote import Targets, Zygote, require_one_thread
 from kevlarflow.types import NodeId, Stage
 from kevlarflow.wire.messages import AnyMessage, AskStatus, StartApiServer, Started, StartNode, decode, encode
@@ -34,7 +36,6 @@ def report(config: ServeConfig, *what: object) -> None:
         "pid": os.getpid(),
         "sockets": [fd for fd in descriptors if is_socket(fd)],
         "sigterm": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
-        "sigchld": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
     }
     path = Path(config.path("facts"))
     path.with_suffix(".new").write_bytes(msgspec.json.encode(facts))
@@ -66,25 +67,41 @@ def config() -> Iterator[ServeConfig]:
 
 @pytest.fixture
 def zygote(config: ServeConfig) -> Iterator[int]:
-    pid = os.fork()
-    if pid == 0:
+    """The process id of a zygote, in a family as the supervisor makes it."""
+    told, tell = os.pipe()
+    supervisor = os.fork()
+    if supervisor == 0:
         try:
-            # Other tests of this process may have left sockets open: they are not the zygote's.
-            for descriptor in filter(is_socket, map(int, os.listdir("/proc/self/fd"))):
-                os.close(descriptor)
-            # Pytest has put its own files in their place.
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-            running = Zygote(config, Targets(node=report, api_server=fail))
-            running.listen()
-            running.serve()
+            adopt_orphans()
+            pid = os.fork()
+            if pid == 0:
+                serve(config)
+            os.write(tell, str(pid).encode())
+            while True:
+                os.wait()
         finally:
             os._exit(1)
-    yield pid
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    facts = Path(config.path("facts"))
-    if facts.exists():
-        os.kill(msgspec.json.decode(facts.read_bytes())["pid"], signal.SIGKILL)
+    yield int(os.read(told, 32))
+    os.close(told)
+    os.close(tell)
+    os.kill(supervisor, signal.SIGKILL)  # What was forked dies with it.
+    os.waitpid(supervisor, 0)
+
+
+def serve(config: ServeConfig) -> NoReturn:
+    """Be the zygote."""
+    try:
+        die_with_parent(os.getppid())
+        # Other tests of this process may have left sockets open: they are not the zygote's.
+        for descriptor in filter(is_socket, map(int, os.listdir("/proc/self/fd"))):
+            os.close(descriptor)
+        # Pytest has put its own files in their place.
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        running = Zygote(config, Targets(node=report, api_server=fail))
+        running.listen()
+        running.serve()
+    finally:
+        os._exit(1)
 
 
 def connect(config: ServeConfig) -> socket.socket:
@@ -119,7 +136,6 @@ def test_a_node_gets_a_place_of_its_own(config: ServeConfig) -> None:
         # Neither the launcher's socket nor any connection to it: a node must not answer in the zygote's place.
         assert facts["sockets"] == []
         assert facts["sigterm"]
-        assert facts["sigchld"]
         assert Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"kevlarflow: node-0-1-3")
         wait_until(lambda: "said to the log" in Path(config.log_folder, "node-0-1-3.log").read_text())
         first.close()

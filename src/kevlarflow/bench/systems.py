@@ -8,7 +8,6 @@ session of its own, whose processes are known by an environment variable that th
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import http.client
 import os
 import signal
@@ -26,6 +25,7 @@ from kevlarflow.bench.streams import HTTP_OK, Address
 from kevlarflow.control.process import last_words
 from kevlarflow.errors import KevlarFlowError
 from kevlarflow.faults.processes import ProcessIdentity, command_line, identify, is_alive, with_environment
+from kevlarflow.kinship import die_with_parent
 
 MARK = "KEVLARFLOW_BENCH_SERVER"
 """Environment variable by which the processes of one server are known."""
@@ -36,7 +36,6 @@ STOP_TIMEOUT_SECONDS = 40.0
 LINGER_SECONDS = 5.0
 """How long processes may outlive the one that was told to stop."""
 KILL_SECONDS = 5.0
-PR_SET_PDEATHSIG = 1
 LONGEST_COMMAND = 90
 
 SAME_FOR_ALL = {
@@ -113,6 +112,7 @@ class ServerProcess:
         """Start it; returns at once. Its output goes to `log`."""
         self._port = free_port()
         self._mark = uuid.uuid4().hex
+        us = os.getpid()
         with self.log.open("wb") as output:
             self._started_at = time.monotonic()
             self._child = subprocess.Popen(
@@ -123,7 +123,7 @@ class ServerProcess:
                 env={**os.environ, **self._environment, MARK: self._mark},
                 # Ctrl-C is for us alone; but our end, however it comes, is the server's.
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - it calls nothing but the kernel.
+                preexec_fn=lambda: die_with_parent(us, signal.SIGTERM),  # noqa: PLW1509 - two system calls.
             )
 
     def wait_ready(self, timeout_seconds: float = START_TIMEOUT_SECONDS) -> float:
@@ -200,7 +200,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

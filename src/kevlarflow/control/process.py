@@ -7,14 +7,14 @@ which can never come to mean another process, as an id can.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-PR_SET_CHILD_SUBREAPER = 36
+from kevlarflow.kinship import die_with_parent
+
 LAST_LINES = 200
 
 
@@ -44,9 +44,19 @@ class Process:
 
 
 def spawn(
-    name: str, command: Sequence[str], environment: dict[str, str], log: Path, passed: Sequence[int] = ()
+    name: str,
+    command: Sequence[str],
+    environment: dict[str, str],
+    log: Path,
+    passed: Sequence[int] = (),
+    *,
+    outlives_us: bool = False,
 ) -> Process:
-    """Start a process in a group of its own: Ctrl-C in the terminal is for the supervisor alone."""
+    """Start a process in a group of its own: Ctrl-C in the terminal is for the supervisor alone.
+
+    The kernel kills it when we end, unless it is to outlive us.
+    """
+    parent = os.getpid()
     with log.open("ab") as output:
         child = subprocess.Popen(
             command,
@@ -56,24 +66,20 @@ def spawn(
             env=environment,
             pass_fds=passed,
             process_group=0,
+            preexec_fn=None if outlives_us else lambda: die_with_parent(parent),  # noqa: PLW1509 - two system calls.
         )
     # The supervisor reaps everybody in `reap`, and has no use for this object.
     child.returncode = 0
     return Process(name, child.pid, log)
 
 
-def adopt_orphans() -> None:
-    """Become the parent of every descendant whose own parent dies."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-
-
-def reap() -> None:
-    """Take note of every child, adopted ones too, that has ended."""
+def reap() -> list[tuple[int, int]]:
+    """Every child that has ended, adopted ones too, with its exit status: the negative signal number if killed."""
+    ended = []
     with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        while (child := os.waitpid(-1, os.WNOHANG))[0]:
+            ended.append((child[0], os.waitstatus_to_exitcode(child[1])))
+    return ended
 
 
 def last_words(log: Path) -> str:

@@ -7,6 +7,9 @@ Forking is safe here because the zygote has one thread, which is checked before 
 a thread that the child does not have. It opens nothing, computes nothing, and answers one question at a time on a
 Unix socket in the run folder: `StartNode` or `StartApiServer`, answered by `Started`.
 
+What it forks are the supervisor's children, not its own: they die with the supervisor, in the same moment, and live on
+when the zygote dies.
+
 To the supervisor it reports once, through an inherited pipe: what the check of the configuration found out about
 the model, or the one line that says why the cluster cannot start.
 """
@@ -37,6 +40,7 @@ from setproctitle import setproctitle
 from kevlarflow import config as configuration
 from kevlarflow.config import ServeConfig
 from kevlarflow.errors import KevlarFlowError
+from kevlarflow.kinship import fork_for_parent
 from kevlarflow.types import Member, Stage
 from kevlarflow.wire.messages import StartApiServer, Started, StartNode, decode, encode
 
@@ -88,32 +92,23 @@ class Zygote:
         self.config = config
         self.targets = targets
         self.selector = selectors.DefaultSelector()
-        self.children: dict[int, str] = {}
-        self.wakeup_read, self.wakeup_write = socket.socketpair()
-        self.wakeup_write.setblocking(False)
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.selector.register(self.wakeup_read, selectors.EVENT_READ)
         self.selector.register(self.listener, selectors.EVENT_READ)
 
     def listen(self) -> None:
         """From now on whoever asks is answered, though perhaps later."""
-        signal.set_wakeup_fd(self.wakeup_write.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
         if os.path.exists(self.config.launcher_path):
             os.unlink(self.config.launcher_path)  # A predecessor that was killed left it.
         self.listener.bind(self.config.launcher_path)
         self.listener.listen(BACKLOG)
 
     def serve(self) -> None:
-        """Fork and reap, forever."""
+        """Fork, forever."""
         while True:
             for key, _ in self.selector.select():
                 ready = key.fileobj
                 assert isinstance(ready, socket.socket)
-                if ready is self.wakeup_read:
-                    ready.recv(LARGEST_REQUEST)
-                    self._reap()
-                elif ready is self.listener:
+                if ready is self.listener:
                     connection, _ = self.listener.accept()
                     self.selector.register(connection, selectors.EVENT_READ)
                 else:
@@ -150,11 +145,8 @@ class Zygote:
     def _fork(self, name: str, body: Callable[[], object]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
-        if pid == 0:
-            self._run_child(name, body)
-        os.setpgid(pid, pid)
-        self.children[pid] = name
+        pid = fork_for_parent(lambda: self._run_child(name, body))
+        print(f"zygote: started {name} (process {pid})", file=sys.stderr, flush=True)
         return pid
 
     def _run_child(self, name: str, body: Callable[[], object]) -> NoReturn:
@@ -176,24 +168,12 @@ class Zygote:
         """Give the child a place of its own: process group, signals, log, title; and close what is the zygote's."""
         # A group of its own: Ctrl-C in the terminal is for the supervisor, which ends the others in order.
         os.setpgid(0, 0)
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for key in list(self.selector.get_map().values()):
             assert isinstance(key.fileobj, socket.socket)
             key.fileobj.close()
         self.selector.close()
-        self.wakeup_write.close()
         redirect_output(os.path.join(self.config.log_folder, f"{name}.log"))
         setproctitle(f"kevlarflow: {name}")
-
-    def _reap(self) -> None:
-        while self.children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                return
-            name = self.children.pop(pid, "a stranger")
-            code = os.waitstatus_to_exitcode(status)
-            print(f"zygote: {name} (pid {pid}) left with status {code}", file=sys.stderr, flush=True)
 
 
 def redirect_output(path: str) -> None:
