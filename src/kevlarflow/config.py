@@ -79,7 +79,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def log_folder(self) -> str:
-        """Where each process has its log; stands beside the run folder and outlives it, until the next run."""
+        """Where each process has its log; stands beside the run folder, and outlives it when something went wrong."""
         return self.run_folder + ".logs"
 
     @property

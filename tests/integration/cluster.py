@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,6 +225,9 @@ def running_cluster(
         raise
     finally:
         cluster.stop()
+    # Faults were intended.
+    shutil.rmtree(cluster.run_folder.with_suffix(".logs"), ignore_errors=True)
+    cluster.serve_log.unlink()
 
 
 def _ready(cluster: Cluster) -> bool:

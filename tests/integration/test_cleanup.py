@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from integration.cluster import FLAGS, KEVLARFLOW, STOP_TIMEOUT_SECONDS, Cluster, running_cluster, shared_memory_of
-from kevlarflow.config import run_folder_of
+from kevlarflow.config import Timeouts, run_folder_of
 from kevlarflow.faults.processes import is_alive
 from parity.ports import free_port
 from standins import members, wait_until
@@ -67,7 +68,10 @@ def test_nothing_is_left_when_it_ends_under_load(number: signal.Signals) -> None
         # A stopped process takes no notice of a signal that can be handled.
         os.kill(cluster.status()["nodes"][0]["pid"], signal.SIGSTOP)
         cluster.process.send_signal(number)
+        begun = time.monotonic()
         assert cluster.process.wait(STOP_TIMEOUT_SECONDS) == (-9 if number is signal.SIGKILL else 0)
+        # It takes about a second. After the grace it would be killed, with streams open or not.
+        assert time.monotonic() - begun < Timeouts().stop_grace_s
         wait_until(lambda: not any(map(is_alive, processes)), STOP_TIMEOUT_SECONDS)
         wait_until(lambda: not cluster.run_folder.with_suffix(".lock").exists(), STOP_TIMEOUT_SECONDS)
         require_nothing_left(cluster, shared_before)

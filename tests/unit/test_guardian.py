@@ -12,7 +12,7 @@ import pytest
 
 from kevlarflow.config import RUN_FOLDER_VARIABLE, RUN_ID_VARIABLE
 from kevlarflow.control import guardian
-from kevlarflow.control.run_folder import RunFolder, make_private
+from kevlarflow.control.run_folder import LOGS_KEPT, RunFolder, make_private
 from kevlarflow.errors import UsageError
 from standins import members, wait_until
 
@@ -157,6 +157,19 @@ def test_what_a_dead_run_left_is_swept(folder: Path, sleepers: Sleepers) -> None
     assert sorted(path.name for path in folder.iterdir()) == ["run-id", "tmp"]
     assert second.run_id != first.run_id
     os.close(second.lock)
+
+
+def test_logs_of_ended_runs_do_not_pile_up(folder: Path) -> None:
+    folder.parent.mkdir(mode=0o700, parents=True)
+    for port in range(LOGS_KEPT + 2):
+        logs = folder.parent / f"{port}.logs"
+        logs.mkdir()
+        os.utime(logs, (1_000 + port, 1_000 + port))
+    (folder.parent / "0.lock").touch()  # It still runs.
+    run = RunFolder(folder)
+    left = {path.name for path in folder.parent.glob("*.logs")}
+    assert left == {"0.logs", "8000.logs", *(f"{port}.logs" for port in range(2, LOGS_KEPT + 2))}
+    os.close(run.lock)
 
 
 def test_a_folder_that_others_may_enter_is_refused(folder: Path) -> None:

@@ -111,6 +111,17 @@ def test_kill_9_leaves_nothing_even_of_a_stopped_process(cluster: Cluster) -> No
     wait_until(cluster.nothing_is_left)
 
 
+def test_no_process_survives_the_supervisor_even_without_a_guardian(base: Path) -> None:
+    cluster = Cluster(base)
+    cluster.wait_for("^ready")
+    os.kill(cluster.the("standins.py controller"), signal.SIGSTOP)
+    # So that it cannot start another one.
+    cluster.supervisor.send_signal(signal.SIGSTOP)
+    os.kill(cluster.the("guardian.py"), signal.SIGKILL)
+    cluster.supervisor.kill()
+    wait_until(lambda: not members(cluster.folder))
+
+
 def test_who_ignores_sigterm_is_killed_after_the_grace(base: Path) -> None:
     cluster = Cluster(base, controller="deaf")
     cluster.wait_for("^ready")
@@ -183,6 +194,24 @@ def test_logs_outlive_the_run(base: Path) -> None:
     cluster.end()
     log = cluster.folder.with_suffix(".logs") / "api-server.log"
     assert "ValueError: no such chat template" in log.read_text()
+
+
+def test_a_run_without_incident_takes_its_logs_along(base: Path) -> None:
+    cluster = Cluster(base)
+    cluster.wait_for("^ready")
+    assert cluster.folder.with_suffix(".logs").exists()
+    cluster.supervisor.terminate()
+    assert cluster.end() == 0
+    assert list(cluster.folder.parent.iterdir()) == []
+
+
+def test_a_run_that_lost_a_process_keeps_its_logs(cluster: Cluster) -> None:
+    victim = cluster.the("standins.py controller")
+    os.kill(victim, signal.SIGKILL)
+    cluster.wait_for(r"died: starting it again")
+    cluster.supervisor.terminate()
+    assert cluster.end() == 0
+    assert f"process {victim}: status -9" in (cluster.folder.with_suffix(".logs") / "exits.log").read_text()
 
 
 def dead_process() -> Process:

@@ -10,12 +10,14 @@ import os
 import sys
 import tempfile
 
+import msgspec
+
 from kevlarflow import config as configuration
 from kevlarflow.cli import preflight
 from kevlarflow.cli.flags import DEFAULT_PORT, ServeFlags, parse, value_given
 from kevlarflow.cli.model_files import ModelFiles, find
 from kevlarflow.cli.preflight import GIB, Size, gib
-from kevlarflow.config import ServeConfig
+from kevlarflow.config import ServeConfig, Timeouts
 from kevlarflow.errors import UsageError
 
 USAGE = f"""\
@@ -68,6 +70,7 @@ def run(arguments: list[str]) -> int:
         standby_memory_bytes=standby,
         replication_interval_tokens=_interval(flags),
         vllm_args=tuple(flags.vllm_args),
+        timeouts=_timeouts(flags),
         run_folder=str(configuration.run_folder_of(flags.port)),
     )
     configuration.check(config)
@@ -147,6 +150,15 @@ def _interval(flags: ServeFlags) -> int:
     return 32 if asked is None else asked
 
 
+def _timeouts(flags: ServeFlags) -> Timeouts:
+    """The defaults; but who lets vLLM finish its requests at the end gives it the time."""
+    usual = Timeouts()
+    drain = value_given(flags.vllm_args, "--shutdown-timeout") or "0"
+    if not drain.isdecimal():
+        return usual  # vLLM says what is wrong with it.
+    return msgspec.structs.replace(usual, stop_grace_s=usual.stop_grace_s + int(drain))
+
+
 def _supervise(config: ServeConfig) -> int:
     from kevlarflow.control.run_folder import RunFolder
     from kevlarflow.control.supervisor import Supervisor
@@ -169,7 +181,7 @@ def introduction(config: ServeConfig) -> list[str]:
         f"KV memory: {gib(config.kv_cache_memory_bytes)} a lane (--kv-cache-memory-bytes), {lanes} a node of which "
         f"{config.reserve_lanes} in reserve (--reserve-lanes): up to {most}, as it is used",
         _about_replication(config),
-        f"logs: {config.log_folder}",
+        f"logs: {config.log_folder} (kept if a process fails)",
     ]
     if config.reserve_lanes == 0:
         why = "with -dp 1 there is nothing to borrow" if config.pipelines == 1 else "--reserve-lanes is 0"

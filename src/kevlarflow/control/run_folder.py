@@ -1,7 +1,8 @@
 """The private place of one cluster on this machine, and the lock that makes it the only one on its port.
 
 Next to the run folder ``<base>/<port>`` (sockets, configuration: gone when the cluster is gone) stand
-``<base>/<port>.lock`` and ``<base>/<port>.logs``, which keeps the logs of the last run. Supervisor and guardian
+``<base>/<port>.lock`` and ``<base>/<port>.logs``. Logs of a run in which something went wrong stay, until the next
+run on the port or until there are many of them; a run without incident takes its logs along. Supervisor and guardian
 hold the lock through one shared open file, so it is free only when the last trace of a cluster is removed. A
 folder whose lock is free belongs to a cluster that died together with its guardian: it is swept here.
 """
@@ -25,6 +26,8 @@ LONGEST_SOCKET_PATH = 107
 """Bytes of a Unix socket's path, a limit of the kernel."""
 LONGEST_SOCKET_NAME = 40
 """Bytes of the longest name that anyone gives to a socket in the folder; vLLM uses UUIDs."""
+LOGS_KEPT = 10
+"""How many ports' logs of ended runs stay."""
 PREDECESSOR_SECONDS = 10.0
 """How long to wait while the guardian of a cluster that has just died still sweeps."""
 
@@ -45,7 +48,8 @@ class RunFolder:
         folder.mkdir(mode=0o700)
         (folder / "tmp").mkdir(mode=0o700)
         (folder / RUN_ID_FILE).write_text(self.run_id)
-        shutil.rmtree(self.log_path, ignore_errors=True)
+        self.remove_logs()
+        self._prune_logs()
         self.log_path.mkdir(mode=0o700)
 
     def guard_arguments(self, lifeline: int) -> list[str]:
@@ -56,6 +60,15 @@ class RunFolder:
         """Do the guardian's work, when there is none."""
         guardian.sweep(str(self.path), self.run_id)
         guardian.remove_file(str(self.lock_path))
+
+    def remove_logs(self) -> None:
+        """Remove this port's logs."""
+        shutil.rmtree(self.log_path, ignore_errors=True)
+
+    def _prune_logs(self) -> None:
+        ended = [logs for logs in self.path.parent.glob("*.logs") if not logs.with_suffix(".lock").exists()]
+        for logs in sorted(ended, key=_modified_at)[:-LOGS_KEPT]:
+            shutil.rmtree(logs, ignore_errors=True)
 
     def _take_lock(self) -> int:
         deadline = time.monotonic() + PREDECESSOR_SECONDS
@@ -90,6 +103,13 @@ class RunFolder:
         with contextlib.suppress(OSError):
             guardian.sweep(str(self.path), (self.path / RUN_ID_FILE).read_text())
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _modified_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0  # Somebody else prunes too.
 
 
 def make_private(folder: Path) -> None:

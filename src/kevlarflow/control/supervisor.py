@@ -30,9 +30,10 @@ import zmq
 
 from kevlarflow.config import RUN_FOLDER_VARIABLE, RUN_ID_VARIABLE, ServeConfig
 from kevlarflow.control import guardian
-from kevlarflow.control.process import Process, adopt_orphans, last_words, reap, spawn
+from kevlarflow.control.process import Process, last_words, reap, spawn
 from kevlarflow.control.run_folder import RunFolder
 from kevlarflow.errors import StartupFailed
+from kevlarflow.kinship import adopt_orphans
 from kevlarflow.wire.messages import Fatal, Narration, StartApiServer, Started, Subscribe, decode, encode
 
 TICK_MS = 100
@@ -117,6 +118,8 @@ class Supervisor:
         self.report: int | None = None
         self.model: dict[str, Any] | None = None
         self.signals: list[int] = []
+        self.incidents = 0
+        """Processes that ended otherwise than with status 0, before anybody was asked to leave."""
         self.wakeup, self.wakeup_writer = socket.socketpair()
         self.observer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self.observer.setsockopt(zmq.LINGER, 0)
@@ -141,6 +144,8 @@ class Supervisor:
             self._end_gently()
         finally:
             self._sweep()
+        if self.ready and not self.incidents:
+            self.run_folder.remove_logs()
         return 0
 
     # ---- starting
@@ -149,7 +154,7 @@ class Supervisor:
         end, beginning = os.pipe()
         command = [sys.executable, "-I", "-S", guardian.__file__, *self.run_folder.guard_arguments(end)]
         log = self.run_folder.log_path / "guardian.log"
-        process = spawn("guardian", command, self.environment, log, (end, self.run_folder.lock))
+        process = spawn("guardian", command, self.environment, log, (end, self.run_folder.lock), outlives_us=True)
         os.close(end)
         if self.lifeline >= 0:
             os.close(self.lifeline)
@@ -207,7 +212,14 @@ class Supervisor:
         for unit in self.units:
             if unit.process is not None and unit.process.exit_fd in happened:
                 self._mourn(unit)
-        reap()
+        self._note_exits()
+
+    def _note_exits(self) -> None:
+        """Write down how each child ended; a zombie is all that knows it."""
+        for pid, status in reap():
+            self.incidents += status != 0
+            with (self.run_folder.log_path / "exits.log").open("a") as log:
+                log.write(f"{time.strftime('%H:%M:%S')} process {pid}: status {status}\n")
 
     def _read_report(self) -> None:
         assert self.report is not None

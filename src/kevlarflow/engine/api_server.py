@@ -32,6 +32,11 @@ from kevlarflow.config import ServeConfig
 from kevlarflow.engine import availability
 from kevlarflow.engine.arguments import namespace, vllm_config_of
 
+LAST_BYTES_SECONDS = 0.5
+"""How long streams may go on when their engines have been stopped: nothing can be said that is not said already.
+
+By itself vLLM waits until the last client has closed its stream."""
+
 
 def run(config: ServeConfig) -> None:
     """Serve until SIGTERM or SIGINT. Runs in a process that the zygote forked."""
@@ -71,7 +76,9 @@ async def _serve(args: Namespace, listen_address: str, sock: socket.socket) -> N
     availability.learn_reasons(engines.output_processor)
     try:
         await engines.reset_mm_cache()
-        stopped = await build_and_serve(engines, listen_address, sock, args)
+        stopped = await build_and_serve(
+            engines, listen_address, sock, args, timeout_graceful_shutdown=LAST_BYTES_SECONDS
+        )
     finally:
         engines.shutdown(timeout=vllm_config.shutdown_timeout)
     await stopped

@@ -7,7 +7,7 @@ import pytest
 
 from kevlarflow.cli import serve
 from kevlarflow.cli.preflight import GIB, MIB
-from kevlarflow.config import ServeConfig
+from kevlarflow.config import ServeConfig, Timeouts
 from kevlarflow.errors import NotEnoughMemory, UsageError
 
 
@@ -103,6 +103,13 @@ def test_what_cannot_work_is_named_before_anything_starts(
         serve.run([str(model), *flags])
     assert words in str(caught.value)
     assert served == []
+
+
+def test_who_lets_vllm_drain_gives_it_the_time(model: Path, served: list[ServeConfig]) -> None:
+    for flags in ([], ["--shutdown-timeout", "30"], ["--shutdown-timeout=soon"]):
+        serve.run([str(model), *flags])
+    usual = Timeouts().stop_grace_s
+    assert [config.timeouts.stop_grace_s for config in served] == [usual, usual + 30, usual]
 
 
 def test_the_introduction_says_what_memory_may_be_taken(model: Path, served: list[ServeConfig]) -> None:
