@@ -20,6 +20,10 @@ RUN_ID_VARIABLE = "KEVLARFLOW_RUN_ID"
 """Environment variable with the run's random id; together they say who belongs to a cluster."""
 
 
+DEFAULT_BANDWIDTH = 128 << 20
+"""Bytes a second that a node may send as copies."""
+
+
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """How long silence may last. See `check` for how they relate."""
 
@@ -61,8 +65,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Host memory of each node for the replicas of other lanes; 0: no replication."""
     replication_interval_tokens: int = 32
     """Copy a partly filled block again after this many tokens; 0: copy full blocks only."""
-    replication_bytes_per_second: int = 1 << 30
-    """What one node may send to its standbys."""
+    replication_bytes_per_second: int = DEFAULT_BANDWIDTH
+    """What one node may send to its standbys: catching up must not take what decoding needs."""
     vllm_args: tuple[str, ...] = ()
     """Flags passed through to vLLM as they were typed; without model, -pp, -dp, -tp, host and port."""
     timeouts: Timeouts = Timeouts()
@@ -97,6 +101,11 @@ def check(config: ServeConfig) -> None:
             raise UsageError(f"{flag} {value} makes no pipeline: use {flag} 1 or more")
     if config.reserve_lanes < 0:
         raise UsageError(f"--reserve-lanes {config.reserve_lanes} is negative: use 0 (no failover) or more")
+    if config.replication_bytes_per_second < 1:
+        raise UsageError(
+            f"--replication-bandwidth {config.replication_bytes_per_second} copies nothing: use 1M or more, or turn "
+            "replication off with --standby-memory-bytes 0"
+        )
     times = config.timeouts
     if not 2 * times.heartbeat_interval_ms < times.suspect_after_ms < times.confirm_after_ms:
         raise UsageError(

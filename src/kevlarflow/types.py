@@ -104,9 +104,18 @@ class LaneCoverage(msgspec.Struct, frozen=True):
     standby: NodeId | None
     live_tokens: int
     covered_tokens: int
-    used_bytes: int
+    used_bytes: int = 0
+    """Of this lane's replicas on the standby."""
+    limit_bytes: int = 0
     """Of the standby's store, all lanes together."""
-    limit_bytes: int
+    full_bytes: int = 0
+    """Sent by the node that serves the lane now, as copies of full blocks."""
+    partial_bytes: int = 0
+    """Sent by it as copies of partly filled blocks."""
+    dropped: int = 0
+    """Replicas that the standby has dropped, or not taken, for want of room; since the engine began."""
+    refused: int = 0
+    """Copies that a standby called wrong."""
 
 
 class Phases(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -118,6 +119,17 @@ def test_weights_in_memory(tmp_path: Path, stored: str, asked: str | None, facto
 # ---- memory
 
 SIZE = Size(stages=2, pipelines=2, reserve_lanes=1, weight_bytes=500 * MIB)
+
+
+def test_more_for_replicas_than_the_machine_has_is_refused_with_the_numbers() -> None:
+    preflight.check_memory(SIZE, 512 * MIB, 16 * GIB, 512 * MIB)
+    with pytest.raises(NotEnoughMemory) as refusal:
+        preflight.check_memory(SIZE, 512 * MIB, 16 * GIB, 64 * GIB)
+    said = str(refusal.value)
+    for number in ("4 nodes", "64.0 GiB for replicas", "16.0 GiB are free", "--standby-memory-bytes"):
+        assert number in said, said
+    most = int(re.search(r"(\d+)M or less", said)[1]) * MIB
+    preflight.check_memory(SIZE, 512 * MIB, 16 * GIB, most)
 
 
 def test_all_that_is_chosen_fits_into_its_share() -> None:

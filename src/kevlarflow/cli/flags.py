@@ -32,6 +32,7 @@ class ServeFlags(msgspec.Struct):
     reserve_lanes: int | None = None
     standby_memory_bytes: int | None = None
     replication_interval_tokens: int | None = None
+    replication_bandwidth: int | None = None
     vllm_args: list[str] = msgspec.field(default_factory=list)
     help: str | None = None
     """Empty for ``--help``; the topic in ``--help=topic``, which is vLLM's to explain."""
@@ -65,6 +66,7 @@ _TAKEN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--reserve-lanes": ("reserve_lanes", _integer),
     "--standby-memory-bytes": ("standby_memory_bytes", _human_integer),
     "--replication-interval-tokens": ("replication_interval_tokens", _integer),
+    "--replication-bandwidth": ("replication_bandwidth", _human_integer),
 }
 
 

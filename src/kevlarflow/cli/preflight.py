@@ -84,7 +84,14 @@ def choose_kv_bytes(size: Size, available: int) -> int:
 
 def check_memory(size: Size, kv_bytes: int, available: int, standby_bytes: int = 0) -> None:
     """Raise `NotEnoughMemory` when the cluster cannot fit. `standby_bytes` is each node's memory for replicas."""
-    needed = size.bytes_without_kv + size.lanes * kv_bytes + size.nodes * standby_bytes
+    without_standby = size.bytes_without_kv + size.lanes * kv_bytes
+    needed = without_standby + size.nodes * standby_bytes
+    if needed > available >= without_standby:
+        most = (available - without_standby) // size.nodes
+        raise NotEnoughMemory(
+            f"{size.nodes} nodes with {gib(standby_bytes)} for replicas each need {gib(needed)} of memory and "
+            f"{gib(available)} are free: use --standby-memory-bytes {most // MIB}M or less, or 0 for no replication"
+        )
     if needed > available:
         flags = ", --kv-cache-memory-bytes" + (", --standby-memory-bytes" if standby_bytes else "")
         raise NotEnoughMemory(_too_little(size, needed, available) + flags)

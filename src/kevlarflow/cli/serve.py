@@ -17,7 +17,7 @@ from kevlarflow.cli import preflight
 from kevlarflow.cli.flags import DEFAULT_PORT, ServeFlags, parse, value_given
 from kevlarflow.cli.model_files import ModelFiles, find
 from kevlarflow.cli.preflight import GIB, Size, gib
-from kevlarflow.config import ServeConfig, Timeouts
+from kevlarflow.config import DEFAULT_BANDWIDTH, ServeConfig, Timeouts
 from kevlarflow.errors import UsageError
 
 USAGE = f"""\
@@ -39,6 +39,7 @@ Runs in the foreground until Ctrl-C or SIGTERM.
   --standby-memory-bytes N     host memory of a node for copies of other nodes' KV blocks, so that a failure costs
                                the same however long the contexts are (as much as a lane has); 0: no replication
   --replication-interval-tokens N   copy a partly filled block again after N tokens (32); 0: full blocks only
+  --replication-bandwidth N    bytes a second that a node may send as copies (128M); catching up takes longer with less
 
 All other flags are vLLM's, such as --max-model-len, --dtype or --enforce-eager, and go to it as they are.
 kevlarflow serve --help=all shows them; --help=GROUP or --help=WORD shows some."""
@@ -69,6 +70,7 @@ def run(arguments: list[str]) -> int:
         reserve_lanes=size.reserve_lanes,
         standby_memory_bytes=standby,
         replication_interval_tokens=_interval(flags),
+        replication_bytes_per_second=_bandwidth(flags),
         vllm_args=tuple(flags.vllm_args),
         timeouts=_timeouts(flags),
         run_folder=str(configuration.run_folder_of(flags.port)),
@@ -150,6 +152,11 @@ def _interval(flags: ServeFlags) -> int:
     return 32 if asked is None else asked
 
 
+def _bandwidth(flags: ServeFlags) -> int:
+    asked = flags.replication_bandwidth
+    return DEFAULT_BANDWIDTH if asked is None else asked
+
+
 def _timeouts(flags: ServeFlags) -> Timeouts:
     """The defaults; but who lets vLLM finish its requests at the end gives it the time."""
     usual = Timeouts()
@@ -195,7 +202,8 @@ def _about_replication(config: ServeConfig) -> str:
     nodes = config.pipelines * config.stages
     return (
         f"replication: up to {gib(config.standby_memory_bytes)} a node (--standby-memory-bytes), "
-        f"{gib(nodes * config.standby_memory_bytes)} in all"
+        f"{gib(nodes * config.standby_memory_bytes)} in all; "
+        f"{gib(config.replication_bytes_per_second)} a second at most (--replication-bandwidth)"
     )
 
 

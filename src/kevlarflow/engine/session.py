@@ -19,6 +19,8 @@ import time
 from concurrent.futures import Future
 from typing import Any
 
+import msgspec
+
 from kevlarflow.engine.links import NodeLinks
 from kevlarflow.errors import StartupFailed
 from kevlarflow.recovery import pipeline_events as core
@@ -75,7 +77,8 @@ class Session:
         self._evict: frozenset[int] | None = None
         self._abandonment = ""
         """Why all requests have to end; until the scheduler has heard of it."""
-        self._standby_bytes: dict[Stage, tuple[int, int]] = {}
+        self._replicated_last: dict[Stage, steps.Replicated] = {}
+        self._dropped_replicas: collections.Counter[Stage] = collections.Counter()
         self._lost_requests = 0
         self._last_replication: tuple[LaneCoverage, ...] = ()
         self.reports: collections.deque[AnyMessage] = collections.deque(maxlen=MAX_ORDERS)
@@ -242,7 +245,8 @@ class Session:
                 self._links.dropped += 1
 
     def _replicated(self, header: steps.Replicated) -> None:
-        self._standby_bytes[header.stage] = (header.used_bytes, header.limit_bytes)
+        self._replicated_last[header.stage] = header
+        self._dropped_replicas[header.stage] += len(header.dropped)
         stored, dropped = _replicas(header.stored), _replicas(header.dropped)
         self._handle(core.ReplicasConfirmed(header.stage, header.source, header.standby, stored, dropped))
 
@@ -262,9 +266,19 @@ class Session:
         reports = []
         for stage in range(len(self._core.nodes)):
             standby, tokens, covered = self._core.coverage_of(Stage(stage))
-            used, limit = self._standby_bytes.get(Stage(stage), (0, 0))
             name = standby.member.node if standby is not None else None
-            reports.append(LaneCoverage(Stage(stage), name, tokens, covered, used, limit))
+            lane = LaneCoverage(Stage(stage), name, tokens, covered, dropped=self._dropped_replicas[Stage(stage)])
+            last = self._replicated_last.get(Stage(stage))
+            if last is not None and standby is not None and last.standby == standby.member:
+                lane = msgspec.structs.replace(
+                    lane,
+                    used_bytes=last.used_bytes,
+                    limit_bytes=last.limit_bytes,
+                    full_bytes=last.full_bytes,
+                    partial_bytes=last.partial_bytes,
+                    refused=last.refused,
+                )
+            reports.append(lane)
         return tuple(reports)
 
     def _handle(self, event: core.Event) -> None:

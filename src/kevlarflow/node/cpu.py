@@ -16,7 +16,6 @@ from __future__ import annotations
 import collections
 import copy
 import functools
-import mmap
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from kevlarflow.node.compiled import load_or_compile
 from kevlarflow.node.kv_blocks import HostKvBlocks
 from kevlarflow.node.stage import StageDescription
 from kevlarflow.node.v1_runner import V1LaneRunner
+from kevlarflow.replication.memory import map_memory
 
 WARM_UP_TOKENS = 32
 """How many tokens go through a stage whose compiled code is loaded, to see that it runs."""
@@ -87,7 +87,7 @@ class _FirstModelRunner(CPUModelRunner):
     """The runner that owns the KV tensors, in memory that the kernel backs page by page as it is written.
 
     vLLM allocates them with `torch.zeros`, which writes every page: seconds for each GiB, and all of the reserved
-    lanes at once. An anonymous mapping reads as zero and costs nothing until it is used.
+    lanes at once. Mapped memory reads as zero and costs nothing until it is used.
     """
 
     compile_lock: Path
@@ -105,7 +105,7 @@ class _FirstModelRunner(CPUModelRunner):
         zeros = torch.zeros
 
         def lazy_zeros(size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-            return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype)
+            return torch.frombuffer(map_memory(size), dtype=dtype)
 
         torch.zeros = lazy_zeros
         try:

@@ -6,15 +6,18 @@ that it kept and writes them into the lane's KV memory; only content with exactl
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 from kevlarflow.config import ServeConfig
 from kevlarflow.node.lanes import Lane
-from kevlarflow.node.replicator import LaneReplication, Replicator
+from kevlarflow.node.replicator import Replicator
 from kevlarflow.node.stage import StageDevice
 from kevlarflow.recovery.coverage import Replica
+from kevlarflow.replication.source import LaneReplication
+from kevlarflow.replication.standby import Bounds
+from kevlarflow.replication.zmq_transfer import ZmqTransfer
 from kevlarflow.types import Member, NodeInfo, Stage
 from kevlarflow.wire import steps
 
@@ -24,32 +27,33 @@ class LaneReplicas:
 
     def __init__(self, config: ServeConfig, member: Member, stage: Stage, device: StageDevice) -> None:
         description = device.description()
-        self._block_size = description.block_size
         self._blocks_per_lane = description.num_blocks
         self._kv = device.kv_blocks()
-        path = config.path(f"{member.node}-{member.incarnation}.kv")
-        Path(path).unlink(missing_ok=True)
-        self.address = f"ipc://{path}"
-        self._replicator = Replicator(config, member, stage, self._kv, self.address)
+        self.address = f"ipc://{config.path(f'{member.node}-{member.incarnation}.kv')}"
+        bounds = Bounds(config.pipelines, description.num_blocks, description.block_size, self._kv.block_bytes)
+        transfer = ZmqTransfer(self.address, self._kv.block_bytes, config.pipelines)
+        populate = description.num_blocks * (1 + config.reserve_lanes)
+        self._replicator = Replicator(config, member, stage, self._kv, bounds, transfer, populate)
         self._replicator.start()
 
     # ---- as a source
 
     def open(self, lane: Lane) -> None:
         """The lane was opened under a new epoch: until it is restored, nobody knows what its blocks hold."""
+        self._replicator.store.unpin(lane.pipeline)
         replication = self._of(lane)
         replication.epoch = lane.epoch
         replication.queue.hold(())
 
     def close(self, lane: Lane) -> None:
         """The lane was left."""
+        self._replicator.store.unpin(lane.pipeline)
         self._replicator.leave(lane.pipeline)
         lane.replication = None
 
     def _of(self, lane: Lane) -> LaneReplication:
         if lane.replication is None:
-            first_block = lane.slot * self._blocks_per_lane
-            lane.replication = self._replicator.lane(lane.pipeline, first_block, self._block_size)
+            lane.replication = self._replicator.lane(lane.pipeline, lane.slot * self._blocks_per_lane)
             lane.replication.epoch = lane.epoch
         return lane.replication
 
@@ -73,14 +77,16 @@ class LaneReplicas:
             self._replicator.ring()
 
     @property
-    def answered(self) -> Any:
-        """A socket that is readable when there are `outcomes`."""
+    def answered(self) -> int:
+        """A file descriptor that is readable when there are `outcomes`."""
         return self._replicator.answered
 
     def outcomes(self) -> Iterator[steps.Replicated]:
         """What the standbys have answered since the last call."""
-        while self._replicator.answered.poll(0):
-            self._replicator.answered.recv()
+        if not self._replicator.outcomes:
+            return
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._replicator.answered)
         while self._replicator.outcomes:
             yield self._replicator.outcomes.popleft()
 
@@ -88,15 +94,18 @@ class LaneReplicas:
 
     def place(self, lane: Lane, now: Sequence[Replica], later: Sequence[Replica]) -> list[Replica]:
         """Write the replicas of `now` into the lane and keep those of `later`; returns what is not here."""
+        store = self._replicator.store
+        store.pin(lane.pipeline)
+        first_block = lane.slot * self._blocks_per_lane
         missing = []
         for replica in now:
-            data = self._replicator.store.get(lane.pipeline, replica)
+            data = store.get(lane.pipeline, replica)
             if data is None:
                 missing.append(replica)
             else:
-                self._kv.write(lane.slot * self._blocks_per_lane + replica.block, data)
+                self._kv.write(first_block + replica.block, data)
         for replica in later:
-            data = self._replicator.store.get(lane.pipeline, replica)
+            data = store.get(lane.pipeline, replica)
             if data is None:
                 missing.append(replica)
             else:

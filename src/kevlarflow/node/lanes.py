@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from kevlarflow.recovery.coverage import Replica
+from kevlarflow.replication.source import LaneReplication
 from kevlarflow.types import Epoch, PipelineId
 from kevlarflow.wire.steps import Execute, PlaceRest, Recompute, Restore
 
 if TYPE_CHECKING:
     # The simulator runs this module without torch.
-    from kevlarflow.node.replicator import LaneReplication
     from kevlarflow.node.stage import Activations, LaneRunner
 
 MAX_QUEUED_WORK = 4_096
@@ -55,7 +55,7 @@ class Lane:
     engine: bytes = b""
     """Address of the engine that opened it."""
     replication: LaneReplication | None = None
-    rest: list[tuple[Replica, bytes | memoryview]] = dataclasses.field(default_factory=list)
+    rest: list[tuple[Replica, memoryview]] = dataclasses.field(default_factory=list)
     """Replicas that `PlaceRest` will put in place."""
     queue: collections.deque[Work] = dataclasses.field(default_factory=collections.deque)
     last_ran: int = 0

@@ -15,6 +15,7 @@ import torch
 
 from kevlarflow.recovery.ledger import LedgerEntry
 from kevlarflow.recovery.recompute import Chunk
+from kevlarflow.replication.blocks import KvBlocks
 
 Activations = Mapping[str, torch.Tensor]
 """Output of a stage by name, each of shape (tokens, hidden size)."""
@@ -45,18 +46,6 @@ class Sampled:
     """vLLM `ModelRunnerOutput`."""
     generators: dict[str, bytes]
     """State of the random generator of each seeded request that sampled."""
-
-
-class KvBlocks(Protocol):
-    """KV memory by physical block, as bytes."""
-
-    block_bytes: int
-
-    def read(self, block: int) -> memoryview:
-        """A copy of a block."""
-
-    def write(self, block: int, data: bytes | memoryview) -> None:
-        """Put a copied block in place."""
 
 
 class LaneRunner(Protocol):

@@ -57,6 +57,10 @@ def _replication(pipeline: Pipeline) -> list[dict[str, Any]]:
             "bytes": lane.used_bytes,
             "limit_bytes": lane.limit_bytes,
             "coverage": lane.covered_tokens / lane.live_tokens if lane.live_tokens else 1.0,
+            "full_block_bytes_sent": lane.full_bytes,
+            "partial_block_bytes_sent": lane.partial_bytes,
+            "dropped": lane.dropped,
+            "refused": lane.refused,
         }
         for lane in (report.replication if report else ())
     ]

@@ -48,6 +48,10 @@ class ReplicationQueue:
                 self._note(replica)
             return bool(self._due)
 
+    def is_full(self, replica: Replica) -> bool:
+        """Whether the replica is of a whole block."""
+        return replica.filled == self._block_size
+
     def restart(self) -> None:
         """There is a new standby, which has nothing."""
         with self._lock:
@@ -62,7 +66,7 @@ class ReplicationQueue:
     def _is_due(self, replica: Replica) -> bool:
         sent = self._sent.get(replica.block)
         known = sent.filled if sent is not None and sent.generation == replica.generation else 0
-        if replica.filled == self._block_size:
+        if self.is_full(replica):
             return known < replica.filled
         return bool(self._interval) and replica.filled - known >= self._interval
 

@@ -1,76 +1,112 @@
 """The standby's store: replicas of KV blocks in host memory, never more than a given number of bytes.
 
+It is one arena, cut into places of one block each, so that its bytes are bounded by what was mapped and not by what an
+allocator makes of it. A place costs memory once a replica was put there.
+
 When it is full it drops what is cheapest to compute again. A request resumes from its leading blocks, so a block deep
 in its sequence costs only itself, while the first block takes everything behind it along: the deepest goes first, and
 among equally deep ones the oldest. A replica that would be dropped at once is not taken. Requests are never touched.
 
-The replication thread stores, the main thread takes; a lock guards both.
+The replication thread stores, the main thread reads what it puts back into a lane. While it does so the lane is
+pinned: its replicas stay where they are, and no others of that lane are taken.
 """
 
 from __future__ import annotations
 
+import collections
 import heapq
 import itertools
 import threading
 from typing import NamedTuple
 
 from kevlarflow.recovery.coverage import Replica
+from kevlarflow.replication.memory import map_memory
 from kevlarflow.types import PipelineId
 
 
 class _Entry(NamedTuple):
     replica: Replica
-    data: bytes | memoryview
+    place: int
     age: int
+
+
+Dropped = tuple[PipelineId, Replica]
 
 
 class StandbyStore:
     """See the module's text. Each block of a lane has at most one replica: the newest that was stored."""
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, block_bytes: int) -> None:
         self.limit_bytes = limit_bytes
+        self._block_bytes = block_bytes
+        places = limit_bytes // block_bytes
+        self._arena = map_memory(places * block_bytes)
+        self._free = list(reversed(range(places)))
         self._lock = threading.Lock()
         self._entries: dict[tuple[PipelineId, int], _Entry] = {}
         self._order: list[tuple[int, int, PipelineId, int]] = []
         self._ages = itertools.count()
-        self._bytes = 0
+        self._pinned: set[PipelineId] = set()
+        self._count: collections.Counter[PipelineId] = collections.Counter()
 
     @property
     def used_bytes(self) -> int:
         """Bytes of all replicas."""
-        return self._bytes
+        return len(self._entries) * self._block_bytes
 
-    def put(self, pipeline: PipelineId, replica: Replica, data: bytes | memoryview) -> list[tuple[PipelineId, Replica]]:
-        """Store a replica; returns what had to be dropped for it, itself included when it is the cheapest."""
+    def bytes_of(self, pipeline: PipelineId) -> int:
+        """Bytes of one lane's replicas."""
+        return self._count[pipeline] * self._block_bytes
+
+    def put(self, pipeline: PipelineId, replica: Replica, data: bytes | memoryview) -> list[Dropped]:
+        """Store a replica of `block_bytes`; returns what had to be dropped for it, itself included when not taken."""
         with self._lock:
+            if pipeline in self._pinned:
+                return [(pipeline, replica)]
             self._remove(pipeline, replica.block)
-            age = next(self._ages)
-            self._entries[pipeline, replica.block] = _Entry(replica, data, age)
-            self._bytes += len(data)
+            dropped = [] if self._free else self._make_room(replica)
+            if not self._free:
+                return [(pipeline, replica)]
+            place, age = self._free.pop(), next(self._ages)
+            self._bytes_at(place)[:] = data
+            self._entries[pipeline, replica.block] = _Entry(replica, place, age)
+            self._count[pipeline] += 1
             heapq.heappush(self._order, (-replica.depth, age, pipeline, replica.block))
             if len(self._order) > 2 * len(self._entries) + 1_024:
                 self._forget_replaced()
-            dropped = []
-            while self._bytes > self.limit_bytes:
-                dropped.append(self._drop_cheapest())
             return dropped
 
-    def get(self, pipeline: PipelineId, replica: Replica) -> bytes | memoryview | None:
-        """The stored copy of exactly this content, or None."""
+    def get(self, pipeline: PipelineId, replica: Replica) -> memoryview | None:
+        """The stored copy of exactly this content, or None. It stays as it is only while the lane is pinned."""
         with self._lock:
             entry = self._entries.get((pipeline, replica.block))
-            return entry.data if entry is not None and entry.replica == replica else None
+            return self._bytes_at(entry.place) if entry is not None and entry.replica == replica else None
+
+    def pin(self, pipeline: PipelineId) -> None:
+        """Keep the lane's replicas where and what they are."""
+        with self._lock:
+            self._pinned.add(pipeline)
+
+    def unpin(self, pipeline: PipelineId) -> None:
+        """The lane's replicas may be replaced and dropped again."""
+        with self._lock:
+            self._pinned.discard(pipeline)
 
     def forget(self, pipeline: PipelineId) -> None:
         """Drop everything of a lane: it is served here now, or by somebody else's standby."""
         with self._lock:
+            self._pinned.discard(pipeline)
             for owner, block in [key for key in self._entries if key[0] == pipeline]:
                 self._remove(owner, block)
+
+    def _bytes_at(self, place: int) -> memoryview:
+        return self._arena[place * self._block_bytes : (place + 1) * self._block_bytes]
 
     def _remove(self, pipeline: PipelineId, block: int) -> None:
         entry = self._entries.pop((pipeline, block), None)
         if entry is not None:
-            self._bytes -= len(entry.data)
+            self._free.append(entry.place)
+            self._count[pipeline] -= 1
 
     def _forget_replaced(self) -> None:
         """Rebuild the order without copies that newer ones have replaced."""
@@ -79,10 +115,24 @@ class StandbyStore:
         ]
         heapq.heapify(self._order)
 
-    def _drop_cheapest(self) -> tuple[PipelineId, Replica]:
-        while True:
-            _, age, pipeline, block = heapq.heappop(self._order)
+    def _make_room(self, replica: Replica) -> list[Dropped]:
+        """Drop the cheapest replica, unless `replica` is deeper than all that may be dropped."""
+        kept = []
+        dropped: list[Dropped] = []
+        while self._order and not dropped:
+            cheapest = heapq.heappop(self._order)
+            depth, age, pipeline, block = cheapest
             entry = self._entries.get((pipeline, block))
-            if entry is not None and entry.age == age:
-                self._remove(pipeline, block)
-                return pipeline, entry.replica
+            if entry is None or entry.age != age:
+                continue
+            if -depth < replica.depth:
+                kept.append(cheapest)
+                break
+            if pipeline in self._pinned:
+                kept.append(cheapest)
+                continue
+            self._remove(pipeline, block)
+            dropped.append((pipeline, entry.replica))
+        for each in kept:
+            heapq.heappush(self._order, each)
+        return dropped

@@ -1,7 +1,8 @@
 """What a node and its standby say to one another: copies of KV blocks, and what became of them.
 
 A copy carries its tag (lane, block, generation, tokens filled) and what is needed to doubt it: the epoch of the lane
-that sends it, the stage, the length and a checksum. A standby takes a copy only if all of that is right.
+that sends it, the stage, the length and a checksum. A standby takes a copy only if all of that is right, and closes
+the channel to whoever sends one that is not.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import msgspec
 
 from kevlarflow.types import Epoch, Member, PipelineId, Stage
+
+Tag = tuple[int, int, int]
+"""(block, generation, tokens filled)."""
 
 
 class ReplicaMessage(msgspec.Struct, frozen=True, tag=True):
@@ -31,18 +35,25 @@ class Store(ReplicaMessage, frozen=True):
 
 
 class Outcome(ReplicaMessage, frozen=True):
-    """What the standby did: stored the copy, or did not; and what it dropped to make room."""
+    """What the standby has stored of a lane, and what it has dropped to make room."""
 
     pipeline: PipelineId
     standby: Member
-    stored: tuple[tuple[int, int, int], ...]
-    """(block, generation, filled)."""
-    dropped: tuple[tuple[int, int, int], ...]
+    stored: tuple[Tag, ...]
+    dropped: tuple[Tag, ...]
     used_bytes: int
+    """Of the lane's replicas."""
     limit_bytes: int
+    """Of the whole store."""
 
 
-AnyReplicaMessage = Store | Outcome
+class Closed(ReplicaMessage, frozen=True):
+    """The standby has refused a copy and hears nothing more in this channel."""
+
+    reason: str
+
+
+AnyReplicaMessage = Store | Outcome | Closed
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyReplicaMessage] = msgspec.msgpack.Decoder(AnyReplicaMessage)

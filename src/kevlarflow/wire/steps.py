@@ -130,7 +130,14 @@ class Replicated(StepMessage, frozen=True):
     stored: tuple[tuple[int, int, int], ...]
     dropped: tuple[tuple[int, int, int], ...]
     used_bytes: int
+    """Of this lane's replicas on the standby."""
     limit_bytes: int
+    full_bytes: int
+    """Sent so far as copies of full blocks."""
+    partial_bytes: int
+    """Sent so far as copies of partly filled ones."""
+    refused: int
+    """Copies that a standby called wrong."""
 
 
 class Restored(StepMessage, frozen=True):

@@ -143,3 +143,36 @@ def test_help_names_every_flag_of_ours(capsys: pytest.CaptureFixture[str]) -> No
     text = capsys.readouterr().out
     for flag in ("MODEL", "-pp", "-dp", "-tp", "--host", "--port", "--kv-cache-memory-bytes", "--reserve-lanes"):
         assert flag in text
+
+
+def test_no_memory_for_replicas_turns_replication_off_and_says_so(model: Path, served: list[ServeConfig]) -> None:
+    assert serve.run([str(model), "-dp", "2", "--kv-cache-memory-bytes", "64M", "--standby-memory-bytes", "0"]) == 0
+    assert served[0].standby_memory_bytes == 0
+    (line,) = [line for line in serve.introduction(served[0]) if line.startswith("replication")]
+    assert line.startswith("replication: off (--standby-memory-bytes 0)")
+
+
+def test_replication_is_on_by_default_and_says_with_what(model: Path, served: list[ServeConfig]) -> None:
+    words = [str(model), "-dp", "2", "--kv-cache-memory-bytes", "64M", "--replication-bandwidth", "3M"]
+    assert serve.run(words) == 0
+    (line,) = [line for line in serve.introduction(served[0]) if line.startswith("replication")]
+    assert "64 MiB a node" in line
+    assert "3 MiB a second" in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--standby-memory-bytes", "-1", "is not a number"),
+        ("--standby-memory-bytes", "900G", "900.0 GiB for replicas.*32.0 GiB are free"),
+        ("--replication-interval-tokens", "-1", "negative"),
+        ("--replication-bandwidth", "0", "copies nothing"),
+        ("--replication-bandwidth", "much", "is not a number"),
+    ],
+)
+def test_what_cannot_be_replicated_is_refused(
+    flag: str, value: str, words: str, model: Path, served: list[ServeConfig]
+) -> None:
+    with pytest.raises((UsageError, NotEnoughMemory), match=words):
+        serve.run([str(model), "-dp", "2", "--kv-cache-memory-bytes", "64M", flag, value])
+    assert not served

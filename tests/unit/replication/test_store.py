@@ -8,12 +8,16 @@ from kevlarflow.replication.store import StandbyStore
 DATA = b"x" * 10
 
 
+def store_of(limit):
+    return StandbyStore(limit, len(DATA))
+
+
 def replica(block, depth=0, generation=1, filled=4):
     return Replica(block, generation, filled, depth)
 
 
 def test_only_exactly_the_stored_content_is_given_back():
-    store = StandbyStore(100)
+    store = store_of(100)
     store.put(0, replica(1), DATA)
     assert store.get(0, replica(1)) == DATA
     assert store.get(0, replica(1, generation=2)) is None
@@ -22,7 +26,7 @@ def test_only_exactly_the_stored_content_is_given_back():
 
 
 def test_a_newer_copy_of_a_block_replaces_the_older():
-    store = StandbyStore(100)
+    store = store_of(100)
     store.put(0, replica(1, filled=2), DATA)
     store.put(0, replica(1, filled=4), DATA)
     assert store.used_bytes == len(DATA)
@@ -30,7 +34,7 @@ def test_a_newer_copy_of_a_block_replaces_the_older():
 
 
 def test_the_deepest_block_is_dropped_first():
-    store = StandbyStore(30)
+    store = store_of(30)
     for block, depth in ((1, 0), (2, 5), (3, 1)):
         store.put(0, replica(block, depth), DATA)
     assert store.put(1, replica(4, 2), DATA) == [(0, replica(2, 5))]
@@ -38,14 +42,14 @@ def test_the_deepest_block_is_dropped_first():
 
 
 def test_among_equally_deep_blocks_the_oldest_goes():
-    store = StandbyStore(20)
+    store = store_of(20)
     store.put(0, replica(1), DATA)
     store.put(0, replica(2), DATA)
     assert store.put(0, replica(3), DATA) == [(0, replica(1))]
 
 
 def test_a_block_deeper_than_all_others_is_not_taken():
-    store = StandbyStore(20)
+    store = store_of(20)
     store.put(0, replica(1), DATA)
     store.put(0, replica(2), DATA)
     assert store.put(0, replica(3, depth=9), DATA) == [(0, replica(3, 9))]
@@ -53,7 +57,7 @@ def test_a_block_deeper_than_all_others_is_not_taken():
 
 
 def test_a_forgotten_lane_frees_its_bytes():
-    store = StandbyStore(100)
+    store = store_of(100)
     store.put(0, replica(1), DATA)
     store.put(1, replica(1), DATA)
     store.forget(0)
@@ -63,9 +67,44 @@ def test_a_forgotten_lane_frees_its_bytes():
 
 def test_it_never_holds_more_than_its_limit():
     rng = random.Random(1)
-    store = StandbyStore(95)
+    store = store_of(95)
     for _ in range(2_000):
         store.put(rng.randrange(3), replica(rng.randrange(20), rng.randrange(6), rng.randrange(9)), DATA)
         assert store.used_bytes <= store.limit_bytes
         if rng.random() < 0.02:
             store.forget(rng.randrange(3))
+
+
+def test_the_bytes_of_each_lane_are_known():
+    store = store_of(100)
+    store.put(0, replica(1), DATA)
+    store.put(1, replica(1), DATA)
+    store.put(1, replica(2), DATA)
+    assert (store.bytes_of(0), store.bytes_of(1), store.used_bytes) == (10, 20, 30)
+    store.forget(1)
+    assert (store.bytes_of(0), store.bytes_of(1)) == (10, 0)
+
+
+def test_contents_are_not_mixed_up_when_places_are_used_again():
+    store = store_of(30)
+    for block in range(9):
+        store.put(0, replica(block), bytes([block]) * 10)
+    assert [bytes(store.get(0, replica(block))) for block in (6, 7, 8)] == [bytes([block]) * 10 for block in (6, 7, 8)]
+
+
+def test_a_pinned_lane_is_neither_dropped_nor_replaced():
+    store = store_of(20)
+    store.put(0, replica(1, depth=5), DATA)
+    store.put(0, replica(2, depth=4), DATA)
+    store.pin(0)
+    assert store.put(1, replica(7), DATA) == [(1, replica(7))]
+    assert store.put(0, replica(1, generation=2), b"y" * 10) == [(0, replica(1, generation=2))]
+    assert store.get(0, replica(1)) == DATA
+    store.unpin(0)
+    assert store.put(1, replica(7), DATA) == [(0, replica(1))]
+
+
+def test_a_store_smaller_than_a_block_takes_nothing():
+    store = store_of(9)
+    assert store.put(0, replica(1), DATA) == [(0, replica(1))]
+    assert store.used_bytes == 0

@@ -1,0 +1,40 @@
+"""KV memory and headers for tests of replication."""
+
+import zlib
+
+from kevlarflow.replication.standby import Bounds
+from kevlarflow.types import Member, NodeInfo
+from kevlarflow.wire import replicas
+
+BLOCK_SIZE = 4
+BOUNDS = Bounds(pipelines=2, blocks=100, block_size=BLOCK_SIZE, block_bytes=8)
+
+
+class Memory:
+    """KV memory of 8-byte blocks."""
+
+    block_bytes = BOUNDS.block_bytes
+
+    def __init__(self):
+        self.blocks = {}
+
+    def read(self, block, into):
+        into[:] = self.blocks.get(block, bytes(8))
+
+    def write(self, block, data):
+        self.blocks[block] = bytes(data)
+
+    def populate(self, block):
+        return True
+
+
+def standby_info(address, name="b"):
+    return NodeInfo(Member(name, 1), 0, "here", 1, (1,), "", "", 2, address)
+
+
+def header(payload=b"12345678", **changes):
+    fields = {
+        "pipeline": 0, "epoch": 5, "stage": 0, "block": 1, "generation": 1, "filled": 4, "depth": 0,
+        "length": len(payload), "checksum": zlib.crc32(payload),
+    } | changes  # fmt: skip
+    return replicas.encode(replicas.Store(**fields))

@@ -1,0 +1,225 @@
+"""What a source copies and when, over the transfer's twin in memory. Time is an argument."""
+
+import zlib
+
+import pytest
+
+from kevlarflow.recovery.coverage import Replica
+from kevlarflow.replication.queue import ReplicationQueue
+from kevlarflow.replication.source import CLOSED_SECONDS, UNANSWERED_SECONDS, Source
+from kevlarflow.replication.transfer import CHANNEL_PLACES, MemoryNetwork, MemoryTransfer
+from kevlarflow.types import Member
+from kevlarflow.wire import replicas
+from unit.replication.parts import BLOCK_SIZE, Memory, standby_info
+
+STANDBY = Member("b", 1)
+FAST = 1 << 30
+
+
+class Bench:
+    def __init__(self, bytes_per_second=FAST, interval=2):
+        self.memory = Memory()
+        self.told = []
+        self.source = Source(Member("a", 1), 0, self.memory, bytes_per_second, self.told.append)
+        self.network = MemoryNetwork()
+        self.here = MemoryTransfer(self.network, "a")
+        self.there = MemoryTransfer(self.network, "b")
+        self.interval = interval
+        self.now = 0.0
+
+    def lane(self, pipeline=0, first_block=0, standby="b"):
+        lane = self.source.lane(pipeline, first_block, ReplicationQueue(BLOCK_SIZE, self.interval))
+        lane.epoch = 5
+        self.source.assign(lane, standby_info(standby))
+        return lane
+
+    def write(self, lane, block, filled=4, content=b"12345678", generation=1):
+        replica = Replica(block, generation, filled)
+        lane.queue.begin([replica])
+        self.memory.blocks[lane.first_block + block] = content
+        lane.queue.end([replica])
+        return replica
+
+    def turn(self, seconds=0.0):
+        self.now += seconds
+        return self.source.turn(self.here, self.now)
+
+    def turns(self, count, seconds=0.01):
+        for _ in range(count):
+            self.turn(seconds)
+
+    def arrived(self):
+        copies = []
+        while (arrival := self.there.receive()) is not None:
+            copies.append((arrival.peer, replicas.decode(arrival.header), bytes(arrival.data)))
+        return copies
+
+    def confirm(self, copies, dropped=()):
+        for peer, copy, _ in copies:
+            tag = (copy.block, copy.generation, copy.filled)
+            stored, lost = ((), (tag,)) if copy.block in dropped else ((tag,), ())
+            self.there.answer(peer, replicas.encode(replicas.Outcome(copy.pipeline, STANDBY, stored, lost, 8, 80)))
+
+
+def test_a_copy_carries_its_tag_its_epoch_and_a_checksum():
+    bench = Bench()
+    lane = bench.lane(first_block=100)
+    bench.write(lane, 3)
+    bench.turn()
+    ((_, copy, data),) = bench.arrived()
+    assert data == b"12345678"
+    assert (copy.pipeline, copy.epoch, copy.stage, copy.block, copy.generation, copy.filled) == (0, 5, 0, 3, 1, 4)
+    assert (copy.length, copy.checksum) == (8, zlib.crc32(data))
+
+
+def test_what_was_confirmed_is_told_with_the_bytes_of_full_and_of_partial_blocks():
+    bench = Bench()
+    lane = bench.lane()
+    bench.write(lane, 1, filled=4)
+    bench.write(lane, 2, filled=2)
+    bench.turns(2)
+    bench.confirm(bench.arrived())
+    bench.turn()
+    assert [each.stored for each in bench.told] == [((1, 1, 4),), ((2, 1, 2),)]
+    assert (bench.told[-1].full_bytes, bench.told[-1].partial_bytes, bench.told[-1].used_bytes) == (8, 8, 8)
+
+
+def test_a_block_that_changes_hands_during_the_copy_is_not_sent():
+    bench = Bench()
+    lane = bench.lane()
+    replica = bench.write(lane, 1)
+    read = bench.memory.read
+
+    def read_and_lose(block, into):
+        read(block, into)
+        lane.queue.begin([Replica(replica.block, 2, 1)])
+
+    bench.memory.read = read_and_lose
+    bench.turns(3)
+    assert not bench.arrived()
+
+
+def test_what_was_written_before_there_was_a_standby_is_copied_too():
+    bench = Bench()
+    lane = bench.lane(standby="nobody")
+    for block in range(3):
+        bench.write(lane, block)
+    bench.turns(5)
+    bench.source.assign(lane, standby_info("b"))
+    bench.turns(5)
+    assert [copy.block for _, copy, _ in bench.arrived()] == [0, 1, 2]
+
+
+def test_catching_up_keeps_to_the_bandwidth():
+    bench = Bench(bytes_per_second=80)
+    lane = bench.lane()
+    for block in range(50):
+        bench.write(lane, block)
+    sent = 0
+    for _ in range(200):
+        bench.turn(0.01)
+        copies = bench.arrived()
+        bench.confirm(copies)
+        sent += len(copies)
+    assert 18 <= sent <= 21, "80 bytes a second are ten blocks a second"
+
+
+def test_lanes_share_the_bandwidth():
+    bench = Bench(bytes_per_second=80)
+    lanes = [bench.lane(0), bench.lane(1, first_block=100)]
+    for lane in lanes:
+        for block in range(50):
+            bench.write(lane, block)
+    sent = []
+    for _ in range(200):
+        bench.turn(0.01)
+        copies = bench.arrived()
+        bench.confirm(copies)
+        sent += [copy.pipeline for _, copy, _ in copies]
+    assert abs(sent.count(0) - sent.count(1)) <= 2
+
+
+def test_a_standby_that_does_not_answer_gets_a_few_copies_and_then_the_same_again_later():
+    bench = Bench()
+    lane = bench.lane()
+    for block in range(20):
+        bench.write(lane, block)
+    bench.turns(50, seconds=0.001)
+    first = bench.arrived()
+    assert [copy.block for _, copy, _ in first] == [0, 1, 2, 3]
+    assert len(first) == CHANNEL_PLACES
+    bench.turn(UNANSWERED_SECONDS + 0.1)
+    later = []
+    for _ in range(40):
+        bench.turn(0.001)
+        copies = bench.arrived()
+        bench.confirm(copies)
+        later += [copy.block for _, copy, _ in copies]
+    assert sorted(later) == list(range(20)), "what was given up is due again, behind the others"
+
+
+def test_a_full_channel_is_not_a_loss():
+    bench = Bench()
+    lane = bench.lane(standby="nobody")
+    for block in range(6):
+        bench.write(lane, block)
+    bench.turns(50, seconds=UNANSWERED_SECONDS)
+    assert lane.queue.backlog >= 2
+    bench.source.assign(lane, standby_info("b"))
+    sent = []
+    for _ in range(20):
+        bench.turn(0.01)
+        copies = bench.arrived()
+        bench.confirm(copies)
+        sent += [copy.block for _, copy, _ in copies]
+    assert sorted(sent) == list(range(6))
+
+
+def test_a_replica_that_the_standby_dropped_is_told_and_not_sent_again():
+    bench = Bench()
+    lane = bench.lane()
+    bench.write(lane, 1)
+    bench.turn()
+    bench.confirm(bench.arrived(), dropped=(1,))
+    bench.turns(5)
+    assert bench.told[0].dropped == ((1, 1, 4),)
+    assert not bench.arrived()
+
+
+@pytest.mark.parametrize("answer", [replicas.encode(replicas.Closed("wrong checksum")), b"nonsense"])
+def test_a_closed_channel_is_counted_and_opened_anew_after_a_while(answer):
+    bench = Bench()
+    lane = bench.lane()
+    bench.write(lane, 1)
+    bench.turn()
+    ((peer, _, _),) = bench.arrived()
+    bench.there.answer(peer, answer)
+    bench.turn(0.01)
+    bench.write(lane, 2)
+    bench.turns(5)
+    assert not bench.arrived()
+    assert lane.refused == 1
+    bench.turn(CLOSED_SECONDS + 1)
+    bench.turn(0.01)
+    again = bench.arrived()
+    assert {copy.block for _, copy, _ in again} == {1, 2}
+    assert all(other != peer for other, _, _ in again)
+
+
+def test_a_lane_that_was_left_is_not_copied():
+    bench = Bench()
+    lane = bench.lane()
+    bench.write(lane, 1)
+    bench.source.leave(0)
+    bench.turns(3)
+    assert not bench.arrived()
+
+
+def test_nothing_due_means_a_long_wait_and_a_cap_a_short_one():
+    bench = Bench(bytes_per_second=80)
+    lane = bench.lane()
+    assert bench.turn() >= 1.0
+    bench.write(lane, 1)
+    bench.write(lane, 2)
+    bench.turn()
+    assert bench.turn(0.04) == pytest.approx(0.06)

@@ -1,0 +1,122 @@
+"""A standby stores what is right in every point, and closes the channel to whoever sends something else."""
+
+import contextlib
+import logging
+import os
+
+import pytest
+
+from kevlarflow.recovery.coverage import Replica
+from kevlarflow.replication.standby import Standby, log
+from kevlarflow.replication.store import StandbyStore
+from kevlarflow.replication.transfer import Arrival
+from kevlarflow.types import Member
+from kevlarflow.wire import replicas
+from unit.replication.parts import BOUNDS, header
+
+DATA = b"12345678"
+
+
+class Answers:
+    """A transfer that only keeps what is answered."""
+
+    def __init__(self):
+        self.sent = []
+
+    def answer(self, peer, frame):
+        self.sent.append((peer, replicas.decode(frame)))
+
+
+class Bench:
+    def __init__(self, limit=800):
+        self.store = StandbyStore(limit, BOUNDS.block_bytes)
+        self.standby = Standby(Member("b", 1), 0, self.store, BOUNDS)
+        self.answers = Answers()
+
+    def send(self, peer=b"a", payload=DATA, raw_header=None, **changes):
+        frame = header(payload, **changes) if raw_header is None else raw_header
+        self.standby.take(Arrival(peer, frame, memoryview(payload)), self.answers)
+
+
+def test_a_right_copy_is_stored_and_confirmed():
+    bench = Bench()
+    bench.send()
+    assert bench.store.get(0, Replica(1, 1, 4)) == DATA
+    assert bench.answers.sent == [(b"a", replicas.Outcome(0, Member("b", 1), ((1, 1, 4),), (), 8, 800))]
+
+
+WRONG = {
+    "stage": {"stage": 1},
+    "pipeline": {"pipeline": 2},
+    "block": {"block": 100},
+    "negative block": {"block": -1},
+    "too many tokens": {"filled": 5},
+    "no token": {"filled": 0},
+    "generation": {"generation": -1},
+    "depth": {"depth": -1},
+    "said length": {"length": 7},
+    "length": {"payload": b"123"},
+    "longer": {"payload": b"x" * 9},
+    "checksum": {"checksum": 1},
+    "epoch": {"epoch": 4},
+    "no header": {"raw_header": b""},
+    "nonsense": {"raw_header": b"\xff\x00nonsense"},
+    "another message": {"raw_header": replicas.encode(replicas.Closed("why"))},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_a_wrong_copy_is_dropped_counted_and_its_channel_closed(wrong):
+    bench = Bench()
+    bench.send(b"good")
+    before = bytes(bench.store.get(0, Replica(1, 1, 4)))
+    bench.send(b"bad", **wrong)
+    peer, closed = bench.answers.sent[-1]
+    assert (peer, type(closed), bench.standby.refused) == (b"bad", replicas.Closed, 1)
+
+    bench.send(b"bad", block=2)
+    assert bench.store.get(0, Replica(2, 1, 4)) is None, "a closed channel is not heard again"
+    bench.send(b"good", block=3)
+    assert bench.store.get(0, Replica(3, 1, 4)) == DATA, "others are"
+    assert bytes(bench.store.get(0, Replica(1, 1, 4))) == before
+    assert bench.store.used_bytes == 16
+    assert bench.standby.refused == 1
+
+
+def test_a_damaged_copy_never_replaces_the_one_that_is_there():
+    bench = Bench()
+    bench.send()
+    bench.send(b"bad", payload=b"damaged!", checksum=1, generation=2)
+    assert bench.store.get(0, Replica(1, 1, 4)) == DATA
+
+
+def test_a_full_standby_says_what_it_dropped_to_whoever_sent_it():
+    bench = Bench(limit=16)
+    bench.send(b"a", block=1, depth=3)
+    bench.send(b"a", block=2, depth=1)
+    bench.send(b"other", pipeline=1, block=1, depth=2)
+    (asked, stored), (other, lost) = bench.answers.sent[2:]
+    assert (asked, stored.dropped) == (b"other", ())
+    assert (other, lost.dropped, lost.used_bytes) == (b"a", ((1, 1, 4),), 8)
+    bench.send(b"a", block=3, depth=9)
+    _, outcome = bench.answers.sent[-1]
+    assert (outcome.stored, outcome.dropped) == ((), ((3, 1, 4),))
+    assert bench.store.used_bytes == 16
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_for_logs_costs_the_line_and_nothing_else():
+    handler, lost = logging.FileHandler("/dev/full"), []
+    handler.handleError = lost.append
+    log.addHandler(handler)
+    try:
+        bench = Bench()
+        bench.send(b"bad", checksum=1)
+        bench.send(b"good")
+    finally:
+        log.removeHandler(handler)
+        with contextlib.suppress(OSError):
+            handler.close()
+    assert len(lost) == 1, "the disk was to be full"
+    assert bench.standby.refused == 1
+    assert bench.store.get(0, Replica(1, 1, 4)) == DATA
