@@ -86,10 +86,10 @@ def records_match(cluster: Cluster) -> Iterator[Problem]:
 
 
 def somebody_is_on_the_way(cluster: Cluster) -> Iterator[Problem]:
-    """After the start, a dead slot has a time at which it is filled again, or was given up."""
+    """After the start, a dead slot has a time at which it is filled again."""
     for slot in cluster.slots.values():
         dead = slot.state is NodeState.DEAD and cluster.begun
-        if dead and slot.start_at is None and not slot.failed_starts and cluster.served:
+        if dead and slot.start_at is None and cluster.served:
             yield slot.node, "is dead and nobody starts it"
         if slot.state is NodeState.STARTING and slot.ready_by is None:
             yield slot.node, "may take for ever to start"

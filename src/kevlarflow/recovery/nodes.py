@@ -14,10 +14,9 @@ from kevlarflow.recovery.members import Pipeline, Slot
 from kevlarflow.recovery.transitions import NodeStep
 from kevlarflow.types import Cause, Epoch, Member, NodeState, PipelineId, PipelineState
 
-START_ATTEMPTS = 5
-"""Failed starts in a row after which a slot stays empty."""
 RETRY_SECONDS = 0.5
-"""Pause after the first failed start; doubled after each further one."""
+"""Pause after the first failed start; doubled after each further one, up to `LONGEST_RETRY_SECONDS`."""
+LONGEST_RETRY_SECONDS = 60.0
 EXIT_PATIENCE_SECONDS = 0.1
 """How long the reason of a node that died while starting may be under way."""
 
@@ -229,16 +228,10 @@ def _replace(grid: Grid, slot: Slot, was_starting: bool) -> None:
         start(grid, slot)
         return
     slot.failed_starts += 1
-    if slot.failed_starts >= START_ATTEMPTS:
-        slot.start_at = None
-        grid.narrate(
-            f"{slot.node} could not be started {slot.failed_starts} times in a row and is given up: "
-            f"see {log_path(grid, slot)}"
-        )
-        return
-    pause = RETRY_SECONDS * 2 ** (slot.failed_starts - 1)
+    doublings = min(slot.failed_starts - 1, 10)
+    pause = min(LONGEST_RETRY_SECONDS, RETRY_SECONDS * 2**doublings)
     slot.start_at = grid.now + pause
-    grid.narrate(f"{slot.node} is started again in {pause:g} s")
+    grid.narrate(f"{slot.node} is started again in {pause:g} s: see {log_path(grid, slot)}")
 
 
 def _lose_silent(grid: Grid, slot: Slot) -> None:

@@ -10,9 +10,6 @@ from kevlarflow.recovery import events
 from kevlarflow.types import Epoch, Phases
 from toy_world import ToyWorld, make_config
 
-WORKING_STARTS = 3
-"""Starts fail so often in a row at most: a slot that was given up would not heal."""
-
 
 class History(RuleBasedStateMachine):
     """One cluster and what befalls it."""
@@ -57,8 +54,6 @@ class History(RuleBasedStateMachine):
     def fail_to_start(self, data, why):
         member = self.pick(data, self.world.those("starting"))
         slot = self.world.cluster.slots[member.node]
-        if slot.failed_starts >= WORKING_STARTS:
-            return
         del self.world.processes[member]
         if why == "says":
             self.world.do(events.NodeFailed(member, "no memory"))
