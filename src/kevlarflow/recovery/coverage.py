@@ -42,6 +42,15 @@ class Generations:
         for block in allocated(step, block_size):
             self._generation[block] = step.sequence
 
+    def void(self, needed: set[int], mark: int) -> None:
+        """Whatever is not `needed` may be missing on a new node: what was copied of it counts no more.
+
+        `mark` is the generation that such a block has from now on. An epoch will do: epochs of a pipeline are never
+        used again either, and steps are numbered from the time of day, far above them.
+        """
+        for block in self._generation.keys() - needed:
+            self._generation[block] = mark
+
     def of(self, blocks: Iterable[int]) -> dict[int, int]:
         """Generations of these blocks."""
         return {block: self[block] for block in blocks}

@@ -56,7 +56,7 @@ from kevlarflow.recovery.pipeline_events import (
     StepIssued,
     SuspensionOrdered,
 )
-from kevlarflow.recovery.recompute import Limits, plan, plan_hits
+from kevlarflow.recovery.recompute import Limits, needed_blocks, plan, plan_hits, read_again
 from kevlarflow.types import Epoch, Member, NodeInfo, Phases, Stage
 
 
@@ -252,6 +252,8 @@ class Pipeline:
         commands += [] if forming.issued_meanwhile else rest
         if forming.lost:
             commands.append(EvictPrefixCache(keep))
+            # Nobody computes what is evicted on the new node: even a replica that is confirmed late is void.
+            self._generations.void(keep | needed_blocks(self.ledger, steps, self.limits.block_size), self.epoch)
             # A step that is being scheduled now does not know of the eviction yet.
             self.formations += 1
             self._lost_at[self.formations] = forming.lost
@@ -267,7 +269,8 @@ class Pipeline:
         # What a step in flight has taken bears that step's generation already, and holds its content only after it.
         taken = set[int]().union(*(allocated(step, size) for step in self._in_flight.values()))
         held = {block: Replica(block, self._generations[block], size) for block in keep - taken}
-        for entry in self.ledger.entries():
+        # The blocks of a request that ends in flight are not computed again, so a new node does not hold them.
+        for entry in read_again(self.ledger, list(self._in_flight.values())):
             for index, block in enumerate(entry.blocks[: -(-entry.computed // size)]):
                 if block in taken:
                     continue

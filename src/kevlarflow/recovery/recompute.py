@@ -128,15 +128,28 @@ def _live(
     ledger: Ledger, in_flight: Sequence[Step], taken: set[int], lost: Stage | None, last: Stage
 ) -> Iterator[_Need]:
     """Computed tokens of the live requests: up to the lost stage, or on all stages where they are damaged."""
-    finished = {request for step in in_flight for request in step.finished}
-    for entry in ledger.entries():
-        used = _uses_its_blocks(entry, in_flight)
-        if entry.computed == 0 or entry.request in finished or not used:
-            continue
+    for entry in read_again(ledger, in_flight):
         if entry.prompt_logprobs or not taken.isdisjoint(entry.blocks):
             yield _need(entry, last)
         elif lost is not None:
             yield _need(entry, lost)
+
+
+def read_again(ledger: Ledger, in_flight: Sequence[Step]) -> list[LedgerEntry]:
+    """Requests whose KV, as the ledger knows it, is still needed: the others end or start anew in a step in flight."""
+    finished = {request for step in in_flight for request in step.finished}
+    return [
+        entry
+        for entry in ledger.entries()
+        if entry.computed and entry.request not in finished and _uses_its_blocks(entry, in_flight)
+    ]
+
+
+def needed_blocks(ledger: Ledger, in_flight: Sequence[Step], block_size: int) -> set[int]:
+    """Blocks whose content every stage has, or will have, once `plan` and the steps in flight were carried out."""
+    needed = {block for entry in read_again(ledger, in_flight) for block in entry.blocks}
+    hit = (block for step in in_flight for _, blocks, _ in tables(step) for block in blocks)
+    return needed.union(hit, _taken(in_flight, block_size))
 
 
 def _uses_its_blocks(entry: LedgerEntry, in_flight: Sequence[Step]) -> bool:

@@ -302,8 +302,9 @@ def test_a_step_that_is_issued_while_replicas_are_awaited_goes_out_behind_them()
 
 def test_a_block_that_was_taken_in_flight_is_not_said_to_hold_its_content_yet():
     pipeline = replicating()
+    pipeline.handle(p.StepIssued(go_on(2, computed=6)), 1.4)
     admission = Admission("s", (7, 8), (2,), 0, None)
-    taking = Step(2, (admission,), (), {"s": 2}, frozenset({"r"}), frozenset(), 1)
+    taking = Step(3, (admission,), (), {"s": 2}, frozenset(), frozenset({"r"}), 1)
     pipeline.handle(p.StepIssued(taking), 1.5)
     commands = pipeline.handle(p.FormationOrdered(2, (A0, node("node-2-1", 1))), 2.0)
     (restore,) = [command for command in commands if isinstance(command, p.Restore)]
