@@ -50,6 +50,9 @@ def on_attached(grid: Grid, event: events.EngineAttached) -> None:
             grid.command(pipeline.order)
         pipeline.reform = pipeline.reform or event.epoch > pipeline.order.epoch
         return
+    if again and pipeline.formed and engine.claim is None:
+        # Taken over already: asked twice for an introduction, it answers twice.
+        return
     if not again:
         detach(grid, pipeline)
         engine.pid = event.pid
