@@ -2,10 +2,10 @@
 # ARGS reaches the command: make test ARGS='-k ledger -x'
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup default-model demo test check bench clean
+.PHONY: help setup default-model demo test check bench bench-quick clean
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
 
 setup: ## make .venv with everything that runs and tests need
 	@scripts/setup
@@ -27,6 +27,9 @@ check: setup ## lint, formatting, types, import layers
 
 bench: default-model ## measure against stock vLLM, side by side
 	.venv/bin/kevlarflow bench $(ARGS)
+
+bench-quick: default-model ## lose a node, beside stock vLLM behind a router; under 10 minutes
+	.venv/bin/kevlarflow bench run quick $(ARGS)
 
 clean: ## remove caches and build leftovers; keeps .venv and the model cache
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

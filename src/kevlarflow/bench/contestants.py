@@ -10,7 +10,9 @@ Stock vLLM is ``vllm serve``, unchanged. Two things have to be put beside it, in
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -89,8 +91,9 @@ def make(name: str, recipe: Recipe, folder: Path, caches: Path | None = None) ->
     if caches is not None:
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(caches / "inductor")
         environment["VLLM_CACHE_ROOT"] = str(caches / "vllm")
-    build = {STOCK: stock_vllm, KEVLARFLOW: kevlarflow}[name]
-    return build(recipe, environment, folder)
+    if name == KEVLARFLOW:
+        return kevlarflow(recipe, environment, folder)
+    return stock_vllm(recipe, environment, folder)
 
 
 def own_caches(folder: Path, name: str) -> Path:
@@ -98,19 +101,23 @@ def own_caches(folder: Path, name: str) -> Path:
     return folder / "caches" / name.replace(" ", "-").lower()
 
 
-def kevlarflow(recipe: Recipe, environment: dict[str, str], folder: Path) -> ServerProcess:
-    """KevlarFlow, as ``kevlarflow serve`` starts it."""
+def kevlarflow(
+    recipe: Recipe, environment: dict[str, str], folder: Path, own_flags: Sequence[str] = ()
+) -> ServerProcess:
+    """KevlarFlow, as ``kevlarflow serve`` starts it; `own_flags` are those that stock vLLM does not have."""
     model = [recipe.model] if recipe.model else []
 
     def command(port: int) -> list[str]:
         serve = [sys.executable, "-m", "kevlarflow.cli.main", "serve", *model]
-        return [*serve, "--host", HOST, "--port", str(port), *recipe.flags()]
+        return [*serve, "--host", HOST, "--port", str(port), *recipe.flags(), *own_flags]
 
     return ServerProcess(KEVLARFLOW, recipe.served_name, command, environment, folder / "kevlarflow.log")
 
 
-def stock_vllm(recipe: Recipe, environment: dict[str, str], folder: Path) -> ServerProcess:
-    """Stock vLLM, as ``vllm serve`` starts it."""
+def stock_vllm(
+    recipe: Recipe, environment: dict[str, str], folder: Path, port: int | None = None, name: str = STOCK
+) -> ServerProcess:
+    """Stock vLLM, as ``vllm serve`` starts it. A PYTHONPATH in `environment` comes behind what it needs itself."""
     shim = _write_shim(folder)
     # A Hugging Face name is left to vLLM.
     model = recipe.model or str(ensure_default_model())
@@ -121,8 +128,10 @@ def stock_vllm(recipe: Recipe, environment: dict[str, str], folder: Path) -> Ser
         named = ["--served-model-name", recipe.served_name, "--host", HOST, "--port", str(port)]
         return [*serve, *named, *recipe.flags(), *remedy]
 
-    completed = environment | {"PYTHONPATH": str(shim), "VLLM_RPC_BASE_PATH": str(folder)}
-    return ServerProcess(STOCK, recipe.served_name, command, completed, folder / "stock-vllm.log")
+    path = os.pathsep.join(filter(None, (str(shim), environment.get("PYTHONPATH"))))
+    completed = environment | {"PYTHONPATH": path, "VLLM_RPC_BASE_PATH": str(folder)}
+    log = folder / f"{name.replace(' ', '-').lower()}.log"
+    return ServerProcess(name, recipe.served_name, command, completed, log, port)
 
 
 def _write_shim(folder: Path) -> Path:

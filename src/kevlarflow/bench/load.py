@@ -11,7 +11,7 @@ import asyncio
 import random
 from collections.abc import Iterator, Sequence
 
-from kevlarflow.bench.streams import Address, Listener, Request, Stream, send
+from kevlarflow.bench.streams import REQUEST_TIMEOUT_SECONDS, Address, Listener, Request, Stream, send
 
 
 async def closed_loop(
@@ -32,12 +32,13 @@ async def open_loop(
     requests: Sequence[Request],
     start_seconds: Sequence[float],
     listener: Listener | None = None,
+    timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
 ) -> list[Stream]:
-    """Each request is sent at its time, in seconds from now; all of their streams."""
+    """Each request is sent at its time, in seconds from now; all of their streams. None takes longer than allowed."""
 
     async def later(request: Request, seconds: float) -> Stream:
         await asyncio.sleep(seconds)
-        return await send(address, model, request, listener)
+        return await send(address, model, request, listener, timeout_seconds)
 
     pairs = zip(requests, start_seconds, strict=True)
     return list(await asyncio.gather(*(later(request, seconds) for request, seconds in pairs)))

@@ -83,7 +83,7 @@ class System(Protocol):
 
 
 class ServerProcess:
-    """A server that is one command. `make_command` gets the port that was chosen."""
+    """A server that is one command. `make_command` gets the port: `port`, or one that was free."""
 
     def __init__(
         self,
@@ -92,6 +92,7 @@ class ServerProcess:
         make_command: Callable[[int], Sequence[str]],
         environment: Mapping[str, str],
         log: Path,
+        port: int | None = None,
     ) -> None:
         self.name = name
         self.model = model
@@ -99,7 +100,8 @@ class ServerProcess:
         self._make_command = make_command
         self._environment = environment
         self._mark = ""
-        self._port = 0
+        self._fixed_port = port
+        self._port = port or 0
         self._child: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
 
@@ -109,11 +111,12 @@ class ServerProcess:
         return Address(HOST, self._port)
 
     def start(self) -> None:
-        """Start it; returns at once. Its output goes to `log`."""
-        self._port = free_port()
+        """Start it; returns at once. Its output goes to `log`. Raises `SystemFailed` when its port is taken."""
+        self._port = self._fixed_port or free_port()
+        require_free(self.name, self._port)
         self._mark = uuid.uuid4().hex
         us = os.getpid()
-        with self.log.open("wb") as output:
+        with self.log.open("ab") as output:
             self._started_at = time.monotonic()
             self._child = subprocess.Popen(
                 self._make_command(self._port),
@@ -141,6 +144,10 @@ class ServerProcess:
             words = last_words(self.log).removeprefix("kevlarflow: ")
             ended = f"{self.name} ended with exit status {self._child.returncode}"
             raise SystemFailed(f"{ended}{': ' * bool(words)}{words} (log: {self.log})")
+
+    def has_ended(self) -> bool:
+        """Whether its command has ended, by itself or by a signal."""
+        return self._child is not None and self._child.poll() is not None
 
     def processes(self) -> list[ProcessIdentity]:
         """Every living process that belongs to it."""
@@ -171,6 +178,16 @@ class ServerProcess:
             raise SystemFailed(f"{self.name} cannot be stopped: {', '.join(leftovers)}")
         self._child = None
         return leftovers
+
+
+def require_free(name: str, port: int) -> None:
+    """Raise `SystemFailed` when somebody listens on the port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise SystemFailed(f"{name} cannot start: port {port} is in use") from error
 
 
 def wait_gone(processes: Sequence[ProcessIdentity] | set[ProcessIdentity], seconds: float) -> bool:

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from kevlarflow.cli import bench_suite
 from kevlarflow.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,11 +30,18 @@ Measure KevlarFlow against stock vLLM, in turns, with the same flags, model and 
   startup      from the command to the first 200 of /health, with cold and with warm compile caches
   failover     from SIGKILL of a node to the next token of every affected stream (KevlarFlow only)
 
-Without a name all three run. Tables go to the terminal; JSON and Markdown to --output."""
+Without a name all three run. Tables go to the terminal; JSON and Markdown to --output.
+
+The evaluation under failures, against stock vLLM behind a router, is a command of its own:
+
+  bench run SUITE   run the cells of a suite: quick or full (bench run --help)
+  bench report      write the report of the cells that are saved"""
 
 
 def run(arguments: list[str]) -> int:
     """Run the experiments; return 0 when each has measured something."""
+    if arguments and arguments[0] in bench_suite.VERBS:
+        return bench_suite.run(arguments)
     options = _parse(arguments)
     from rich.console import Console
 

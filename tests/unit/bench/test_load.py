@@ -23,7 +23,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """What is sent and ended, in order, by a client whose every request takes a moment."""
     happened: list[tuple[str, str]] = []
 
-    async def send(_: Address, __: str, request: Request, ___: object = None) -> Stream:
+    async def send(_: Address, __: str, request: Request, *___: object) -> Stream:
         happened.append(("sent", request.name))
         await asyncio.sleep(0.02)
         happened.append(("ended", request.name))

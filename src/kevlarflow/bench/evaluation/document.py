@@ -1,0 +1,182 @@
+"""The report of saved cells: Markdown for people, CSV for tools, figures; written beside the cells."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from kevlarflow.bench import machine
+from kevlarflow.bench.contestants import REMEDY_NOTE
+from kevlarflow.bench.evaluation import figures, suite
+from kevlarflow.bench.evaluation.cells import NO_FAULT, RATES, SETTINGS, SYSTEMS, Cell
+from kevlarflow.bench.evaluation.comparison import (
+    AFTER_SECONDS,
+    PAPER,
+    PAPER_OVERHEAD,
+    Row,
+    emulation_note,
+    is_emulated,
+    overheads,
+    ratios,
+    rows,
+)
+from kevlarflow.bench.evaluation.outcome import GOODPUT_WINDOW_SECONDS, CellResult
+from kevlarflow.bench.evaluation.prose import FORMULAS, WHY_DIFFERENT
+
+NOTHING = "-"
+
+
+def write(folder: Path) -> Path:
+    """Write the report of the cells in `folder`; returns the Markdown file."""
+    results = suite.load_all(folder)
+    found = rows(results)
+    drawn = figures.draw(results, found, folder / "figures")
+    _write_csv(found, folder / "cells.csv")
+    path = folder / "README.md"
+    path.write_text("\n".join(_lines(results, found, [each.relative_to(folder) for each in drawn])) + "\n")
+    return path
+
+
+def _lines(results: Sequence[CellResult], found: Sequence[Row], drawn: Sequence[Path]) -> Iterator[str]:
+    yield from ("# KevlarFlow and what people run today, under failures", "")
+    yield from _how(results)
+    yield from ("", "## Against the paper", "")
+    yield from _ratio_lines(found)
+    yield from ("", "## Cost when nothing fails", "")
+    yield from _overhead_lines(found)
+    yield from ("", "## All cells", "")
+    yield from _cell_lines(found)
+    yield from ("", "## Figures", "")
+    yield from (f"![{path.stem}]({path.as_posix()})\n" for path in drawn)
+    yield from ("## Why figures differ from the paper's", "")
+    yield WHY_DIFFERENT
+
+
+def _how(results: Sequence[CellResult]) -> Iterator[str]:
+    here = machine.describe()
+    first, last = min(each.begun for each in results), max(each.begun for each in results)
+    yield f"`kevlarflow bench run`, cells begun {first} to {last}. Machine: {here.processor}, {here.cores} cores, "
+    yield f"{here.memory_gib} GiB; Python {here.python}, vLLM {here.vllm}, torch {here.torch}, "
+    yield f"KevlarFlow {here.kevlarflow}."
+    yield from ("", "| system | what it is |", "|---|---|")
+    yield from (f"| {name} | {what} |" for name, what in SYSTEMS.items())
+    yield from ("", "| setting | nodes | device time | requests/s |", "|---|---|---|---|")
+    for name in dict.fromkeys(each.cell.setting for each in results):
+        setting = SETTINGS[name]
+        grid = f"{setting.recipe.pipelines} x {setting.recipe.stages}"
+        rates = ", ".join(f"{rate} {value:g}" for rate, value in setting.rates.items())
+        yield f"| {name} | {grid} | {emulation_note(name)} | {rates} |"
+    yield ""
+    yield (
+        "Rates: " + "; ".join(f"*{name}*: {what}" for name, what in RATES.items()) + ". Arrivals are a Poisson process;"
+    )
+    yield "lengths are drawn from the Azure LLM inference trace 2023 (conversation; CC-BY 4.0, Microsoft), by 1/8."
+    yield "All systems run eagerly, in float32, without prefix caching, with the same flags."
+    yield REMEDY_NOTE
+    if any(is_emulated(each.cell) for each in results):
+        yield from ("", "## Where device time is emulated (e)", "", FORMULAS)
+
+
+def _ratio_lines(found: Sequence[Row]) -> Iterator[str]:
+    yield "The other system's figure by KevlarFlow's, over the failure window of"
+    yield f"{_windows(found)}: above 1 KevlarFlow is ahead."
+    yield ""
+    yield from _table("cell", *PAPER, "lost", "lost by KevlarFlow")
+    yield f"| **the paper** (restart by KevlarFlow) | {' | '.join(f'{value:g}x' for value in PAPER.values())} | | |"
+    for each in ratios(found):
+        values = " | ".join(_number(value, "{:.1f}x") for value in each.values.values())
+        yield f"| {each.cell.name}{_mark(each.cell)} | {values} | {each.lost} | {each.lost_by_us} |"
+    if any(is_emulated(row.cell) for row in found):
+        yield from ("", "(e) device time is emulated.")
+
+
+def _windows(found: Sequence[Row]) -> str:
+    seconds = sorted({SETTINGS[row.cell.setting].after_seconds for row in found})
+    return " or ".join(f"{each:.0f} s" for each in seconds)
+
+
+def _overhead_lines(found: Sequence[Row]) -> Iterator[str]:
+    measured = list(overheads(found))
+    if not measured:
+        yield f"Not measured in these cells. The paper: {PAPER_OVERHEAD} average latency."
+        return
+    yield f"KevlarFlow by stock-dp, same load. The paper: {PAPER_OVERHEAD} average latency."
+    yield ""
+    yield from _table("cell", "throughput", "average latency", "p99 latency", "TPOT")
+    for each in measured:
+        values = (each.throughput, each.latency_mean, each.latency_p99, each.tpot_mean)
+        shown = " | ".join(_number(value, "{:.3f}") for value in values)
+        yield f"| {each.cell.name}{_mark(each.cell)} | {shown} |"
+
+
+def _cell_lines(found: Sequence[Row]) -> Iterator[str]:
+    yield "MTTR: from the fault to the first token of the pipeline that was hit (the slower of two). Goodput back:"
+    yield f"until goodput stays at 90 % of what it was, averaged over {GOODPUT_WINDOW_SECONDS} s."
+    yield f"Kept: goodput in the {AFTER_SECONDS} s after the"
+    yield "fault by that before. Wrong: whole, and not the output of a run without failure. Times in seconds."
+    yield ""
+    yield from _table(
+        "cell", "requests", "lost", "wrong", "MTTR", "goodput back", "kept", "latency avg / p99", "TTFT avg / p99",
+        "TPOT avg / p99", "tokens/s", "recomputed tokens", "overruns",
+    )  # fmt: skip
+    for row in found:
+        if row.void is not None:
+            yield f"| {row.cell.name} | **void**: {row.void} |" + " |" * 11
+            continue
+        yield "| " + " | ".join(_cells(row)) + " |"
+
+
+def _cells(row: Row) -> Iterator[str]:
+    seen, has_fault = row.window, row.cell.fault != NO_FAULT
+    yield row.cell.name + _mark(row.cell)
+    yield from (str(seen.requests), str(seen.lost), NOTHING if row.wrong is None else str(row.wrong))
+    yield _number(row.mttr, "{:.2f}") if has_fault else ""
+    yield _number(row.goodput_back, "{:.0f}", "not in the cell") if has_fault else ""
+    yield _number(row.goodput_kept, "{:.2f}") if has_fault else ""
+    yield _pair(seen.latency_mean, seen.latency_p99, "{:.2f}")
+    yield _pair(seen.ttft_mean, seen.ttft_p99, "{:.2f}")
+    yield _pair(seen.tpot_mean, seen.tpot_p99, "{:.3f}")
+    yield from (_number(row.tokens_per_second, "{:.1f}"), str(row.recomputed_tokens) if has_fault else "")
+    yield _number(row.overrun_share, "{:.2%}", "")
+
+
+def _table(*headers: str) -> Iterable[str]:
+    return f"| {' | '.join(headers)} |", "|" + "---|" * len(headers)
+
+
+def _mark(cell: Cell) -> str:
+    return " (e)" if is_emulated(cell) else ""
+
+
+def _number(value: float, form: str, otherwise: str = NOTHING) -> str:
+    return otherwise if math.isnan(value) else form.format(value)
+
+
+def _pair(one: float, other: float, form: str) -> str:
+    return f"{_number(one, form)} / {_number(other, form)}"
+
+
+COLUMNS = (
+    "cell", "emulated", "void", "requests_per_second", "requests", "lost", "lost_tokens", "wrong", "repeated",
+    "mttr_seconds", "goodput_back_seconds", "goodput_kept", "latency_mean", "latency_p99", "ttft_mean", "ttft_p99",
+    "tpot_mean", "tpot_p99", "tokens_per_second", "recomputed_tokens", "overrun_share", "ready_seconds",
+    "restart_seconds",
+)  # fmt: skip
+
+
+def _write_csv(found: Sequence[Row], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in found:
+            seen = row.window
+            values = (
+                row.cell.name, is_emulated(row.cell), row.void or "", row.rate, seen.requests, seen.lost,
+                seen.lost_tokens, row.wrong, row.repeated, row.mttr, row.goodput_back, row.goodput_kept,
+                seen.latency_mean, seen.latency_p99, seen.ttft_mean, seen.ttft_p99, seen.tpot_mean, seen.tpot_p99,
+                row.tokens_per_second, row.recomputed_tokens, row.overrun_share, row.ready_seconds,
+                row.restart_seconds,
+            )  # fmt: skip
+            writer.writerow(["" if isinstance(value, float) and math.isnan(value) else value for value in values])

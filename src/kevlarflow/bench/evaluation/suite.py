@@ -1,0 +1,129 @@
+"""Many cells, one after the other: what is done is skipped, what fails does not end the others' turns.
+
+A suite can be stopped at any time and run again: a cell is saved when it is over, and cells that are saved are not run
+again, void ones excepted.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from kevlarflow.bench.evaluation.cells import SETTINGS, STOCK, STOCK_DP, Cell
+from kevlarflow.bench.evaluation.outcome import CellResult, window
+from kevlarflow.bench.experiment import Say
+from kevlarflow.errors import UsageError
+
+RunCell = Callable[[Cell, Path], CellResult]
+SECONDS_TO_START = {STOCK: 120.0, STOCK_DP: 100.0}
+OTHERS_START_SECONDS = 30.0
+DRAIN_SECONDS = 30.0
+
+
+class Progress:
+    """How long the rest of a suite will take: what its cells should, corrected by what the others have."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ratios: list[float] = []
+
+    def run(self, cell: Cell, body: Callable[[], CellResult]) -> CellResult:
+        """Run a cell and learn from it."""
+        begun = self._clock()
+        result = body()
+        if result.void is None:
+            self._ratios.append((self._clock() - begun) / expected_seconds(cell))
+        return result
+
+    def left(self, cells: Sequence[Cell]) -> float:
+        """Seconds that these cells will take."""
+        factor = statistics.fmean(self._ratios) if self._ratios else 1.0
+        return factor * sum(map(expected_seconds, cells))
+
+
+def expected_seconds(cell: Cell) -> float:
+    """About how long a cell takes."""
+    setting = SETTINGS[cell.setting]
+    load = setting.before_seconds + setting.after_seconds
+    return SECONDS_TO_START.get(cell.system, OTHERS_START_SECONDS) + load + DRAIN_SECONDS
+
+
+def run(cells: Sequence[Cell], output: Path, run_cell: RunCell, say: Say, progress: Progress | None = None) -> int:
+    """Run the cells that are not done yet, and save them below `output`; returns how many are void."""
+    progress = progress or Progress()
+    todo = [cell for cell in cells if (done := load(output, cell)) is None or done.void is not None]
+    if len(todo) < len(cells):
+        say(f"{len(cells) - len(todo)} of {len(cells)} cells are done already (in {output})")
+    void = 0
+    for number, cell in enumerate(todo):
+        say(f"[{number + 1}/{len(todo)}] {cell.name}: {cell.why}; {_minutes(progress.left(todo[number:]))} left")
+        folder = logs_of(output, cell)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        result = progress.run(cell, lambda cell=cell, folder=folder: run_cell(cell, folder))  # type: ignore[misc]
+        save(output, result)
+        void += result.void is not None
+        say(f"  {told(result)}")
+    return void
+
+
+def told(result: CellResult) -> str:
+    """A cell in one line."""
+    if result.void is not None:
+        return f"void: {result.void}"
+    seen = window(result.requests, result.fault_at or 0.0)
+    back = ", ".join(f"{s.first_token_seconds:.2f} s" if s.first_token_seconds else "never" for s in result.strikes)
+    return (
+        f"{seen.requests} requests, {seen.lost} lost; latency {seen.latency_mean:.2f} s (p99 {seen.latency_p99:.2f}), "
+        f"TTFT {seen.ttft_mean:.2f} s (p99 {seen.ttft_p99:.2f})" + f"; first token after the fault: {back}" * bool(back)
+    )
+
+
+def path_of(output: Path, cell: Cell) -> Path:
+    """Where a cell is saved."""
+    return output / "cells" / f"{cell.name}.json"
+
+
+def logs_of(output: Path, cell: Cell) -> Path:
+    """Where the logs of a cell's system are."""
+    return output / "logs" / cell.name
+
+
+def save(output: Path, result: CellResult) -> None:
+    """Save a cell, whole or not at all."""
+    path = path_of(output, result.cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".new")
+    unfinished.write_bytes(msgspec.json.encode(result) + b"\n")
+    unfinished.replace(path)
+
+
+def load(output: Path, cell: Cell) -> CellResult | None:
+    """A saved cell; None when there is none."""
+    path = path_of(output, cell)
+    return read(path) if path.exists() else None
+
+
+def load_all(output: Path) -> list[CellResult]:
+    """All saved cells. Raises `UsageError` when there is none."""
+    found = [read(path) for path in sorted((output / "cells").glob("*.json"))]
+    if not found:
+        raise UsageError(f"{output} holds no cells: run kevlarflow bench run SUITE --output {output} first")
+    return found
+
+
+def read(path: Path) -> CellResult:
+    """One saved cell. Raises `UsageError` when the file is something else."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=CellResult)
+    except msgspec.DecodeError as error:
+        raise UsageError(f"{path} is no cell of this KevlarFlow ({error}): remove it") from error
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min"

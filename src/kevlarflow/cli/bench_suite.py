@@ -1,0 +1,118 @@
+"""``kevlarflow bench run SUITE`` and ``kevlarflow bench report``: the evaluation against what people run today."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from kevlarflow.errors import UsageError
+
+if TYPE_CHECKING:
+    from kevlarflow.bench.evaluation.cells import Cell
+
+VERBS = ("run", "report")
+DEFAULT_OUTPUT = Path("docs/benchmarks/evaluation")
+
+
+def run(arguments: list[str]) -> int:
+    """Run ``bench run`` or ``bench report``."""
+    return {"run": _run, "report": _report}[arguments[0]](arguments[1:])
+
+
+def _run(arguments: list[str]) -> int:
+    options = _parse_run(arguments)
+    from kevlarflow.bench.evaluation import cells, drive, suite, workload
+
+    chosen = _chosen(options)
+    if options.list:
+        for cell in chosen:
+            print(f"{cell.name:<44} {cell.why}")
+        return 0
+    loads = {cell: _load(options, cells.workload(cell, options.trace, options.arrivals)) for cell in chosen}
+    for load in loads.values():
+        workload.plan(load)  # What is wrong with the load is said before anything is started.
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        void = suite.run(chosen, options.output, lambda cell, folder: drive.run(cell, loads[cell], folder, _say), _say)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return _report([str(options.output)]) or int(void > 0)
+
+
+def _parse_run(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="kevlarflow bench run",
+        description="Run the cells of a suite that are not done yet, save each, and write the report.",
+    )
+    parser.add_argument("suite", nargs="?", help="quick (under 10 minutes) or full")
+    parser.add_argument("--cells", metavar="PATTERN", help="only cells whose name matches, such as '*.none.*'")
+    parser.add_argument(
+        "--cell",
+        action="append",
+        default=[],
+        metavar="SETTING.SYSTEM.RATE.FAULT.SEED",
+        help="a cell of its own, such as a10-2x4-1g.replay.light.two.3; may be repeated",
+    )
+    parser.add_argument("--list", action="store_true", help="show the cells and why each is there; run nothing")
+    parser.add_argument("--rate", type=float, help="requests per second, in place of the setting's own")
+    parser.add_argument("--arrivals", help="poisson, or trace: the trace's own, stretched (poisson)")
+    parser.add_argument("--trace", help="CSV with the columns of the sample that is shipped (that one)")
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder of cells and report (%(default)s)")
+    return parser.parse_args(arguments)
+
+
+def _chosen(options: argparse.Namespace) -> list[Cell]:
+    from kevlarflow.bench.evaluation.cells import SUITES
+
+    if options.suite is None and not options.cell:
+        raise UsageError(f"name a suite ({', '.join(SUITES)}) or a --cell")
+    if options.suite is not None and options.suite not in SUITES:
+        raise UsageError(f"there is no suite {options.suite!r}: use {' or '.join(SUITES)}")
+    chosen = [*SUITES.get(options.suite, []), *map(_cell, options.cell)]
+    chosen = [cell for cell in chosen if options.cells is None or fnmatch.fnmatch(cell.name, options.cells)]
+    if not chosen:
+        raise UsageError(f"no cell matches {options.cells!r}: see kevlarflow bench run {options.suite} --list")
+    return chosen
+
+
+def _cell(name: str) -> Cell:
+    from kevlarflow.bench.evaluation.cells import FAULTS, RATES, SETTINGS, SYSTEMS, Cell
+
+    parts = name.split(".")
+    known: list[Any] = [SETTINGS, SYSTEMS, RATES, FAULTS]
+    if len(parts) != len(known) + 1 or not parts[-1].isdecimal():
+        raise UsageError(f"{name!r} is no cell: write SETTING.SYSTEM.RATE.FAULT.SEED")
+    for part, names in zip(parts[:-1], known, strict=True):
+        if part not in names:
+            raise UsageError(f"{name!r} is no cell: {part!r} is none of {', '.join(names)}")
+    setting, system, rate, fault, seed = parts
+    return Cell(setting, system, rate, fault, int(seed), "asked for")
+
+
+def _load(options: argparse.Namespace, load: Any) -> Any:
+    import msgspec
+
+    return load if options.rate is None else msgspec.structs.replace(load, requests_per_second=options.rate)
+
+
+def _report(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="kevlarflow bench report", description="Write the report of saved cells: Markdown, CSV and figures."
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=DEFAULT_OUTPUT, help="of the cells (%(default)s)")
+    options = parser.parse_args(arguments)
+    from kevlarflow.bench.evaluation import document
+
+    print(f"saved {document.write(options.folder)}")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt

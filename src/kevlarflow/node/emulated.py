@@ -1,0 +1,205 @@
+"""The hook that makes a vLLM worker take the time, and keep the KV, of a device that is not there.
+
+It is an entry point of `vllm.general_plugins`, which vLLM calls in each of its processes, and does nothing unless the
+environment names a profile (`kevlarflow.emulation.profile`). Stock vLLM and KevlarFlow's nodes are hooked alike, at
+vLLM's model runner, which both of them use:
+
+* a step ends when the emulated time has passed since its activations arrived: the process sleeps what is left;
+* the KV memory has the emulated model's bytes for each token. Attention computes one head of it, so the tokens depend
+  on what is there; the other heads hold that head's keys and values again, so that a block is written in full;
+* readers of vLLM's shared-memory queues sleep at once, where they would spin for a second: there are more
+  processes here than cores.
+
+Non-public names of vLLM, all used in this module only: `GPUModelRunner.execute_model` and `sample_tokens`,
+`Attention.get_kv_cache_spec`, `CPUAttentionBackendImpl.forward`, `CPUAttentionMetadataBuilder.num_kv_heads`,
+`SpinCondition.busy_loop_s`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from kevlarflow.emulation.profile import REPORTS_VARIABLE, Profile, StepCounts, from_environment
+from kevlarflow.errors import UsageError
+
+REPORT_INTERVAL_SECONDS = 0.5
+MARK = "kevlarflow_emulation"
+"""Attribute of a class that has been hooked."""
+
+
+def install() -> None:
+    """Hook vLLM's classes, once, if the environment names a profile."""
+    profile = from_environment()
+    if profile is None:
+        return
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    if hasattr(GPUModelRunner, MARK):
+        return
+    setattr(GPUModelRunner, MARK, profile)
+    _hook_runner(GPUModelRunner, profile)
+    _hook_kv(profile)
+    _hook_queues()
+
+
+class StepClock:
+    """Lets each step of this process take its emulated time, and counts those that took longer."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+        self._counts: StepCounts | None = None
+        self._reported_at = 0.0
+        self._begun = self._emulated = 0.0
+
+    def begin(self, scheduled: Any, stage: int) -> None:
+        """The activations of a step are there."""
+        self._begun = time.monotonic()
+        tokens, context, pairs = work_of(scheduled)
+        self._emulated = self._profile.stage_seconds(tokens, context, pairs)
+        if stage:
+            self._emulated += self._profile.transfer_seconds(tokens)
+        if self._counts is None or self._counts.pid != os.getpid():
+            self._counts = StepCounts(os.getpid(), stage)
+
+    def add_sampling(self, requests: int) -> None:
+        """The step is not over: it samples."""
+        self._emulated += self._profile.sampling_seconds(requests)
+
+    def end(self) -> None:
+        """Sleep what is left of the step, and count it."""
+        host = time.monotonic() - self._begun
+        self.sleep()
+        assert self._counts is not None, "begin() comes first"
+        self._counts.add(self._emulated, host, time.monotonic() - self._begun)
+        self._report(self._counts)
+
+    def sleep(self) -> None:
+        """Sleep until the emulated time has passed."""
+        left = self._begun + self._emulated - time.monotonic()
+        if left > 0:
+            time.sleep(left)
+
+    def _report(self, counts: StepCounts) -> None:
+        folder = os.environ.get(REPORTS_VARIABLE)
+        now = time.monotonic()
+        if not folder or now - self._reported_at < REPORT_INTERVAL_SECONDS:
+            return
+        self._reported_at = now
+        path = Path(folder, f"{counts.pid}.json")
+        unfinished = path.with_suffix(".new")
+        unfinished.write_bytes(msgspec.json.encode(counts))
+        unfinished.replace(path)
+
+
+def work_of(scheduled: Any) -> tuple[int, int, float]:
+    """Of a `SchedulerOutput`: its tokens, the sum of their requests' contexts, and the sum of tokens times context."""
+    counts = scheduled.num_scheduled_tokens
+    computed = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
+    cached = scheduled.scheduled_cached_reqs
+    computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    context = sum(computed[request] + tokens for request, tokens in counts.items())
+    pairs = sum(tokens * (computed[request] + tokens / 2) for request, tokens in counts.items())
+    return scheduled.total_num_scheduled_tokens, context, pairs
+
+
+def _hook_runner(runner_class: Any, profile: Profile) -> None:
+    from vllm.distributed.parallel_state import get_pp_group
+
+    clock = StepClock(profile)
+    execute, sample = runner_class.execute_model, runner_class.sample_tokens
+
+    def execute_model(self: Any, scheduled: Any, intermediate_tensors: Any = None) -> Any:
+        if not scheduled.total_num_scheduled_tokens:
+            return execute(self, scheduled, intermediate_tensors)
+        if hasattr(intermediate_tensors, "wait_for_comm"):
+            intermediate_tensors.wait_for_comm()
+        group = get_pp_group()
+        clock.begin(scheduled, group.rank_in_group)
+        output = execute(self, scheduled, intermediate_tensors)
+        if group.is_last_rank:
+            # The step goes on in `sample_tokens`, unless it recomputes KV and samples nothing.
+            clock.sleep()
+        else:
+            clock.end()
+        return output
+
+    def sample_tokens(self: Any, grammar: Any) -> Any:
+        samples = self.execute_model_state is not None
+        requests = self.input_batch.num_reqs
+        output = sample(self, grammar)
+        if samples:
+            clock.add_sampling(requests)
+            clock.end()
+        return output
+
+    runner_class.execute_model = execute_model
+    runner_class.sample_tokens = sample_tokens
+
+
+def _hook_kv(profile: Profile) -> None:
+    from vllm.model_executor.layers.attention.attention import Attention
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
+
+    spec_of, forward = Attention.get_kv_cache_spec, CPUAttentionBackendImpl.forward
+    make_builder = CPUAttentionMetadataBuilder.__init__
+
+    def get_kv_cache_spec(self: Any, vllm_config: Any) -> Any:
+        spec = spec_of(self, vllm_config)
+        # All stages have one layer: the hook's model is made so.
+        return spec if spec is None else dataclasses.replace(spec, num_kv_heads=heads_of(spec, profile))
+
+    def builder(self: Any, *args: Any, **kwargs: Any) -> None:
+        make_builder(self, *args, **kwargs)
+        self.num_kv_heads = 1
+
+    def attend(self: Any, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, attn_metadata: Any,
+               *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+        if attn_metadata is None:
+            return forward(self, layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+        output = forward(self, layer, query, key, value, kv_cache[:, :1], attn_metadata, *args, **kwargs)
+        fill(kv_cache, key, value, attn_metadata.slot_mapping[: attn_metadata.num_actual_tokens])
+        return output
+
+    Attention.get_kv_cache_spec = get_kv_cache_spec
+    CPUAttentionMetadataBuilder.__init__ = builder
+    CPUAttentionBackendImpl.forward = attend
+
+
+def heads_of(spec: Any, profile: Profile) -> int:
+    """KV heads of a layer that holds all KV of its stage."""
+    per_head = 2 * spec.head_size * spec.dtype.itemsize
+    heads, rest = divmod(profile.kv_bytes_per_token, per_head)
+    if rest or heads < 2:
+        raise UsageError(f"{profile.kv_bytes_per_token} bytes of KV are no multiple of the {per_head} of a head")
+    return int(heads)
+
+
+def fill(kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write a layer's one computed head, (tokens, 1, head size), into the others of `kv_cache`.
+
+    `kv_cache` has the shape (blocks, heads, block size, 2 * head size). The order of the values in the other heads is
+    ours: those of a token lie together, so that it is one copy.
+    """
+    blocks, heads, block_size, width = kv_cache.shape
+    rest = kv_cache[:, 1:].view(blocks, block_size, heads - 1, width)
+    row = torch.cat((key[: len(slots), 0], value[: len(slots), 0]), dim=1)
+    rest[slots // block_size, slots % block_size] = row.unsqueeze(1).expand(-1, heads - 1, -1)
+
+
+def _hook_queues() -> None:
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    make = SpinCondition.__init__
+
+    def sleeping(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.busy_loop_s = 0
+
+    SpinCondition.__init__ = sleeping

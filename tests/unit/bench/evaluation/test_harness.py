@@ -1,0 +1,136 @@
+"""The harness sees what a system under test does wrong, and survives it."""
+
+import socket
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kevlarflow.bench.evaluation import drive, outcome, suite
+from kevlarflow.bench.evaluation.cells import Cell
+from kevlarflow.bench.evaluation.workload import Workload, plan
+from kevlarflow.bench.systems import ServerProcess, free_port
+
+SERVER = Path(__file__).parents[3] / "faulty_server.py"
+LOAD = Workload(requests_per_second=8.0, seconds=1.0)
+CELL = Cell("real-2x2", "kevlarflow", "light", "none")
+
+
+class Faulty:
+    """The faulty server as a contender."""
+
+    pins = True
+
+    def __init__(self, mode, folder, port=None):
+        def command(port):
+            return [sys.executable, str(SERVER), str(port), mode]
+
+        self.server = ServerProcess("the faulty server", "m", command, {}, folder / "log", port)
+        self.model = "m"
+        self.stop = self.server.stop
+        self.start = self.server.start
+        self.processes = self.server.processes
+        self.require_alive = self.server.require_alive
+
+    @property
+    def address(self):
+        return self.server.address
+
+    def wait_ready(self):
+        return self.server.wait_ready(timeout_seconds=3.0)
+
+    def lives(self):
+        return []
+
+    def recoveries(self):
+        return []
+
+
+def run(mode, folder, port=None, load=LOAD):
+    return drive.run(CELL, load, folder, lambda _: None, lambda *_: Faulty(mode, folder, port))
+
+
+@pytest.fixture(scope="module")
+def well(tmp_path_factory):
+    return run("well", tmp_path_factory.mktemp("well"))
+
+
+def test_a_system_without_fault_is_found_without_fault(well):
+    seen = outcome.window(well.requests, 0.0)
+    assert well.void is None
+    assert (seen.requests, seen.lost) == (len(plan(LOAD)), 0)
+    assert sum(well.good_tokens_per_second) == sum(each.output_tokens for each in plan(LOAD))
+    assert outcome.wrong(well, well) == []
+
+
+def test_a_lost_request_is_reported(tmp_path):
+    result = run("loses", tmp_path)
+    seen = outcome.window(result.requests, 0.0)
+    lost = [each for each in result.requests if each.defect is not None]
+    assert result.void is None
+    assert seen.lost == 1
+    assert seen.lost_tokens == lost[0].asked_tokens - 2
+    assert sum(result.tokens_per_second) == sum(result.good_tokens_per_second) + 2
+
+
+def test_a_repeated_token_is_reported(tmp_path):
+    result = run("repeats", tmp_path)
+    assert len(outcome.repeated(result)) == 1
+    assert outcome.window(result.requests, 0.0).lost == 1
+
+
+def test_a_wrong_token_is_reported(tmp_path, well):
+    assert len(outcome.wrong(run("errs", tmp_path), well)) == 1
+
+
+def test_a_tenth_of_a_second_more_is_reported(tmp_path, well):
+    late = run("late", tmp_path)
+    assert min(each.ttft for each in late.requests) >= 0.1 > min(each.ttft for each in well.requests)
+    more = outcome.window(late.requests, 0.0).ttft_mean - outcome.window(well.requests, 0.0).ttft_mean
+    assert 0.05 < more < 0.25
+
+
+def test_a_system_that_dies_loses_what_follows(tmp_path):
+    result = run("dies", tmp_path)
+    assert result.void is not None
+    assert "ended with exit status 3" in result.void
+
+
+def test_a_system_that_is_never_ready_is_void(tmp_path):
+    result = run("never-ready", tmp_path)
+    assert result.void == f"the faulty server was not ready after 3 s: see {tmp_path / 'log'}"
+
+
+def test_a_port_in_use_is_void(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port := free_port()))
+        taken.listen()
+        result = run("well", tmp_path, port)
+    assert result.void == f"the faulty server cannot start: port {port} is in use"
+
+
+def test_a_rate_of_zero_is_void_in_one_line(tmp_path):
+    assert run("well", tmp_path, load=Workload(0.0, 1.0)).void == (
+        "a rate of 0 requests/s sends nothing: use more than 0"
+    )
+
+
+def test_void_cells_do_not_stop_a_suite_and_are_run_again(tmp_path):
+    cells = [Cell("real-2x2", "kevlarflow", "light", "none", seed) for seed in range(3)]
+    modes = {0: "well", 1: "never-ready", 2: "well"}
+    ran = []
+
+    def run_cell(cell, folder):
+        ran.append(cell.seed)
+        return drive.run(cell, LOAD, folder, lambda _: None, lambda *_: Faulty(modes[cell.seed], folder))
+
+    assert suite.run(cells, tmp_path, run_cell, lambda _: None) == 1
+    assert suite.run(cells, tmp_path, run_cell, lambda _: None) == 1
+    assert ran == [0, 1, 2, 1]
+
+
+def test_nothing_is_left_running(tmp_path):
+    run("well", tmp_path)
+    run("never-ready", tmp_path)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(SERVER) in (p.info["cmdline"] or [])]

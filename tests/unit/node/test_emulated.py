@@ -1,0 +1,73 @@
+"""The hook over vLLM's own classes, without a model."""
+
+import time
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+import torch
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from kevlarflow.emulation.profile import REPORTS_VARIABLE, Device, Profile, StepCounts
+from kevlarflow.node import emulated
+
+
+def scheduled():
+    """Two requests: 5 tokens of a prompt of which 3 are computed, and one more token after 10."""
+    step = SchedulerOutput.make_empty()
+    step.scheduled_new_reqs = [SimpleNamespace(req_id="new", num_computed_tokens=3)]
+    step.scheduled_cached_reqs.req_ids = ["old"]
+    step.scheduled_cached_reqs.num_computed_tokens = [10]
+    step.num_scheduled_tokens = {"new": 5, "old": 1}
+    step.total_num_scheduled_tokens = 6
+    return step
+
+
+def test_the_work_of_a_step():
+    assert emulated.work_of(scheduled()) == (6, 8 + 11, 5 * 5.5 + 1 * 10.5)
+
+
+def test_a_token_is_written_into_every_head_and_nothing_else_is():
+    blocks, heads, block_size, head_size = 4, 3, 2, 5
+    cache = torch.zeros(blocks, heads, block_size, 2 * head_size)
+    key, value = torch.rand(2, 1, head_size), torch.rand(2, 1, head_size)
+    emulated.fill(cache, key, value, torch.tensor([5, 2]))
+    rest = cache[:, 1:].reshape(blocks, block_size, heads - 1, 2 * head_size)
+    for number, slot in enumerate((5, 2)):
+        row = torch.cat((key[number, 0], value[number, 0]))
+        assert (rest[slot // 2, slot % 2] == row).all()
+    assert int((rest.abs().sum((2, 3)) > 0).sum()) == 2
+    assert not cache[:, 0].any()
+
+
+def test_padding_behind_the_tokens_is_ignored():
+    cache = torch.zeros(1, 2, 4, 6)
+    emulated.fill(cache, torch.ones(3, 1, 3), torch.ones(3, 1, 3), torch.tensor([1]))
+    assert int(cache[:, 1:].sum()) == 6
+
+
+def test_a_layer_gets_the_heads_that_hold_its_stage():
+    spec = SimpleNamespace(head_size=128, dtype=torch.float32)
+    assert emulated.heads_of(spec, Profile(stages=4)) == 32
+
+
+def test_a_step_takes_its_emulated_time_and_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv(REPORTS_VARIABLE, str(tmp_path))
+    profile = Profile(device=Device(memory_bytes_per_second=1e15, flops=1e18, overhead_seconds=0.05))
+    clock = emulated.StepClock(profile)
+    begun = time.monotonic()
+    clock.begin(scheduled(), stage=0)
+    clock.end()
+    assert time.monotonic() - begun >= 0.05
+    (path,) = tmp_path.glob("*.json")
+    counts = msgspec.json.decode(path.read_bytes(), type=StepCounts)
+    assert (counts.steps, counts.stage) == (1, 0)
+    assert counts.emulated_seconds == pytest.approx(0.05, rel=0.01)
+
+
+def test_without_a_profile_nothing_is_hooked(monkeypatch):
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    monkeypatch.delenv("KEVLARFLOW_EMULATION", raising=False)
+    emulated.install()
+    assert not hasattr(GPUModelRunner, emulated.MARK)
