@@ -12,6 +12,7 @@ import pytest
 
 from integration.cluster import KEVLARFLOW, Cluster, losses_since
 from integration.waiting import until
+from kevlarflow.control.status import ask_status
 from kevlarflow.faults import KillServing, Struck
 from parity.ports import free_port
 
@@ -33,8 +34,9 @@ FIELDS = {
 
 
 def timed_status(cluster: Cluster) -> tuple[dict[str, Any], float]:
+    """The document and how long it took, without the start of a Python interpreter: a crowded machine is no news."""
     start = time.monotonic()
-    return cluster.ask(), time.monotonic() - start
+    return ask_status(cluster.run_folder, 10.0), time.monotonic() - start
 
 
 def test_the_document_keeps_the_contract(grid: Cluster) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 BYTES_PER_WEIGHT = {"float32": 4, "float16": 2, "bfloat16": 2}
 HUGGING_FACE_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+LONGEST_REASON = 100
+"""Characters of Hugging Face's message that are shown: it begins with the reason and goes on with advice."""
 DOWNLOAD = """
 import sys
 from huggingface_hub import snapshot_download
@@ -110,5 +113,5 @@ def download(name: str, revision: str | None, download_dir: str | None) -> None:
     # Progress goes to the terminal by standard error; standard output is for what went wrong.
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if child.returncode != 0:
-        why = child.stdout.strip()
+        why = textwrap.shorten(child.stdout, LONGEST_REASON, placeholder=" ...")
         raise ModelUnavailable(f"{name} is not in the local cache and cannot be fetched ({why}): {advice}")

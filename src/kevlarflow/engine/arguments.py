@@ -87,7 +87,8 @@ class _Parser(FlexibleArgumentParser):
     """vLLM's parser, which raises where it would print its usage and exit."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(one_line(message))
+        advice = ": kevlarflow serve --help=all lists all flags" * message.startswith("unrecognized")
+        raise UsageError(one_line(message) + advice)
 
 
 def inspect(config: ServeConfig) -> ModelFacts:
