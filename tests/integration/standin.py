@@ -27,6 +27,7 @@ from kevlarflow.cli.serve import child_environment
 from kevlarflow.config import RUN_FOLDER_VARIABLE, RUN_ID_VARIABLE, ServeConfig
 from kevlarflow.default_model import ensure_default_model
 from kevlarflow.faults.processes import with_environment
+from kevlarflow.kinship import adopt_orphans
 from kevlarflow.types import Cause, Epoch, Member, NodeId, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import messages
 from kevlarflow.wire.channel import ZmqHub
@@ -171,6 +172,7 @@ def _config(run_folder: Path) -> ServeConfig:
 
 
 def _start_zygote(config: ServeConfig) -> subprocess.Popen[bytes]:
+    adopt_orphans()  # As a supervisor does: what a zygote forks becomes its parent's.
     reading, writing = os.pipe()
     environment = child_environment(config) | {RUN_FOLDER_VARIABLE: config.run_folder, RUN_ID_VARIABLE: "test"}
     with (Path(config.log_folder) / "zygote.log").open("wb") as log:
