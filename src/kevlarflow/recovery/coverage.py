@@ -12,7 +12,7 @@ One `Coverage` belongs to one stage of one pipeline, and to one standby: with a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from kevlarflow.recovery.ledger import Step
 
@@ -42,7 +42,7 @@ class Generations:
         for block in allocated(step, block_size):
             self._generation[block] = step.sequence
 
-    def void(self, needed: set[int], mark: int) -> None:
+    def void(self, needed: Set[int], mark: int) -> None:
         """Whatever is not `needed` may be missing on a new node: what was copied of it counts no more.
 
         `mark` is the generation that such a block has from now on. An epoch will do: epochs of a pipeline are never
