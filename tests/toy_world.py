@@ -14,9 +14,19 @@ import msgspec
 from kevlarflow.config import ServeConfig
 from kevlarflow.recovery import events
 from kevlarflow.recovery.cluster import Cluster
-from kevlarflow.recovery.events import AnyCommand, AnyEvent, Form, KillNode, Retire, Snapshot, StartNode, Suspend
+from kevlarflow.recovery.events import (
+    Answer,
+    AnyCommand,
+    AnyEvent,
+    Form,
+    KillNode,
+    Retire,
+    Snapshot,
+    StartNode,
+    Suspend,
+)
 from kevlarflow.recovery.invariants import Invariants
-from kevlarflow.types import Epoch, Member, NodeInfo, Phases, PipelineId, PipelineState, Stage
+from kevlarflow.types import Epoch, Member, NodeId, NodeInfo, Phases, PipelineId, PipelineState, Stage
 
 
 def make_config(stages: int = 2, pipelines: int = 2, reserve_lanes: int = 1) -> ServeConfig:
@@ -33,11 +43,14 @@ def make_config(stages: int = 2, pipelines: int = 2, reserve_lanes: int = 1) -> 
     )
 
 
-def make_info(node: str, incarnation: int = 1, lanes: int = 2) -> NodeInfo:
+def make_info(node: str, incarnation: int = 1, lanes: int = 2, *, replication: bool = False) -> NodeInfo:
     stage = Stage(int(node.split("-")[2]))
     member = Member(node, incarnation)  # type: ignore[arg-type]
     pid = pid_of(member)
-    return NodeInfo(member, stage, "here", pid, (pid,), f"steps of {member}", f"activations of {member}", lanes)
+    replicas = f"replicas of {member}" if replication else ""
+    return NodeInfo(
+        member, stage, "here", pid, (pid,), f"steps of {member}", f"activations of {member}", lanes, replicas
+    )
 
 
 def pid_of(member: Member) -> int:
@@ -116,6 +129,14 @@ class ToyWorld:
         info = make_info(member.node, member.incarnation, self.config.reserve_lanes + 1)
         self.do(events.NodeStarting(member, "here", info.pids))
         self.do(events.NodeReady(info, dict(self.lanes.get(member, {}))))
+
+    def join_by_hand(self, node: str) -> None:
+        pid = next(self.pids)
+        for command in self.do(events.JoinRequested(NodeId(node), pid, 1)):
+            if isinstance(command, Answer) and command.member is not None and command.stage is not None:
+                assert command.member not in self.processes, f"{command.member} is there already"
+                self.processes[command.member] = "starting"
+                self.stages[command.member] = command.stage
 
     def crash(self, member: Member) -> None:
         self.processes[member] = "dead"
@@ -203,16 +224,22 @@ class ToyWorld:
             for pipeline in self.cluster.pipelines
         )
 
+    def _heal_nodes(self) -> None:
+        for member in self.those("dead"):
+            self.notice(member)
+        for member in self.those("starting"):
+            self.make_ready(member)
+        for member in self.cluster.slots.values():
+            if member.state == "suspect" and self.processes.get(member.member) == "ready":
+                self.do(events.NodeCleared(member.member))
+        for slot in self.cluster.slots.values():
+            if slot.vacant:
+                self.join_by_hand(slot.node)
+
     def heal(self, rounds: int = 60) -> None:
         """No more faults: everything has to serve again, each pipeline with its own nodes."""
         for _ in range(rounds):
-            for member in self.those("dead"):
-                self.notice(member)
-            for member in self.those("starting"):
-                self.make_ready(member)
-            for member in self.cluster.slots.values():
-                if member.state == "suspect" and self.processes.get(member.member) == "ready":
-                    self.do(events.NodeCleared(member.member))
+            self._heal_nodes()
             for pipeline in self.engines:
                 if self.engines[pipeline] is None:
                     self.attach(pipeline)

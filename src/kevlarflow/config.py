@@ -35,6 +35,9 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """Silence after which a node is suspect: nothing is moved yet."""
     confirm_after_ms: int = 3_000
     """Silence after which a suspect is fenced (killed), and its lanes move."""
+    move_patience_ms: int = 8_000
+    """How long a lane that moves though nobody died waits for its new node to hold (nearly) all of its KV. After that
+    it moves all the same, and more is recomputed."""
     startup_timeout_s: int = 600
     """How long nodes and engines may take to get ready; compilation included."""
     report_interval_ms: int = 200

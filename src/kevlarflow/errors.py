@@ -10,6 +10,7 @@
     ├── IncompatibleVllm         the installed vLLM is not one this release was written against
     ├── StartupFailed            a process of the cluster died or hung before it was ready
     ├── ClusterUnreachable       no controller answers
+    ├── RequestRefused           the controller will not do what was asked for
     └── ProtocolViolation        a peer sent what the protocol forbids; the message is dropped
         └── IllegalTransition    an event that the state machine has no row for; carries the story
 """
@@ -51,6 +52,10 @@ class StartupFailed(KevlarFlowError):
 
 class ClusterUnreachable(KevlarFlowError):
     """No controller answers on the port that was asked."""
+
+
+class RequestRefused(KevlarFlowError):
+    """The controller will not do what a command asked for; says why."""
 
 
 class ProtocolViolation(KevlarFlowError):

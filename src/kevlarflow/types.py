@@ -65,6 +65,12 @@ class Cause(enum.StrEnum):
     HANG = "hang"
     REJOIN = "rejoin"
     ATTACH = "attach"
+    DRAIN = "drain"
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether every node was alive: then the pipeline changes its nodes between two steps."""
+        return self in (Cause.REJOIN, Cause.DRAIN)
 
 
 class Member(msgspec.Struct, frozen=True, order=True):
@@ -101,7 +107,7 @@ class LaneCoverage(msgspec.Struct, frozen=True):
     """How much of the live KV of one stage of a pipeline its standby has."""
 
     stage: Stage
-    standby: NodeId | None
+    standby: Member | None
     live_tokens: int
     covered_tokens: int
     used_bytes: int = 0

@@ -15,6 +15,8 @@ from kevlarflow.errors import KevlarFlowError
 COMMANDS = {
     "serve": ("kevlarflow.cli.serve", "serve a model on nodes that may die"),
     "status": ("kevlarflow.cli.status", "show what a running cluster is doing"),
+    "drain": ("kevlarflow.cli.drain", "have a node give its work away and leave, for maintenance"),
+    "node": ("kevlarflow.cli.node", "start a node by hand in an empty place"),
     "demo": ("kevlarflow.cli.demo", "kill a node in mid-stream and watch the streams go on"),
     "bench": ("kevlarflow.cli.bench", "measure against stock vLLM, side by side"),
 }

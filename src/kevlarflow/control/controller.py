@@ -127,6 +127,9 @@ class Controller:
         """Messages that could not be decoded, or that had no business here."""
         self._tick_at = 0.0
         self._killed: dict[Member, tuple[float, tuple[int, ...]]] = {}
+        self._next_ticket = 0
+        self._tickets: dict[int, bytes] = {}
+        """Who waits for which answer."""
         self._noted_load: dict[PipelineId, tuple[bool, int]] = {}
 
     # ---- the loop's parts
@@ -264,8 +267,21 @@ class Controller:
             case messages.AskMetrics():
                 text = self.metrics.render(self.cluster, self.dropped, self.journal.lost + self.memory.lost)
                 self.hub.send(peer, encode(messages.Metrics(text)))
+            case messages.DrainNode() | messages.JoinNode():
+                self._take_request(peer, message, now)
             case _:
                 self.dropped += 1
+
+    def _take_request(self, peer: bytes, request: messages.DrainNode | messages.JoinNode, now: float) -> None:
+        ticket = self._next_ticket = self._next_ticket + 1
+        self._tickets[ticket] = peer
+        if isinstance(request, messages.DrainNode):
+            self.handle(events.DrainRequested(request.node, ticket), now)
+            return
+        self.handle(events.JoinRequested(request.node, request.pid, ticket), now)
+        slot = self.cluster.slots.get(request.node)
+        if slot is not None and slot.pids == (request.pid,):
+            self._watch_member(slot.member, slot.pids, now)
 
     def _take_beat(self, peer: bytes, member: Member, now: float) -> None:
         if not self.peers.knows(peer) or not self.cluster.member_is_current(member):
@@ -309,24 +325,28 @@ class Controller:
                 events.Form(pipeline=pipeline)
                 | events.Suspend(pipeline=pipeline)
                 | events.AssignStandbys(pipeline=pipeline)
+                | events.Hasten(pipeline=pipeline)
             ):
-                peer = self.peers.engines.get(pipeline)
-                if peer is None or not self.hub.send(peer, encode(order_of(command))):
+                if not self._send(self.peers.engines.get(pipeline), order_of(command)):
                     log.warning("an order for pipeline %d did not reach its engine", pipeline)
             case events.StartNode(member=member, stage=stage):
                 self.launcher.request(member, stage, now + self.config.timeouts.startup_timeout_s)
             case events.KillNode(member=member, pids=pids):
                 self._kill(member, pids, now)
             case events.Retire(member=member):
-                peer = self.peers.members.get(member)
-                if peer is not None:
-                    self.hub.send(peer, encode(messages.Retire()))
+                self._send(self.peers.members.get(member), messages.Retire())
+            case events.Answer(ticket=ticket):
+                answer = messages.Answered(command.refusal, command.member, command.stage)
+                self._send(self._tickets.pop(ticket, None), answer)
             case events.Narrate(text=text):
                 log.info("%s", text)
                 self.observers.narrate(now + self.cluster.unix_offset, text)
             case events.Abort(reason=reason):
                 log.error("%s", reason)
                 self.observers.abort(reason)
+
+    def _send(self, peer: bytes | None, message: AnyMessage) -> bool:
+        return peer is not None and self.hub.send(peer, encode(message))
 
     def _kill(self, member: Member, pids: tuple[int, ...], now: float) -> None:
         self.watcher.kill(member, pids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import zmq
@@ -13,10 +13,12 @@ import zmq
 from kevlarflow.config import run_folder_of
 from kevlarflow.errors import ClusterUnreachable
 from kevlarflow.wire.channel import limit
-from kevlarflow.wire.messages import AskStatus, Status, decode, encode
+from kevlarflow.wire.messages import AnyMessage, AskStatus, Status, decode, encode
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+A = TypeVar("A")
 
 PHASES = ("detect", "plan", "relink", "restore", "recompute", "reissue", "total")
 RECOVERIES_SHOWN = 10
@@ -31,6 +33,16 @@ def ask_status(where: int | os.PathLike[str], timeout_seconds: float = 1.0) -> d
 
     Raises `ClusterUnreachable` when nothing answers within `timeout_seconds`.
     """
+    answer = ask(where, AskStatus(), Status, timeout_seconds)
+    document: dict[str, Any] = msgspec.json.decode(answer.document)
+    return document
+
+
+def ask(where: int | os.PathLike[str], question: AnyMessage, kind: type[A], timeout_seconds: float) -> A:
+    """One question to the controller of the cluster on a port, or in a run folder, and its answer.
+
+    Raises `ClusterUnreachable` when no answer of that kind comes within `timeout_seconds`.
+    """
     folder = run_folder_of(where) if isinstance(where, int) else Path(where)
     unreachable = ClusterUnreachable(f"nothing answers on port {folder.name}: is `kevlarflow serve` running there?")
     address = folder / "controller.sock"
@@ -41,7 +53,7 @@ def ask_status(where: int | os.PathLike[str], timeout_seconds: float = 1.0) -> d
     try:
         limit(asking)
         asking.connect(f"ipc://{address}")
-        asking.send(encode(AskStatus()))
+        asking.send(encode(question))
         if not asking.poll(round(timeout_seconds * 1_000)):
             raise unreachable
         answer = decode(asking.recv())
@@ -50,10 +62,9 @@ def ask_status(where: int | os.PathLike[str], timeout_seconds: float = 1.0) -> d
     finally:
         asking.close(linger=0)
         context.term()
-    if not isinstance(answer, Status):
+    if not isinstance(answer, kind):
         raise unreachable
-    document: dict[str, Any] = msgspec.json.decode(answer.document)
-    return document
+    return answer
 
 
 def render(document: dict[str, Any]) -> RenderableType:

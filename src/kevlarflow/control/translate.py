@@ -38,6 +38,7 @@ def event_of(message: FromPeer) -> events.AnyEvent:
                 in_flight=message.in_flight,
                 kv_blocks=message.kv_blocks,
                 replication=message.replication,
+                epoch=message.epoch,
             )
         case messages.Formed():
             return events.Formed(
@@ -53,11 +54,13 @@ def event_of(message: FromPeer) -> events.AnyEvent:
 
 
 def order_of(
-    command: events.Form | events.Suspend | events.AssignStandbys,
-) -> messages.Form | messages.Suspend | messages.Standbys:
+    command: events.Form | events.Suspend | events.AssignStandbys | events.Hasten,
+) -> messages.Form | messages.Suspend | messages.Standbys | messages.Hasten:
     """The message that carries an order to an engine."""
     if isinstance(command, events.AssignStandbys):
         return messages.Standbys(command.pipeline, command.standbys)
+    if isinstance(command, events.Hasten):
+        return messages.Hasten(command.pipeline, command.epoch, command.stages)
     if isinstance(command, events.Suspend):
         return messages.Suspend(command.pipeline, command.epoch, command.stage, command.reason)
     return messages.Form(

@@ -22,6 +22,7 @@ from kevlarflow.wire.messages import (
     EngineAttached,
     EngineReport,
     Form,
+    Hasten,
     Introduce,
     Standbys,
     Suspend,
@@ -97,7 +98,7 @@ class Attendant(threading.Thread):
             except zmq.Again:
                 return
             match message:
-                case Form() | Suspend() | Standbys():
+                case Form() | Suspend() | Standbys() | Hasten():
                     self._session.post(message)
                 case Introduce():
                     self._introduce(controller)
@@ -107,13 +108,14 @@ class Attendant(threading.Thread):
         self._send(controller, EngineAttached(session.pipeline, os.getpid(), Epoch(session.epoch), session.members))
 
     def _report_load(self, controller: zmq.Socket[bytes]) -> None:
+        session = self._session
+        # Before the rest is looked at: a report must not seem newer than it is.
+        epoch = Epoch(session.epoch)
         running, waiting, blocks = self._load() if self._load else (0, 0, 0)
-        self._send(
-            controller,
-            EngineReport(
-                self._session.pipeline, running, waiting, blocks, self._session.in_flight, self._session.replication()
-            ),
+        report = EngineReport(
+            session.pipeline, running, waiting, blocks, session.in_flight, session.replication(), epoch
         )
+        self._send(controller, report)
 
     def _send_reports(self, controller: zmq.Socket[bytes]) -> None:
         try:

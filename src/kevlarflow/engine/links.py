@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 import zmq
@@ -69,8 +69,12 @@ class NodeLinks:
         except zmq.Again:
             self.dropped += 1
 
-    def receive(self, timeout_ms: int) -> Iterator[tuple[steps.AnyStepMessage, list[bytes]]]:
-        """What has arrived, after waiting at most `timeout_ms` for something (the bell included)."""
+    def receive(self, timeout_ms: int) -> list[tuple[steps.AnyStepMessage, list[bytes]]]:
+        """What has arrived, after waiting at most `timeout_ms` for something (the bell included).
+
+        All of it is read before any of it is handled, which may change the channels.
+        """
+        received: list[tuple[steps.AnyStepMessage, list[bytes]]] = []
         ready = dict(self._poller.poll(timeout_ms))
         for sock in [sock for sock in self._sockets.values() if sock in ready]:
             while True:
@@ -83,4 +87,5 @@ class NodeLinks:
                 except msgspec.MsgspecError:
                     self.dropped += 1
                     continue
-                yield header, payload
+                received.append((header, payload))
+        return received

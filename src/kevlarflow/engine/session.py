@@ -30,7 +30,7 @@ from kevlarflow.recovery.pipeline import Phase, Pipeline
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.types import LaneCoverage, Member, PipelineId, Stage
 from kevlarflow.wire import steps
-from kevlarflow.wire.messages import AnyMessage, Form, Formed, MemberFailed, Standbys, Suspend
+from kevlarflow.wire.messages import AnyMessage, Form, Formed, Hasten, MemberFailed, Standbys, Suspend
 
 log = logging.getLogger("kevlarflow.engine")
 
@@ -66,7 +66,7 @@ class Session:
         self._translate = translate
         self._abandoned = abandoned
         self._door = threading.Lock()
-        self._mailbox: collections.deque[Form | Suspend | Standbys] = collections.deque(maxlen=MAX_ORDERS)
+        self._mailbox: collections.deque[Form | Suspend | Standbys | Hasten] = collections.deque(maxlen=MAX_ORDERS)
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._links = NodeLinks(self._bell)
         self._links.use(())
@@ -168,7 +168,7 @@ class Session:
 
     # ---- the attendant
 
-    def post(self, order: Form | Suspend | Standbys) -> None:
+    def post(self, order: Form | Suspend | Standbys | Hasten) -> None:
         """Leave an order of the controller and ring the bell."""
         self._mailbox.append(order)
         os.eventfd_write(self._bell, 1)
@@ -202,13 +202,19 @@ class Session:
         while self._mailbox:
             order = self._mailbox.popleft()
             if isinstance(order, Form):
-                if order.epoch > self._core.epoch:
-                    self._links.use(order.nodes)
-                self._handle(core.FormationOrdered(order.epoch, order.nodes, order.released))
+                planned = order.cause.is_planned
+                self._handle(core.FormationOrdered(order.epoch, order.nodes, order.released, planned))
             elif isinstance(order, Suspend):
                 self._handle(core.SuspensionOrdered(order.epoch, order.reason))
+            elif isinstance(order, Hasten):
+                self._hasten(order)
             else:
                 self._handle(core.StandbysAssigned(order.standbys))
+
+    def _hasten(self, order: Hasten) -> None:
+        if order.epoch == self._core.epoch:
+            for stage in order.stages:
+                self._links.send(stage, steps.Hasten(self.pipeline, order.epoch))
 
     def _receive(self, header: steps.AnyStepMessage, payload: list[bytes]) -> None:
         match header:
@@ -266,8 +272,8 @@ class Session:
         reports = []
         for stage in range(len(self._core.nodes)):
             standby, tokens, covered = self._core.coverage_of(Stage(stage))
-            name = standby.member.node if standby is not None else None
-            lane = LaneCoverage(Stage(stage), name, tokens, covered, dropped=self._dropped_replicas[Stage(stage)])
+            member = standby.member if standby is not None else None
+            lane = LaneCoverage(Stage(stage), member, tokens, covered, dropped=self._dropped_replicas[Stage(stage)])
             last = self._replicated_last.get(Stage(stage))
             if last is not None and standby is not None and last.standby == standby.member:
                 lane = msgspec.structs.replace(
@@ -282,7 +288,11 @@ class Session:
         return tuple(reports)
 
     def _handle(self, event: core.Event) -> None:
-        for command in self._core.handle(event, time.monotonic()):
+        epoch = self._core.epoch
+        commands = self._core.handle(event, time.monotonic())
+        if self._core.epoch != epoch and self._core.phase is Phase.FORMING:
+            self._links.use(self._core.nodes)
+        for command in commands:
             self._carry_out(command)
 
     def _carry_out(self, command: core.Command) -> None:

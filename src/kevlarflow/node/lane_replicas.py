@@ -61,6 +61,11 @@ class LaneReplicas:
         """Replicate to `standby` from now on."""
         self._replicator.assign(self._of(lane), standby)
 
+    def hasten(self, lane: Lane) -> None:
+        """The lane is about to move: copy every token at once, until it is opened again."""
+        if self._of(lane).queue.hasten():
+            self._replicator.ring()
+
     def begin(self, lane: Lane, writes: Iterable[Replica]) -> None:
         """A step is about to write these blocks."""
         self._of(lane).queue.begin(writes)

@@ -162,10 +162,8 @@ class NodeServer:
                 self._join(engine, header)
             case steps.Leave():
                 self._leave(header)
-            case steps.AssignStandby(pipeline, epoch, standby):
-                lane = self._lanes.current(pipeline, epoch)
-                if lane and self._replicas:
-                    self._replicas.assign(lane, standby)
+            case steps.AssignStandby() | steps.Hasten():
+                self._take_from_engine_about_replicas(header)
             case steps.Place(pipeline, epoch):
                 self._place(engine, pipeline, epoch, payload)
             case steps.Execute() | steps.Recompute() | steps.Restore() | steps.PlaceRest():
@@ -173,6 +171,15 @@ class NodeServer:
                     self.dropped += 1
             case _:
                 self.dropped += 1
+
+    def _take_from_engine_about_replicas(self, header: steps.AssignStandby | steps.Hasten) -> None:
+        lane = self._lanes.current(header.pipeline, header.epoch)
+        if lane is None or self._replicas is None:
+            return
+        if isinstance(header, steps.AssignStandby):
+            self._replicas.assign(lane, header.standby)
+        else:
+            self._replicas.hasten(lane)
 
     def _leave(self, leave: steps.Leave) -> None:
         left = self._lanes.leave(leave.pipeline, leave.epoch)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kevlarflow.config import ServeConfig
-from kevlarflow.recovery import events, formation, nodes, standbys
+from kevlarflow.recovery import drain, events, formation, moves, nodes, standbys
 from kevlarflow.recovery.events import AnyCommand, AnyEvent, Snapshot
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import subject
@@ -88,6 +88,8 @@ _HANDLERS: dict[type, Callable[[Grid, Any], None]] = {
     events.EngineLost: formation.on_engine_lost,
     events.Formed: formation.on_formed,
     events.MemberFailed: formation.on_member_failed,
+    events.DrainRequested: drain.on_drain_requested,
+    events.JoinRequested: drain.on_join_requested,
 }
 
 
@@ -106,9 +108,11 @@ class Cluster(Grid):
         self.cause = type(event).__name__
         self.commands = []
         _HANDLERS[type(event)](self, event)
+        drain.reconcile(self)
         for pipeline in self.pipelines:
             if self.aborted is None:
                 formation.reconcile(self, pipeline)
+                moves.reconcile(self, pipeline)
                 standbys.assign(self, pipeline)
             if pipeline.news:
                 self.narrate(pipeline.news)

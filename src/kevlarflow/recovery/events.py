@@ -56,6 +56,8 @@ class KnownNode(msgspec.Struct, frozen=True):
     pids: tuple[int, ...]
     ready: bool
     failed_starts: int
+    emptied_for: Cause | None = None
+    vacant: bool = False
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -180,6 +182,8 @@ class EngineReport(Event, frozen=True):
     in_flight: int
     kv_blocks: int
     replication: tuple[LaneCoverage, ...] = ()
+    epoch: Epoch = Epoch(0)
+    """The epoch that it serves in, or was last told of; 0: not known."""
 
 
 class EngineLost(Event, frozen=True):
@@ -209,10 +213,25 @@ class MemberFailed(Event, frozen=True):
     reason: str
 
 
+class DrainRequested(Event, frozen=True):
+    """Somebody wants a node to give its lanes away and leave. `ticket` finds them for the `Answer`."""
+
+    node: NodeId
+    ticket: int
+
+
+class JoinRequested(Event, frozen=True):
+    """Somebody has started a process by hand that is to fill an empty slot."""
+
+    node: NodeId
+    pid: int
+    ticket: int
+
+
 AnyEvent = (
     ClusterBegun | ControllerResumed | Tick | NodeLaunched | LaunchFailed | NodeStarting | NodeReady | NodeFailed
     | NodeExited | NodeSuspected | NodeCleared | NodeSilent | EngineAttached | EngineReady | EngineReport
-    | EngineLost | Formed | MemberFailed
+    | EngineLost | Formed | MemberFailed | DrainRequested | JoinRequested
 )  # fmt: skip
 
 
@@ -270,6 +289,23 @@ class AssignStandbys(Command, frozen=True):
     standbys: tuple[NodeInfo | None, ...]
 
 
+class Hasten(Command, frozen=True):
+    """Tell an engine that these stages are about to move to their standbys: every token is copied at once."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    stages: tuple[Stage, ...]
+
+
+class Answer(Command, frozen=True):
+    """What became of a request: a refusal in one line, or none; and for `JoinRequested` who the process is now."""
+
+    ticket: int
+    refusal: str
+    member: Member | None = None
+    stage: Stage | None = None
+
+
 class Narrate(Command, frozen=True):
     """One line for people."""
 
@@ -282,4 +318,4 @@ class Abort(Command, frozen=True):
     reason: str
 
 
-AnyCommand = StartNode | KillNode | Retire | Form | Suspend | AssignStandbys | Narrate | Abort
+AnyCommand = StartNode | KillNode | Retire | Form | Suspend | AssignStandbys | Hasten | Answer | Narrate | Abort

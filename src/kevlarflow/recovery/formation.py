@@ -1,18 +1,18 @@
 """What becomes of pipelines: formed, served, bereaved, formed again.
 
 The events only record facts. Then `reconcile` compares, for one pipeline, what is with what could be, and takes at
-most one step: adopt what an engine serves already, fill the stages that have no node, or give a borrowed
-lane back at a quiet point. Because it looks at levels and not at edges, it does not matter in which order
+most one step: adopt what an engine serves already, or fill the stages that have no node. (`recovery.moves` sees to
+lanes that move though nobody died.) Because it looks at levels and not at edges, it does not matter in which order
 things happened, nor whether several happened at once: a second loss during a recovery is simply the next
 comparison, and its order, with a higher epoch, replaces the one that is under way.
 """
 
 from __future__ import annotations
 
-from kevlarflow.recovery import events, records
+from kevlarflow.recovery import drain, events, records
 from kevlarflow.recovery.events import Form, KillNode, Suspend
 from kevlarflow.recovery.grid import Grid
-from kevlarflow.recovery.members import Pipeline, node_id, subject
+from kevlarflow.recovery.members import NO_EPOCH, Pipeline, node_id, subject
 from kevlarflow.recovery.planner import Candidate, choose
 from kevlarflow.recovery.transitions import PipelineStep
 from kevlarflow.types import (
@@ -85,6 +85,7 @@ def detach(grid: Grid, pipeline: Pipeline) -> None:
     pipeline.avoided.clear()
     pipeline.struck.clear()
     pipeline.complaints.clear()
+    pipeline.moves.clear()
     engine = pipeline.engine
     engine.attached = False
     engine.claim = engine.report = None
@@ -106,7 +107,9 @@ def on_report(grid: Grid, event: events.EngineReport) -> None:
     if pipeline is None or not pipeline.engine.attached:
         return
     pipeline.engine.report = event
-    pipeline.engine.report_is_new = True
+    # It may have been under way when the last order left.
+    ordered = pipeline.order.epoch if pipeline.order is not None else event.epoch
+    pipeline.engine.report_is_new = event.epoch in (NO_EPOCH, ordered)
     if event.kv_blocks > 0:
         pipeline.engine.kv_blocks = event.kv_blocks
         pipeline.engine.state = EngineState.READY
@@ -198,8 +201,6 @@ def reconcile(grid: Grid, pipeline: Pipeline) -> None:
         _fill(grid, pipeline, holes)
     elif pipeline.reform or (pipeline.formed and _living(grid, pipeline.leaving)):
         form(grid, pipeline, {}, Cause.ATTACH if pipeline.state is PipelineState.STARTING else Cause.CRASH)
-    elif pipeline.state is PipelineState.SERVING and pipeline.formed and pipeline.engine.quiet:
-        _take_back(grid, pipeline)
 
 
 def _serve_if_formed(grid: Grid, pipeline: Pipeline) -> None:
@@ -266,7 +267,7 @@ def _fill(grid: Grid, pipeline: Pipeline, holes: list[Stage]) -> None:
         if not pipeline.served and slot.state is NodeState.STARTING:
             # It has no request to save: its own node is worth waiting for.
             return
-        info = choose(candidates(grid, pipeline, stage), pipeline.id, len(grid.pipelines))
+        info = _choose(grid, pipeline, stage)
         if info is None:
             lacking.append(stage)
         else:
@@ -277,32 +278,24 @@ def _fill(grid: Grid, pipeline: Pipeline, holes: list[Stage]) -> None:
         _suspend(grid, pipeline, lacking)
 
 
+def _choose(grid: Grid, pipeline: Pipeline, stage: Stage) -> NodeInfo | None:
+    """Who is to serve a stage that has lost its node. One that is being emptied stays if there is nobody else."""
+    info = choose(candidates(grid, pipeline, stage), pipeline.id, len(grid.pipelines))
+    if info is None:
+        for slot in grid.slots.values():
+            if slot.stage == stage and slot.state is NodeState.DRAINING and slot.leave_by is None and slot.living:
+                drain.keep(grid, slot, "it is needed")
+        info = choose(candidates(grid, pipeline, stage), pipeline.id, len(grid.pipelines))
+    return info
+
+
 def candidates(grid: Grid, pipeline: Pipeline, stage: Stage) -> list[Candidate]:
     """The ready nodes of a stage that the pipeline has no reason to avoid."""
     return [
         Candidate(slot.info, slot.pipeline, grid.foreign_lanes(slot, pipeline.id))
         for slot in grid.slots.values()
-        if slot.stage == stage
-        and slot.state is NodeState.READY
-        and slot.info is not None
-        and slot.exit_due is None
-        and slot.fenced_by is None
-        and slot.member not in pipeline.avoided
+        if slot.stage == stage and slot.usable and slot.info is not None and slot.member not in pipeline.avoided
     ]
-
-
-def _take_back(grid: Grid, pipeline: Pipeline) -> None:
-    """At a quiet point, return to the pipeline's own nodes wherever they are ready again: all in one go."""
-    chosen: dict[Stage, NodeInfo] = {}
-    for number, member in enumerate(pipeline.members):
-        slot = grid.home(pipeline, Stage(number))
-        ready = slot.state is NodeState.READY and slot.fenced_by is None
-        if ready and slot.info is not None and member is not None and slot.member != member:
-            chosen[Stage(number)] = slot.info
-            records.begin(grid, pipeline, Stage(number), Cause.REJOIN, grid.slots[member.node])
-    if chosen:
-        pipeline.cause = Cause.REJOIN
-        form(grid, pipeline, chosen, Cause.REJOIN)
 
 
 # ---- orders to engines
@@ -358,7 +351,7 @@ def _suspend(grid: Grid, pipeline: Pipeline, lacking: list[Stage]) -> None:
 
 def _tell_of_loans(grid: Grid, pipeline: Pipeline, chosen: dict[Stage, NodeInfo], cause: Cause) -> None:
     """Say in one line what happened and who helps out."""
-    if cause in (Cause.START, Cause.REJOIN):
+    if cause is Cause.START or cause.is_planned:
         return
     borrowed = [info.member.node for info in chosen.values() if grid.slots[info.member.node].pipeline != pipeline.id]
     own = [info.member.node for info in chosen.values() if grid.slots[info.member.node].pipeline == pipeline.id]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.events import AnyCommand, Form, Suspend
-from kevlarflow.recovery.members import Pipeline, subject
+from kevlarflow.recovery.members import LIVING, Pipeline, subject
 from kevlarflow.types import Epoch, NodeState, PipelineId, PipelineState, RecoveryState
 
 
@@ -30,7 +30,7 @@ def members_are_living(cluster: Cluster) -> Iterator[Problem]:
             if member is None:
                 continue
             slot = cluster.slot_of(member)
-            if slot is None or slot.state not in (NodeState.READY, NodeState.SUSPECT):
+            if slot is None or slot.state not in LIVING:
                 yield subject(pipeline.id), f"names {member}, which is not alive"
             elif slot.stage != stage:
                 yield subject(pipeline.id), f"names {member} for stage {stage}"
@@ -85,10 +85,20 @@ def records_match(cluster: Cluster) -> Iterator[Problem]:
             yield subject(recovery.pipeline), f"recovery {recovery.id} took {recovery.seconds}"
 
 
+def who_drains_can_leave(cluster: Cluster) -> Iterator[Problem]:
+    """A node drains for a reason, and was not told to leave while a pipeline has a lane on it."""
+    for slot in cluster.slots.values():
+        emptied = slot.emptied_for is not None
+        if (emptied and slot.usable) or (not emptied and slot.state is NodeState.DRAINING):
+            yield slot.node, f"is {slot.state} and emptied for {slot.emptied_for}"
+        if slot.leave_by is not None and any(slot.member in each.members for each in cluster.pipelines):
+            yield slot.node, "was told to leave and serves"
+
+
 def somebody_is_on_the_way(cluster: Cluster) -> Iterator[Problem]:
     """After the start, a dead slot has a time at which it is filled again."""
     for slot in cluster.slots.values():
-        dead = slot.state is NodeState.DEAD and cluster.begun
+        dead = slot.state is NodeState.DEAD and cluster.begun and not slot.vacant
         if dead and slot.start_at is None and cluster.served:
             yield slot.node, "is dead and nobody starts it"
         if slot.state is NodeState.STARTING and slot.ready_by is None:
@@ -101,6 +111,7 @@ CHECKS: tuple[Callable[[Cluster], Iterator[Problem]], ...] = (
     lanes_have_memory,
     waiting_has_a_reason,
     records_match,
+    who_drains_can_leave,
     somebody_is_on_the_way,
 )
 

@@ -23,7 +23,7 @@ from kevlarflow.types import (
 )
 
 NO_EPOCH = Epoch(0)
-LIVING = (NodeState.READY, NodeState.SUSPECT)
+LIVING = (NodeState.READY, NodeState.SUSPECT, NodeState.DRAINING)
 
 
 def node_id(pipeline: int, stage: int) -> NodeId:
@@ -63,6 +63,14 @@ class Slot:
     """When a member that was sent SIGKILL counts as lost, seen to die or not."""
     silent_since: float = 0.0
     """The last beat of a member that is being fenced."""
+    emptied_for: Cause | None = None
+    """Why its lanes move away, after which it leaves; None when it may stay."""
+    stuck_since: float | None = None
+    """Since when nobody else could take the lanes of a member that is being emptied."""
+    leave_by: float | None = None
+    """When a member that was told to leave is killed."""
+    vacant: bool = False
+    """Whether it was emptied on request: nobody fills it until somebody asks for that too."""
 
     @property
     def member(self) -> Member:
@@ -73,6 +81,11 @@ class Slot:
     def living(self) -> bool:
         """Whether the member serves the lanes it has."""
         return self.state in LIVING and self.fenced_by is None
+
+    @property
+    def usable(self) -> bool:
+        """Whether lanes may be given to the member."""
+        return self.state is NodeState.READY and self.exit_due is None and self.fenced_by is None
 
     @property
     def hopeless(self) -> bool:
@@ -87,6 +100,8 @@ class Slot:
         self.pids = ()
         self.info = None
         self.ready_by = self.start_at = self.exit_due = self.fenced_by = None
+        self.emptied_for = self.stuck_since = self.leave_by = None
+        self.vacant = False
 
 
 @dataclasses.dataclass
@@ -101,7 +116,7 @@ class Engine:
     report: EngineReport | None = None
     """The last one."""
     report_is_new: bool = False
-    """Whether it was made since the pipeline was last told to form."""
+    """Whether it was made under the newest order."""
     kv_blocks: int = 0
 
     @property
@@ -109,6 +124,18 @@ class Engine:
         """Whether it is known to have no request and no step."""
         report = self.report
         return self.report_is_new and report is not None and report.running == report.waiting == report.in_flight == 0
+
+
+@dataclasses.dataclass
+class Move:
+    """A lane that is to change its node though both are alive."""
+
+    target: NodeInfo
+    cause: Cause
+    since: float
+    """When it became possible."""
+    hastened: bool = False
+    """Whether the engine was told that it is near."""
 
 
 @dataclasses.dataclass
@@ -148,6 +175,8 @@ class Pipeline:
     """Whether it must be formed once more, though no stage has lost its node."""
     recoveries: dict[Stage, Recovery] = dataclasses.field(default_factory=dict)
     """Those that are running."""
+    moves: dict[Stage, Move] = dataclasses.field(default_factory=dict)
+    """Lanes that are to move as soon as little is left to recompute."""
     news: str = ""
     """What befell it in this event, for the line that tells what is done about it."""
 

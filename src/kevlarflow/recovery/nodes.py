@@ -38,8 +38,9 @@ def start(grid: Grid, slot: Slot) -> None:
 def known(slot: Slot) -> KnownNode:
     """What is to be remembered of a slot: its member, or the number that is used up."""
     if slot.state is NodeState.DEAD:
-        return KnownNode(Member(slot.node, slot.incarnation_floor), (), False, slot.failed_starts)
-    return KnownNode(slot.member, slot.pids, slot.living, slot.failed_starts)
+        nobody = Member(slot.node, slot.incarnation_floor)
+        return KnownNode(nobody, (), False, slot.failed_starts, vacant=slot.vacant)
+    return KnownNode(slot.member, slot.pids, slot.living, slot.failed_starts, slot.emptied_for)
 
 
 def expect(grid: Grid, slot: Slot, earlier: KnownNode) -> None:
@@ -47,12 +48,16 @@ def expect(grid: Grid, slot: Slot, earlier: KnownNode) -> None:
     timeouts = grid.config.timeouts
     slot.renew(earlier.member.incarnation)
     slot.failed_starts = earlier.failed_starts
+    slot.vacant = earlier.vacant
+    if slot.vacant:
+        return
     if not earlier.pids:
         # Whether it was ever forked is not known; if it was, it will find itself replaced.
         start(grid, slot)
         return
     grid.step_node(slot, NodeStep.START)
     slot.pids = earlier.pids
+    slot.emptied_for = earlier.emptied_for
     slot.started_at = grid.now
     patience = timeouts.confirm_after_ms / 1_000 if earlier.ready else timeouts.startup_timeout_s
     slot.ready_by = grid.now + patience
@@ -100,6 +105,9 @@ def on_ready(grid: Grid, event: events.NodeReady) -> None:
     slot.failed_starts = 0
     grid.start_seconds.append(grid.now - slot.started_at)
     grid.step_node(slot, NodeStep.READY)
+    if slot.emptied_for is not None:
+        # An earlier life of the controller has begun to empty it.
+        grid.step_node(slot, NodeStep.DRAIN)
     if grid.forgetful:
         _presume_lanes(grid, info.member, event.epochs)
 
@@ -125,6 +133,8 @@ def on_exited(grid: Grid, event: events.NodeExited) -> None:
         return
     if slot.fenced_by is not None:
         _lose_silent(grid, slot)
+    elif slot.leave_by is not None:
+        lose(grid, slot, Cause.CRASH, grid.now, "has given its lanes away and has left")
     elif slot.state is NodeState.STARTING:
         slot.exit_due = slot.exit_due or grid.now + EXIT_PATIENCE_SECONDS
     else:
@@ -191,7 +201,7 @@ def lose(grid: Grid, slot: Slot, cause: Cause, alive_at: float, what: str) -> No
     was_starting = slot.state is NodeState.STARTING
     grid.step_node(slot, NodeStep.LOSE)
     slot.info = None
-    slot.ready_by = slot.exit_due = slot.fenced_by = None
+    slot.ready_by = slot.exit_due = slot.fenced_by = slot.leave_by = None
     # A node that cannot even start is a mistake to be mended, whether or not another pipeline was quicker.
     cannot_start = was_starting and slot.incarnation == 1 and not all(each.served for each in grid.pipelines)
     if not grid.served or cannot_start:
@@ -224,6 +234,10 @@ def _bereave(grid: Grid, pipeline: Pipeline, slot: Slot, member: Member, cause: 
 
 def _replace(grid: Grid, slot: Slot, was_starting: bool) -> None:
     """Start the next member: at once after a crash, later and later while it does not even start."""
+    if slot.emptied_for is Cause.DRAIN:
+        slot.vacant = True
+        grid.narrate(f"the place of {slot.node} stays empty until `kevlarflow node --join {slot.node}` fills it")
+        return
     if not was_starting:
         start(grid, slot)
         return

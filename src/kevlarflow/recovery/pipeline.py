@@ -12,6 +12,10 @@ is waited for: which replicas the new node turned out not to have, because the p
 any point starts the path again under its own epoch, and what is still missing on a stage is remembered by
 `_complete_on`: the member that holds the whole KV of the lane. A stage whose member is another one is lost.
 
+A planned change of nodes waits for the steps in flight, which have living nodes to complete on. Steps that are issued
+meanwhile are held back and go out to the new nodes. If one of the old nodes dies before, the order for that replaces
+this one.
+
 A pipeline starts unformed; it is *forming* until the nodes have answered, then *serving*; *suspended* when some
 stage has no node, in which case the steps in flight are abandoned and their requests end with the reason.
 """
@@ -125,6 +129,12 @@ class Pipeline:
         self._complete_on: dict[Stage, Member] = {}
         self._lost_at: dict[int, frozenset[Stage]] = {}
         self._forming: _Formation | None = None
+        self._planned: FormationOrdered | None = None
+        """An order that waits for the steps in flight."""
+        self._held_back: set[int] = set()
+        """Steps that wait for that order."""
+        self._next_standbys: StandbysAssigned | None = None
+        """Standbys that were named after that order, and are to follow it."""
         self._chunk_numbers = itertools.count(1)
         self._generations = Generations()
         self._tables = IssuedTables()
@@ -168,6 +178,11 @@ class Pipeline:
     def _form(self, order: FormationOrdered, now: float) -> list[Command]:
         if order.epoch <= self.epoch:
             return []
+        if order.planned and self.phase is Phase.SERVING and self._in_flight.keys() - self._held_back:
+            self._planned = order
+            return []
+        self._planned = None
+        self._held_back.clear()
         self.epoch, self.nodes, self.reason = order.epoch, order.nodes, ""
         self.phase = Phase.FORMING
         self.formations += 1
@@ -186,7 +201,8 @@ class Pipeline:
         commands: list[Command] = [Leave(node) for node in order.released]
         commands += [Join(stage) for stage in sorted(stages)]
         commands += [AssignStandby(stage, self._standby_of(stage)) for stage in sorted(self._standbys)]
-        return commands + (self._place(self._forming) or self._resume(self._forming))
+        commands += self._place(self._forming) or self._resume(self._forming)
+        return commands + self._assign_next_standbys()
 
     def _place(self, forming: _Formation) -> list[Command]:
         """Ask each new node that was the standby of the lost one for its replicas; empty when there are none."""
@@ -253,7 +269,7 @@ class Pipeline:
         if forming.lost:
             commands.append(EvictPrefixCache(keep))
             # Nobody computes what is evicted on the new node: even a replica that is confirmed late is void.
-            self._generations.void(keep | needed_blocks(self.ledger, steps, self.limits.block_size), self.epoch)
+            self._generations.void(set(keep) | needed_blocks(self.ledger, steps, self.limits.block_size), self.epoch)
             # A step that is being scheduled now does not know of the eviction yet.
             self.formations += 1
             self._lost_at[self.formations] = forming.lost
@@ -329,6 +345,9 @@ class Pipeline:
 
     def _assign_standbys(self, event: StandbysAssigned) -> list[Command]:
         """A stage with another standby than before starts with nothing covered."""
+        if self._planned is not None:
+            self._next_standbys = event
+            return []
         commands: list[Command] = []
         for index, standby in enumerate(event.standbys):
             stage = Stage(index)
@@ -339,6 +358,10 @@ class Pipeline:
             if self.nodes:
                 commands.append(AssignStandby(stage, standby))
         return commands
+
+    def _assign_next_standbys(self) -> list[Command]:
+        following, self._next_standbys = self._next_standbys, None
+        return self._assign_standbys(following) if following is not None else []
 
     def _confirm(self, event: ReplicasConfirmed) -> list[Command]:
         """Believe a confirmation only of the node that serves the stage, and of the standby that it has now."""
@@ -373,6 +396,10 @@ class Pipeline:
             self._forming.issued_meanwhile = True
             return []
         lost = self._lost_since(step.formation)
+        if self._planned is not None and not lost:
+            self._in_flight[step.sequence] = step
+            self._held_back.add(step.sequence)
+            return []
         if lost:
             chunks = plan_hits(self.ledger, list(self._in_flight.values()), step, lost, self.limits)
             commands += [Recompute(next(self._chunk_numbers), chunk) for chunk in chunks]
@@ -392,7 +419,13 @@ class Pipeline:
         if event.sequence not in self._in_flight:
             return []
         self._results[event.sequence] = event.result
-        return [*self._complete_in_order(), *self._formed(now)]
+        return [*self._complete_in_order(), *self._formed(now), *self._form_as_planned(now)]
+
+    def _form_as_planned(self, now: float) -> list[Command]:
+        """Carry out the order that waited, once only steps are left that were held back for it."""
+        if self._planned is None or self._in_flight.keys() - self._held_back:
+            return []
+        return self._form(self._planned, now)
 
     def _complete_in_order(self) -> list[Command]:
         """Fold what has completed, oldest first; a step without tokens completes when its turn comes."""
@@ -423,6 +456,8 @@ class Pipeline:
         """
         self.phase, self.reason, self._forming = Phase.SUSPENDED, reason, None
         self._abandoned_upto = self.formations
+        self._planned = None
+        self._held_back.clear()
         commands: list[Command] = [Abandon(sequence, reason) for sequence in self._in_flight]
         self._in_flight.clear()
         self._writes.clear()
@@ -431,7 +466,7 @@ class Pipeline:
         self.ledger.clear()
         self._complete_on.clear()
         self._coverage = {stage: Coverage() for stage in self._coverage}
-        return [AbandonEverything(reason), *commands]
+        return [AbandonEverything(reason), *commands, *self._assign_next_standbys()]
 
 
 def _held_everywhere(placed: Iterable[Mapping[int, Replica]]) -> dict[int, int]:

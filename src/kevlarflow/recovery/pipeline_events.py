@@ -22,6 +22,8 @@ class FormationOrdered:
     epoch: Epoch
     nodes: tuple[NodeInfo, ...]
     released: tuple[NodeInfo, ...] = ()
+    planned: bool = False
+    """Whether the nodes that serve now are alive, so that steps in flight can complete first."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ def finish(grid: Grid, pipeline: Pipeline, answer: events.Formed | None) -> None
     if rejoined:
         verb, lane = ("is", "its lane") if len(rejoined) == 1 else ("are", "their lanes")
         grid.narrate(f"{', '.join(rejoined)} {verb} back and took {lane} of {subject(pipeline.id)} again")
-    crashed = [each for each in ended if each.cause is not Cause.REJOIN]
+    crashed = [each for each in ended if not each.cause.is_planned]
     if crashed:
         slowest = max(each.seconds.total for each in crashed)
         last = crashed[-1]

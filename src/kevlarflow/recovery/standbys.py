@@ -12,7 +12,7 @@ from kevlarflow.recovery.formation import candidates
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import Pipeline
 from kevlarflow.recovery.planner import choose
-from kevlarflow.types import NodeInfo, Stage
+from kevlarflow.types import NodeInfo, NodeState, Stage
 
 
 def assign(grid: Grid, pipeline: Pipeline) -> None:
@@ -29,6 +29,11 @@ def assign(grid: Grid, pipeline: Pipeline) -> None:
 
 def _standby(grid: Grid, pipeline: Pipeline, stage: Stage) -> NodeInfo | None:
     serving = pipeline.members[stage]
+    now = pipeline.standbys[stage] if pipeline.standbys else None
+    slot = grid.slot_of(now.member) if now is not None else None
+    if now and slot and slot.state is NodeState.SUSPECT and slot.living and now.member != serving:
+        # It is likely to be only busy, and another one would have to be sent everything again.
+        return now
     others = [
         each for each in candidates(grid, pipeline, stage) if each.info.member != serving and each.info.replica_address
     ]

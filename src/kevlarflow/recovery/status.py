@@ -52,7 +52,7 @@ def _replication(pipeline: Pipeline) -> list[dict[str, Any]]:
         {
             "pipeline": pipeline.id,
             "stage": lane.stage,
-            "standby": lane.standby,
+            "standby": lane.standby.node if lane.standby is not None else None,
             "lag_tokens": lane.live_tokens - lane.covered_tokens,
             "bytes": lane.used_bytes,
             "limit_bytes": lane.limit_bytes,

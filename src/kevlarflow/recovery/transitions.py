@@ -21,6 +21,8 @@ class NodeStep(enum.StrEnum):
     SUSPECT = "suspect"
     CLEAR = "clear"
     LOSE = "lose"
+    DRAIN = "drain"
+    KEEP = "keep"
 
 
 class PipelineStep(enum.StrEnum):
@@ -40,6 +42,9 @@ NODE: dict[tuple[NodeState, NodeStep], NodeState] = {
     (NodeState.STARTING, NodeStep.LOSE): NodeState.DEAD,
     (NodeState.READY, NodeStep.LOSE): NodeState.DEAD,
     (NodeState.SUSPECT, NodeStep.LOSE): NodeState.DEAD,
+    (NodeState.READY, NodeStep.DRAIN): NodeState.DRAINING,
+    (NodeState.DRAINING, NodeStep.KEEP): NodeState.READY,
+    (NodeState.DRAINING, NodeStep.LOSE): NodeState.DEAD,
 }
 
 PIPELINE: dict[tuple[PipelineState, PipelineStep], PipelineState] = {

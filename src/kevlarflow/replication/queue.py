@@ -18,7 +18,7 @@ class ReplicationQueue:
 
     def __init__(self, block_size: int, interval: int) -> None:
         self._block_size = block_size
-        self._interval = interval
+        self._usual_interval = self._interval = interval
         self._lock = threading.Lock()
         self._holds: dict[int, Replica] = {}
         self._sent: dict[int, Replica] = {}
@@ -42,6 +42,7 @@ class ReplicationQueue:
     def hold(self, replicas: Iterable[Replica]) -> bool:
         """The lane was formed anew and holds exactly these; returns whether something is due now."""
         with self._lock:
+            self._interval = self._usual_interval
             self._holds.clear()
             self._due.clear()
             for replica in replicas:
@@ -55,8 +56,19 @@ class ReplicationQueue:
     def restart(self) -> None:
         """There is a new standby, which has nothing."""
         with self._lock:
+            self._interval = self._usual_interval
             self._sent.clear()
-            self._due = dict.fromkeys(block for block, replica in self._holds.items() if self._is_due(replica))
+            self._look_for_due()
+
+    def hasten(self) -> bool:
+        """The lane is about to move: from now on every token is due at once; returns whether something is due now."""
+        with self._lock:
+            self._interval = 1
+            self._look_for_due()
+            return bool(self._due)
+
+    def _look_for_due(self) -> None:
+        self._due = dict.fromkeys(block for block, replica in self._holds.items() if self._is_due(replica))
 
     def _note(self, replica: Replica) -> None:
         self._holds[replica.block] = replica

@@ -77,10 +77,16 @@ class StandbyStore:
             return dropped
 
     def get(self, pipeline: PipelineId, replica: Replica) -> memoryview | None:
-        """The stored copy of exactly this content, or None. It stays as it is only while the lane is pinned."""
+        """The stored copy of this content, or None. It stays as it is only while the lane is pinned.
+
+        A later copy of the same generation will do: it holds the same tokens and further ones. Those who ask often
+        know of an older copy only, since what was stored last is still on its way to them.
+        """
         with self._lock:
             entry = self._entries.get((pipeline, replica.block))
-            return self._bytes_at(entry.place) if entry is not None and entry.replica == replica else None
+            if entry is None or entry.replica.generation != replica.generation:
+                return None
+            return self._bytes_at(entry.place) if entry.replica.filled >= replica.filled else None
 
     def pin(self, pipeline: PipelineId) -> None:
         """Keep the lane's replicas where and what they are."""

@@ -93,6 +93,8 @@ class EngineReport(Message, frozen=True):
     in_flight: int
     """Steps issued and not completed."""
     replication: tuple[LaneCoverage, ...] = ()
+    epoch: Epoch = Epoch(0)
+    """The epoch of the newest order that it has taken; 0 when it has none yet."""
 
 
 class EngineReady(Message, frozen=True):
@@ -156,6 +158,40 @@ class Standbys(Message, frozen=True):
 
     pipeline: PipelineId
     standbys: tuple[NodeInfo | None, ...]
+
+
+class Hasten(Message, frozen=True):
+    """These stages are about to move to their standbys: until the next `Form` copy every token at once."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    stages: tuple[Stage, ...]
+
+
+# ---- people, by way of a command
+
+
+class DrainNode(Message, frozen=True):
+    """Have a node give its lanes away and leave; answered by `Answered`."""
+
+    node: NodeId
+
+
+class JoinNode(Message, frozen=True):
+    """This process is to fill an empty place; answered by `Answered`, which says as whom."""
+
+    node: NodeId
+    pid: int
+
+
+class Answered(Message, frozen=True):
+    """What became of a request."""
+
+    refusal: str
+    """One line for a person; empty when it was granted."""
+    member: Member | None = None
+    """Whom it is about."""
+    stage: Stage | None = None
 
 
 # ---- observers
@@ -239,26 +275,31 @@ class Started(Message, frozen=True):
 
 AnyMessage = (
     NodeStarting | NodeReady | NodeFailed | Heartbeat | Introduce | Retire | EngineAttached | EngineReport
-    | EngineReady | Formed | MemberFailed | Form | Suspend | Standbys | AskStatus | Status | AskMetrics | Metrics
-    | Subscribe | Availability | Narration | Fatal | StartNode | StartApiServer | Started
+    | EngineReady | Formed | MemberFailed | Form | Suspend | Standbys | Hasten | DrainNode | JoinNode | Answered
+    | AskStatus | Status | AskMetrics | Metrics | Subscribe | Availability | Narration | Fatal | StartNode
+    | StartApiServer | Started
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 __all__ = [
+    "Answered",
     "AnyMessage",
     "AskMetrics",
     "AskStatus",
     "Availability",
+    "DrainNode",
     "EngineAttached",
     "EngineReady",
     "EngineReport",
     "Fatal",
     "Form",
     "Formed",
+    "Hasten",
     "Heartbeat",
     "Introduce",
+    "JoinNode",
     "MemberFailed",
     "Message",
     "Metrics",

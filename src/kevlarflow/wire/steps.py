@@ -52,6 +52,13 @@ class AssignStandby(StepMessage, frozen=True):
     standby: NodeInfo | None
 
 
+class Hasten(StepMessage, frozen=True):
+    """The lane is about to move to its standby: copy every token at once, until it is joined again."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+
+
 class Place(StepMessage, frozen=True):
     """Put replicas that this node keeps into its lane; payload: pickled (now, later), tuples of `Replica`."""
 
@@ -197,7 +204,7 @@ class Activations(StepMessage, frozen=True):
 
 
 AnyStepMessage = (
-    Describe | Join | Leave | AssignStandby | Place | PlaceRest | Restore | Recompute | Execute
+    Describe | Join | Leave | AssignStandby | Hasten | Place | PlaceRest | Restore | Recompute | Execute
     | Description | Joined | Placed | Replicated | Restored | Refused | Recomputed | Executed | StepFailed | Activations
 )  # fmt: skip
 

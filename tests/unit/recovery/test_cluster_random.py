@@ -73,6 +73,14 @@ class History(RuleBasedStateMachine):
             self.world.do(events.NodeSilent(member, self.world.now - 3.0))
 
     @rule(data=st.data())
+    def node_is_drained(self, data):
+        self.world.do(events.DrainRequested(self.pick(data, self.world.cluster.slots), 1))
+
+    @rule(data=st.data())
+    def node_is_started_by_hand(self, data):
+        self.world.join_by_hand(self.pick(data, self.world.cluster.slots))
+
+    @rule(data=st.data())
     def engine_answers(self, data):
         self.world.answer(self.pick(data, self.world.engines))
 

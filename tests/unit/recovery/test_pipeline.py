@@ -71,6 +71,85 @@ def test_a_step_goes_out_and_its_result_comes_back():
     assert pipeline.ledger["r"].output == [7]
 
 
+def moving(*steps):
+    """A pipeline with steps in flight that was told to move stage 1 to a node that is alive, as the old one is."""
+    pipeline = serving()
+    for step in steps:
+        pipeline.handle(p.StepIssued(step), 1.0)
+    commands = pipeline.handle(p.FormationOrdered(2, (A0, B1), released=(A1,), planned=True), 2.0)
+    return pipeline, commands
+
+
+def test_a_planned_change_waits_for_the_steps_in_flight_and_holds_back_later_ones():
+    pipeline, commands = moving(admit(1), admit(2, "s"))
+    assert commands == []
+    assert pipeline.handle(executed(1, 1), 2.1) == [p.Deliver(1)]
+    assert pipeline.handle(p.StepIssued(go_on(3, formation=2)), 2.2) == []
+    assert (pipeline.epoch, pipeline.phase) == (1, Phase.SERVING)
+    commands = pipeline.handle(executed(1, 2, s=[8]), 2.3)
+    assert commands[0] == p.Deliver(2)
+    assert kinds(commands[1:]) == [
+        "Leave",
+        "Join",
+        "Join",
+        "Recompute",
+        "Restore",
+        "Execute",
+        "EvictPrefixCache",
+    ]
+    assert sent(commands) == [3]
+    assert (pipeline.epoch, pipeline.phase) == (2, Phase.FORMING)
+
+
+def test_standbys_that_are_named_while_a_planned_change_waits_follow_it():
+    pipeline = serving()
+    pipeline.handle(p.StandbysAssigned((None, B1)), 0.9)
+    pipeline.handle(p.StepIssued(admit(1)), 1.0)
+    pipeline.handle(executed(1, 1), 1.1)
+    pipeline.handle(p.ReplicasConfirmed(1, A1.member, B1.member, (Replica(1, 1, 3),)), 1.2)
+    pipeline.handle(p.StepIssued(go_on(2, formation=2)), 1.3)
+    pipeline.handle(p.FormationOrdered(2, (A0, B1), planned=True), 2.0)
+    assert pipeline.handle(p.StandbysAssigned((None, A1)), 2.0) == []
+    commands = pipeline.handle(executed(1, 2), 2.1)
+    # The new node is the old standby still, and puts what it has in place.
+    assert p.Place(1, (Replica(1, 1, 3),), ()) in commands
+    assert commands[-1] == p.AssignStandby(1, A1)
+
+
+def test_a_planned_change_of_an_idle_pipeline_happens_at_once():
+    pipeline, commands = moving()
+    assert kinds(commands) == ["Leave", "Join", "Join", "Restore", "EvictPrefixCache"]
+    assert pipeline.epoch == 2
+
+
+def test_a_loss_replaces_a_planned_change_that_waits():
+    pipeline, _ = moving(admit(1))
+    pipeline.handle(p.StepIssued(admit(2, "s")), 2.1)
+    commands = pipeline.handle(p.FormationOrdered(3, (A0, B1)), 2.2)
+    assert sent(commands) == [1, 2]
+    assert pipeline.epoch == 3
+    # What waited is void: the steps of the new epoch complete and nothing is formed again.
+    assert pipeline.handle(executed(3, 1), 2.3) == [p.Deliver(1)]
+    assert pipeline.handle(executed(3, 2, s=[8]), 2.4) == [p.Deliver(2)]
+    assert pipeline.epoch == 3
+
+
+def test_a_planned_change_that_comes_twice_happens_once():
+    pipeline, _ = moving(admit(1))
+    again = p.FormationOrdered(2, (A0, B1), released=(A1,), planned=True)
+    assert pipeline.handle(again, 2.1) == []
+    assert "Join" in kinds(pipeline.handle(executed(1, 1), 2.2))
+    assert pipeline.handle(again, 2.3) == []
+
+
+def test_a_suspension_replaces_a_planned_change_that_waits():
+    pipeline, _ = moving(admit(1))
+    assert kinds(pipeline.handle(p.SuspensionOrdered(3, "no node"), 2.1)) == ["AbandonEverything", "Abandon"]
+    pipeline.handle(p.FormationOrdered(4, (A0, B1)), 2.2)
+    assert pipeline.epoch == 4
+    assert sent(pipeline.handle(p.StepIssued(admit(2, "s", formation=9)), 2.3)) == [2]
+
+
 def test_a_loss_recomputes_restores_and_issues_again():
     pipeline = serving()
     pipeline.handle(p.StepIssued(admit(1)), 1.0)

@@ -1,5 +1,7 @@
 """Which block is copied next, and when a finished copy must not be sent."""
 
+import pytest
+
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.replication.queue import ReplicationQueue
 
@@ -54,6 +56,18 @@ def test_a_new_standby_gets_everything_again():
     assert queue.next() is None
     queue.restart()
     assert [queue.next(), queue.next()] == [Replica(1, 1, 4), Replica(2, 1, 4)]
+
+
+@pytest.mark.parametrize("interval", [0, 4])
+def test_a_lane_that_is_about_to_move_is_copied_token_by_token_until_it_has_moved(interval):
+    queue = ReplicationQueue(block_size=8, interval=interval)
+    assert not wrote(queue, Replica(1, 1, 2))
+    assert queue.hasten()
+    assert queue.still_holds(queue.next())
+    assert wrote(queue, Replica(1, 1, 3))
+    queue.hold([Replica(1, 1, 3)])
+    assert queue.next() is None
+    assert not wrote(queue, Replica(1, 1, 5))
 
 
 def test_after_a_re_forming_only_what_is_held_is_copied():

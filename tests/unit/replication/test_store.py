@@ -16,12 +16,12 @@ def replica(block, depth=0, generation=1, filled=4):
     return Replica(block, generation, filled, depth)
 
 
-def test_only_exactly_the_stored_content_is_given_back():
+def test_only_the_content_that_is_asked_for_is_given_back():
     store = store_of(100)
-    store.put(0, replica(1), DATA)
-    assert store.get(0, replica(1)) == DATA
-    assert store.get(0, replica(1, generation=2)) is None
-    assert store.get(0, replica(1, filled=3)) is None
+    store.put(0, replica(1, filled=3), DATA)
+    assert store.get(0, replica(1, filled=3)) == DATA
+    assert store.get(0, replica(1, generation=2, filled=3)) is None
+    assert store.get(0, replica(1, filled=4)) is None
     assert store.get(1, replica(1)) is None
 
 
@@ -30,7 +30,13 @@ def test_a_newer_copy_of_a_block_replaces_the_older():
     store.put(0, replica(1, filled=2), DATA)
     store.put(0, replica(1, filled=4), DATA)
     assert store.used_bytes == len(DATA)
-    assert store.get(0, replica(1, filled=2)) is None
+
+
+def test_a_newer_copy_serves_who_only_knows_of_an_older():
+    store = store_of(100)
+    store.put(0, replica(1, filled=2), b"o" * 10)
+    store.put(0, replica(1, filled=4), b"n" * 10)
+    assert store.get(0, replica(1, filled=2)) == b"n" * 10
 
 
 def test_the_deepest_block_is_dropped_first():

@@ -1,0 +1,147 @@
+"""Nodes that are to be emptied: their lanes move away, then they leave; and slots that are filled by hand.
+
+A node that drains serves the lanes it has, and gets no others. `recovery.moves` takes its lanes away, each in its best
+moment. When no pipeline has a lane on it any more it is told to leave, and nobody replaces it until somebody asks for
+that. If it turns out to be needed, because the others have died meanwhile, it stays.
+"""
+
+from __future__ import annotations
+
+from kevlarflow.recovery import events
+from kevlarflow.recovery.events import Answer, KillNode, Retire
+from kevlarflow.recovery.grid import Grid
+from kevlarflow.recovery.members import Slot
+from kevlarflow.recovery.transitions import NodeStep
+from kevlarflow.types import Cause, Member, NodeState, PipelineId
+
+# ---- requests
+
+
+def on_drain_requested(grid: Grid, event: events.DrainRequested) -> None:
+    """Begin to empty a node, or say why not."""
+    refusal = _why_not_drained(grid, event)
+    slot = grid.slots.get(event.node)
+    if slot is not None and not refusal and slot.state is NodeState.READY:
+        empty(grid, slot, Cause.DRAIN)
+        grid.narrate(f"{slot.node} is drained: it gives {_lanes_in_words(grid, slot)} away, then it leaves")
+    elif slot is not None and not refusal:
+        slot.emptied_for = Cause.DRAIN
+    grid.command(Answer(event.ticket, refusal, slot.member if slot is not None and not refusal else None))
+
+
+def _why_not_drained(grid: Grid, event: events.DrainRequested) -> str:
+    slot = grid.slots.get(event.node)
+    if slot is None:
+        return _unknown(grid, event.node)
+    if slot.state is NodeState.DRAINING:
+        return ""
+    if not grid.served:
+        return f"{slot.node} cannot be drained while the cluster is starting: wait until it serves"
+    if slot.state is not NodeState.READY or not slot.usable:
+        return f"{slot.node} cannot be drained: it is {slot.state}"
+    if not _can_spare(grid, slot):
+        return (
+            f"{slot.node} cannot be drained: no other node of stage {slot.stage} has room for "
+            f"{_lanes_in_words(grid, slot)}"
+        )
+    return ""
+
+
+def on_join_requested(grid: Grid, event: events.JoinRequested) -> None:
+    """Give an empty slot to a process that was started by hand, or say why not."""
+    slot = grid.slots.get(event.node)
+    if slot is None:
+        grid.command(Answer(event.ticket, _unknown(grid, event.node)))
+    elif slot.state is not NodeState.DEAD:
+        taken = f"the place {slot.node} is taken by {slot.member}, which is {slot.state}"
+        grid.command(Answer(event.ticket, f"{taken}: drain it first, or join in an empty place"))
+    else:
+        slot.renew(slot.incarnation_floor + 1)
+        slot.pids = (event.pid,)
+        slot.started_at = grid.now
+        slot.ready_by = grid.now + grid.config.timeouts.startup_timeout_s
+        grid.step_node(slot, NodeStep.START)
+        grid.narrate(f"{slot.node} is started by hand (pid {event.pid})")
+        grid.command(Answer(event.ticket, "", slot.member, slot.stage))
+
+
+def _unknown(grid: Grid, node: str) -> str:
+    return f"there is no node {node}: use one of {', '.join(grid.slots)}"
+
+
+# ---- emptying
+
+
+def empty(grid: Grid, slot: Slot, cause: Cause) -> None:
+    """From now on the lanes of a ready node move away."""
+    grid.step_node(slot, NodeStep.DRAIN)
+    slot.emptied_for = cause
+
+
+def keep(grid: Grid, slot: Slot, why: str) -> None:
+    """Let a node stay that was to be emptied."""
+    slot.emptied_for = slot.stuck_since = None
+    grid.step_node(slot, NodeStep.KEEP)
+    grid.narrate(f"{slot.node} stays: {why}")
+
+
+def reconcile(grid: Grid) -> None:
+    """Take the step that is due for each node that is being emptied."""
+    for slot in grid.slots.values():
+        if slot.state is not NodeState.DRAINING or slot.fenced_by is not None:
+            continue
+        if slot.leave_by is not None:
+            _see_it_leave(grid, slot)
+        elif not _lanes(grid, slot.member):
+            slot.leave_by = grid.now + grid.config.timeouts.stop_grace_s
+            grid.tell(slot.node, f"#{slot.incarnation} is empty and leaves")
+            grid.command(Retire(slot.member))
+        else:
+            _stay_if_needed(grid, slot)
+
+
+def _see_it_leave(grid: Grid, slot: Slot) -> None:
+    assert slot.leave_by is not None, "it was told to leave"
+    if grid.now >= slot.leave_by:
+        slot.leave_by = grid.now + grid.config.timeouts.stop_grace_s
+        grid.command(KillNode(slot.member, slot.pids))
+
+
+def _stay_if_needed(grid: Grid, slot: Slot) -> None:
+    """Give up when for some time nobody else could have taken the lanes."""
+    if _can_spare(grid, slot):
+        slot.stuck_since = None
+        return
+    if slot.stuck_since is None:
+        slot.stuck_since = grid.now
+    if grid.now - slot.stuck_since >= grid.config.timeouts.move_patience_ms / 1_000:
+        keep(grid, slot, f"no other node of stage {slot.stage} has room for {_lanes_in_words(grid, slot)}")
+
+
+def _can_spare(grid: Grid, slot: Slot) -> bool:
+    """Whether the other nodes of the stage have room for all lanes of a node together."""
+    member = slot.member
+    lanes = {each.id for each in grid.pipelines if member in each.members}
+    others = [
+        each for each in grid.slots.values() if each.stage == slot.stage and each.usable and each.node != slot.node
+    ]
+    room = 0
+    for other in others:
+        if other.pipeline in lanes:
+            # Its own lane always has room on a node.
+            lanes.discard(other.pipeline)
+        if other.info is not None:
+            room += max(0, other.info.lanes - 1 - grid.foreign_lanes(other, other.pipeline))
+    return len(lanes) <= room
+
+
+def _lanes(grid: Grid, member: Member) -> list[PipelineId]:
+    """Pipelines that have a lane on a member, used or not yet given up."""
+    return [each.id for each in grid.pipelines if member in each.lanes]
+
+
+def _lanes_in_words(grid: Grid, slot: Slot) -> str:
+    lanes = _lanes(grid, slot.member)
+    if len(lanes) == 1:
+        return f"the lane of pipeline {lanes[0]}"
+    return f"the lanes of pipelines {', '.join(map(str, lanes))}" if lanes else "no lanes"

@@ -1,0 +1,120 @@
+"""Lanes that move though nobody died: home to a node that is back, or away from one that has to go.
+
+Such a move is the same forming that a loss calls for, but there is time to choose its moment. The node that a lane is
+to move to is its standby already (`kevlarflow.recovery.standbys` names the same one), so the lane's KV arrives there
+while requests go on, and the reports of the engine say how much is missing. What is missing at the moment of the move
+is recomputed while the streams wait. So a lane is moved in three strides:
+
+    wanted ── little is missing ──► hastened: every token is copied at once ── next to nothing is missing ──► moved
+
+A quiet engine skips both strides, since it has nothing to copy; and `move_patience_ms` after it became possible a
+lane moves in any case: without replication that is the only way under load. Stages of one pipeline that want to move
+wait for one another within that time, because each move is a pause.
+"""
+
+from __future__ import annotations
+
+from kevlarflow.recovery import records
+from kevlarflow.recovery.events import Hasten
+from kevlarflow.recovery.formation import candidates, form
+from kevlarflow.recovery.grid import Grid
+from kevlarflow.recovery.members import Move, Pipeline
+from kevlarflow.recovery.planner import choose
+from kevlarflow.types import Cause, LaneCoverage, NodeInfo, PipelineState, Stage
+
+HASTEN_LAG_TOKENS = 512
+"""With no more than this many tokens missing a lane is hastened: the standby then catches up within a second."""
+MOVE_LAG_TOKENS = 2
+"""For each running request so many tokens may be missing when the lane moves: about one step."""
+
+
+def reconcile(grid: Grid, pipeline: Pipeline) -> None:
+    """Note which lanes of the pipeline are to move; move them when their moment has come."""
+    if pipeline.state is not PipelineState.SERVING or not pipeline.formed:
+        pipeline.moves.clear()
+        return
+    _note_wishes(grid, pipeline)
+    _hasten(grid, pipeline)
+    if pipeline.moves and _is_the_moment(grid, pipeline):
+        _move(grid, pipeline)
+
+
+def _note_wishes(grid: Grid, pipeline: Pipeline) -> None:
+    for stage in range(len(pipeline.members)):
+        wish = _wish(grid, pipeline, Stage(stage))
+        if wish is None:
+            pipeline.moves.pop(Stage(stage), None)
+            continue
+        target, cause = wish
+        move = pipeline.moves.get(Stage(stage))
+        if move is None or move.target != target:
+            pipeline.moves[Stage(stage)] = Move(target, cause, since=grid.now)
+
+
+def _wish(grid: Grid, pipeline: Pipeline, stage: Stage) -> tuple[NodeInfo, Cause] | None:
+    """Where a lane should be instead of where it is, and why; None when it is well where it is."""
+    member = pipeline.members[stage]
+    if member is None:
+        return None
+    slot = grid.slots[member.node]
+    if slot.emptied_for is None and slot.pipeline == pipeline.id:
+        return None
+    others = [each for each in candidates(grid, pipeline, stage) if each.info.member != member]
+    target = choose(others, pipeline.id, len(grid.pipelines))
+    if target is None:
+        return None
+    if grid.slots[target.member.node].pipeline == pipeline.id:
+        return target, Cause.REJOIN
+    return (target, slot.emptied_for) if slot.emptied_for is not None else None
+
+
+def _hasten(grid: Grid, pipeline: Pipeline) -> None:
+    """Tell the engine of stages whose standbys have nearly caught up."""
+    near = []
+    for stage, move in pipeline.moves.items():
+        missing = _missing_tokens(pipeline, stage, move)
+        if not move.hastened and missing is not None and 0 < missing <= HASTEN_LAG_TOKENS:
+            move.hastened = True
+            near.append(stage)
+    if near:
+        grid.command(Hasten(pipeline.id, pipeline.epoch, tuple(near)))
+
+
+def _is_the_moment(grid: Grid, pipeline: Pipeline) -> bool:
+    """Whether all lanes that want to move can do so with next to no loss, or one of them has waited long enough."""
+    if pipeline.engine.quiet:
+        return True
+    patience = grid.config.timeouts.move_patience_ms / 1_000
+    if any(grid.now - move.since >= patience for move in pipeline.moves.values()):
+        return True
+    report = pipeline.engine.report
+    tolerable = MOVE_LAG_TOKENS * report.running if report is not None else 0
+    lags = [_missing_tokens(pipeline, stage, move) for stage, move in pipeline.moves.items()]
+    return all(lag is not None and lag <= tolerable for lag in lags)
+
+
+def _missing_tokens(pipeline: Pipeline, stage: Stage, move: Move) -> int | None:
+    """Tokens whose KV the lane's new node lacks; None when nobody knows: a report may be older than the standby."""
+    lane = _coverage(pipeline, stage)
+    if lane is None or lane.standby != move.target.member:
+        return None
+    return lane.live_tokens - lane.covered_tokens
+
+
+def _coverage(pipeline: Pipeline, stage: Stage) -> LaneCoverage | None:
+    engine = pipeline.engine
+    rows = engine.report.replication if engine.report is not None and engine.report_is_new else ()
+    return next((row for row in rows if row.stage == stage), None)
+
+
+def _move(grid: Grid, pipeline: Pipeline) -> None:
+    """All in one go."""
+    chosen = {stage: move.target for stage, move in pipeline.moves.items()}
+    cause = next(iter(pipeline.moves.values())).cause
+    for stage, move in pipeline.moves.items():
+        member = pipeline.members[stage]
+        assert member is not None, "a stage without a node has no lane to move"
+        records.begin(grid, pipeline, stage, move.cause, grid.slots[member.node])
+    pipeline.moves.clear()
+    pipeline.cause = cause
+    form(grid, pipeline, chosen, cause)

@@ -1,0 +1,108 @@
+"""A cluster's state machine with a clock, driven by short words."""
+
+from __future__ import annotations
+
+from kevlarflow.recovery import events
+from kevlarflow.recovery.cluster import Cluster
+from kevlarflow.recovery.events import Form, Narrate, Suspend
+from kevlarflow.recovery.invariants import Invariants
+from kevlarflow.types import Epoch, LaneCoverage, Member, NodeId, Phases, PipelineId, Stage
+from toy_world import make_config, make_info
+
+
+def member(node: str, incarnation: int = 1) -> Member:
+    return Member(NodeId(node), incarnation)
+
+
+class Driver:
+    """A cluster with a clock, and short words for what happens to it."""
+
+    def __init__(
+        self, stages: int = 2, pipelines: int = 2, reserve_lanes: int = 1, *, replication: bool = False
+    ) -> None:
+        self.config = make_config(stages, pipelines, reserve_lanes)
+        self.cluster = Cluster(self.config, unix_offset=1_000_000.0)
+        self.invariants = Invariants(self.cluster)
+        self.now = 10.0
+        self.lanes = reserve_lanes + 1
+        self.replication = replication
+
+    def do(self, event):
+        commands = self.cluster.handle(event, self.now)
+        self.invariants.check(commands)
+        return commands
+
+    def info(self, node, incarnation=1):
+        return make_info(node, incarnation, self.lanes, replication=self.replication)
+
+    def ready(self, node, incarnation=1, epochs=None):
+        return self.do(events.NodeReady(self.info(node, incarnation), epochs or {}))
+
+    def attach(self, pipeline, pid=None, epoch=0, members=()):
+        return self.do(events.EngineAttached(PipelineId(pipeline), pid or 70 + pipeline, Epoch(epoch), members))
+
+    def engine_ready(self, pipeline):
+        return self.do(events.EngineReady(PipelineId(pipeline), 100))
+
+    def formed(self, pipeline, epoch, requests=3, lost=0, tokens=5, seconds=None):
+        answer = seconds or Phases(relink=0.01, restore=0.02, recompute=0.03, reissue=0.04)
+        return self.do(events.Formed(PipelineId(pipeline), Epoch(epoch), answer, requests, lost, tokens))
+
+    def report(self, pipeline, running=0, waiting=0, in_flight=0, coverage=(), epoch=0):
+        """`coverage` holds (stage, standby or None, live tokens, covered tokens) for stages that are replicated."""
+        rows = tuple(
+            LaneCoverage(Stage(stage), self.named(standby).member if standby else None, live, covered, 0, 0)
+            for stage, standby, live, covered in coverage
+        )
+        load = (PipelineId(pipeline), running, waiting, in_flight, 100)
+        return self.do(events.EngineReport(*load, replication=rows, epoch=Epoch(epoch)))
+
+    def exited(self, node, incarnation=1, alive_at=None):
+        when = self.now if alive_at is None else alive_at
+        return self.do(events.NodeExited(member(node, incarnation), when))
+
+    def suspected(self, node, incarnation=1):
+        return self.do(events.NodeSuspected(member(node, incarnation), self.now - 1.0))
+
+    def cleared(self, node, incarnation=1):
+        return self.do(events.NodeCleared(member(node, incarnation)))
+
+    def tick(self, seconds=0.0):
+        self.now += seconds
+        return self.do(events.Tick())
+
+    def serve(self):
+        """Bring everything up."""
+        self.do(events.ClusterBegun())
+        for node in self.cluster.slots:
+            self.ready(node)
+        for pipeline in self.cluster.pipelines:
+            self.attach(pipeline.id)
+            self.formed(pipeline.id, 1)
+            self.engine_ready(pipeline.id)
+        return self
+
+    def form(self, pipeline, epoch, nodes, cause, released=(), lost=()):
+        return Form(
+            pipeline=PipelineId(pipeline),
+            epoch=Epoch(epoch),
+            nodes=tuple(self.named(node) for node in nodes),
+            released=tuple(self.named(node) for node in released),
+            cause=cause,
+            lost_stages=tuple(Stage(stage) for stage in lost),
+        )
+
+    def named(self, node):
+        name, _, incarnation = node.partition("#")
+        return self.info(name, int(incarnation or 1))
+
+    def state(self, pipeline):
+        return self.cluster.pipelines[pipeline].state
+
+
+def orders(commands):
+    return [command for command in commands if isinstance(command, (Form, Suspend))]
+
+
+def lines(commands):
+    return [command.text for command in commands if isinstance(command, Narrate)]

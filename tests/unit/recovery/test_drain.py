@@ -1,0 +1,204 @@
+"""Nodes that are emptied on request, and slots that are filled by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster_driver import Driver, lines, member, orders
+from kevlarflow.recovery import events
+from kevlarflow.recovery.cluster import Cluster
+from kevlarflow.recovery.events import Answer, KillNode, Retire, StartNode
+from kevlarflow.recovery.invariants import Invariants
+from kevlarflow.types import Cause, NodeId, NodeState, Stage
+
+STANDBY_HAS_ALL = [(1, "node-1-1", 1_000, 1_000)]
+
+
+def drain(driver, node, ticket=7):
+    commands = driver.do(events.DrainRequested(NodeId(node), ticket))
+    (answer,) = [command for command in commands if isinstance(command, Answer)]
+    assert answer.ticket == ticket
+    driver.commands = commands
+    return answer.refusal
+
+
+def join(driver, node, pid=4_711):
+    commands = driver.do(events.JoinRequested(NodeId(node), pid, 8))
+    (answer,) = [command for command in commands if isinstance(command, Answer)]
+    return answer
+
+
+def state_of(driver, node):
+    return driver.cluster.slots[NodeId(node)].state
+
+
+def drained():
+    """node-0-1 has left on request, under load."""
+    driver = Driver(replication=True).serve()
+    assert drain(driver, "node-0-1") == ""
+    driver.report(0, 8, coverage=STANDBY_HAS_ALL, epoch=1)
+    driver.formed(0, 2)
+    driver.exited("node-0-1")
+    return driver
+
+
+def test_a_drained_node_gives_its_lane_to_its_standby_then_leaves():
+    driver = Driver(replication=True).serve()
+    assert drain(driver, "node-0-1") == ""
+    assert state_of(driver, "node-0-1") is NodeState.DRAINING
+    assert lines(driver.commands) == ["node-0-1 is drained: it gives the lane of pipeline 0 away, then it leaves"]
+    assert orders(driver.report(0, 8, coverage=[(1, "node-1-1", 1_000, 100)], epoch=1)) == []
+    expected = driver.form(0, 2, ["node-0-0", "node-1-1"], Cause.DRAIN, released=["node-0-1"], lost=[1])
+    assert orders(driver.report(0, 8, coverage=STANDBY_HAS_ALL, epoch=1)) == [expected]
+    commands = driver.formed(0, 2)
+    assert Retire(member("node-0-1")) in commands
+    assert driver.cluster.recoveries[-1].cause is Cause.DRAIN
+    commands = driver.exited("node-0-1")
+    assert not any(isinstance(command, StartNode) for command in commands)
+    assert state_of(driver, "node-0-1") is NodeState.DEAD
+    assert orders(driver.tick(1_000.0)) == []
+    assert state_of(driver, "node-0-1") is NodeState.DEAD
+
+
+def test_a_node_that_does_not_leave_is_killed():
+    driver = Driver(replication=True).serve()
+    drain(driver, "node-0-1")
+    driver.report(0, 8, coverage=STANDBY_HAS_ALL, epoch=1)
+    driver.formed(0, 2)
+    assert not any(isinstance(command, KillNode) for command in driver.tick(1.0))
+    assert any(isinstance(command, KillNode) for command in driver.tick(driver.config.timeouts.stop_grace_s))
+
+
+def test_a_node_that_dies_while_it_drains_is_a_loss_and_stays_away():
+    driver = Driver(replication=True).serve()
+    drain(driver, "node-0-1")
+    commands = driver.exited("node-0-1")
+    (form,) = orders(commands)
+    assert form.cause is Cause.CRASH
+    assert not any(isinstance(command, StartNode) for command in commands)
+
+
+def test_a_borrowed_lane_goes_home_when_its_donor_is_drained():
+    driver = Driver(replication=True).serve()
+    driver.exited("node-0-1")
+    driver.formed(0, 2)
+    driver.ready("node-0-1", 2)
+    drain(driver, "node-1-1")
+    driver.report(0, epoch=2)
+    driver.report(1, epoch=1)
+    nodes = [[each.node for each in pipeline.members] for pipeline in driver.cluster.pipelines]
+    assert nodes == [["node-0-0", "node-0-1"], ["node-1-0", "node-0-1"]]
+    assert [each.cause for each in driver.cluster.recoveries][1:] == [Cause.REJOIN, Cause.DRAIN]
+
+
+@pytest.mark.parametrize(
+    ("node", "prepare", "refusal"),
+    [
+        ("node-7-7", [], "there is no node node-7-7: use one of node-0-0, node-0-1, node-1-0, node-1-1"),
+        (
+            "node-0-1",
+            ["node-1-1"],
+            "node-0-1 cannot be drained: no other node of stage 1 has room for the lanes of pipelines 0, 1",
+        ),
+        ("node-0-1", ["node-0-1"], "node-0-1 cannot be drained: it is starting"),
+    ],
+)
+def test_what_cannot_be_drained_is_refused_with_one_line(node, prepare, refusal):
+    driver = Driver().serve()
+    for lost in prepare:
+        driver.exited(lost)
+    before = {each.node: each.state for each in driver.cluster.slots.values()}
+    assert drain(driver, node) == refusal
+    assert {each.node: each.state for each in driver.cluster.slots.values()} == before
+
+
+def test_without_reserve_lanes_nothing_can_be_drained():
+    driver = Driver(reserve_lanes=0).serve()
+    assert "no other node of stage 1 has room for the lane of pipeline 0" in drain(driver, "node-0-1")
+
+
+def test_while_the_cluster_starts_nothing_can_be_drained():
+    driver = Driver()
+    driver.do(events.ClusterBegun())
+    driver.ready("node-0-1")
+    assert "wait until it serves" in drain(driver, "node-0-1")
+
+
+def test_draining_twice_is_draining_once():
+    driver = Driver(replication=True).serve()
+    assert drain(driver, "node-0-1") == drain(driver, "node-0-1") == ""
+    assert len(lines(driver.commands)) == 0
+
+
+def test_a_draining_node_stays_when_the_one_that_could_have_helped_dies():
+    driver = Driver(replication=True).serve()
+    drain(driver, "node-0-1")
+    (form,) = orders(driver.exited("node-1-1"))
+    # It is the last node of its stage, so it serves both.
+    assert [info.member.node for info in form.nodes] == ["node-1-0", "node-0-1"]
+    assert state_of(driver, "node-0-1") is NodeState.READY
+
+
+def test_a_drain_that_cannot_go_on_is_given_up_after_a_while():
+    driver = Driver(replication=True).serve()
+    drain(driver, "node-0-1")
+    driver.suspected("node-1-1")
+    driver.tick(1.0)
+    assert state_of(driver, "node-0-1") is NodeState.DRAINING
+    said = lines(driver.tick(driver.config.timeouts.move_patience_ms / 1_000))
+    assert said == ["node-0-1 stays: no other node of stage 1 has room for the lane of pipeline 0"]
+    assert state_of(driver, "node-0-1") is NodeState.READY
+
+
+def test_an_empty_place_is_filled_by_hand_and_the_lane_comes_home():
+    driver = drained()
+    answer = join(driver, "node-0-1")
+    assert (answer.refusal, answer.member, answer.stage) == ("", member("node-0-1", 2), Stage(1))
+    driver.ready("node-0-1", 2)
+    (form,) = orders(driver.report(0, 8, coverage=[(1, "node-0-1#2", 10, 10)], epoch=2))
+    assert form.cause is Cause.REJOIN
+    driver.formed(0, 3)
+    # From now on it is replaced as any other.
+    commands = driver.exited("node-0-1", 2)
+    assert StartNode(member("node-0-1", 3), Stage(1)) in commands
+
+
+@pytest.mark.parametrize("node", ["node-0-0", "node-9-0"])
+def test_a_place_that_is_taken_or_unknown_is_refused(node):
+    driver = drained()
+    answer = join(driver, node)
+    assert node in answer.refusal
+    assert answer.member is None
+
+
+def test_a_place_that_was_given_up_or_waits_for_the_next_try_is_filled_by_hand():
+    driver = Driver().serve()
+    driver.exited("node-0-1")
+    driver.do(events.LaunchFailed(member("node-0-1", 2), "no launcher"))
+    assert join(driver, "node-0-1").member == member("node-0-1", 3)
+    assert not any(isinstance(command, StartNode) for command in driver.tick(60.0))
+
+
+def restarted(driver: Driver) -> Driver:
+    """The same cluster with another life of the controller."""
+    snapshot = driver.cluster.snapshot()
+    driver.cluster = Cluster(driver.config)
+    driver.invariants = Invariants(driver.cluster)
+    driver.do(events.ControllerResumed(snapshot))
+    return driver
+
+
+def test_a_restarted_controller_goes_on_draining():
+    driver = Driver(replication=True).serve()
+    drain(driver, "node-0-1")
+    restarted(driver)
+    for node in driver.cluster.slots:
+        driver.ready(node)
+    assert state_of(driver, "node-0-1") is NodeState.DRAINING
+
+
+def test_a_restarted_controller_leaves_a_drained_place_empty():
+    driver = restarted(drained())
+    driver.tick(60.0)
+    assert state_of(driver, "node-0-1") is NodeState.DEAD
+    assert join(driver, "node-0-1").member == member("node-0-1", 2)

@@ -1,0 +1,129 @@
+"""Lanes that move though nobody died."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster_driver import Driver, lines, member, orders
+from kevlarflow.recovery.events import AssignStandbys, Hasten
+from kevlarflow.recovery.moves import HASTEN_LAG_TOKENS, MOVE_LAG_TOKENS
+from kevlarflow.types import Cause, Epoch, PipelineId, Stage
+
+PATIENCE_SECONDS = Driver().config.timeouts.move_patience_ms / 1_000
+
+
+def borrowing(*, replication: bool = True) -> Driver:
+    """Pipeline 0 works on node-1-1, and node-0-1 is back."""
+    driver = Driver(replication=replication).serve()
+    driver.exited("node-0-1")
+    driver.formed(0, 2)
+    driver.report(0, running=8, epoch=2)
+    driver.commands = driver.ready("node-0-1", 2)
+    return driver
+
+
+def home(driver: Driver, epoch: int = 3):
+    return driver.form(0, epoch, ["node-0-0", "node-0-1#2"], Cause.REJOIN, released=["node-1-1"], lost=[1])
+
+
+def test_a_node_that_is_back_is_first_made_the_standby():
+    driver = borrowing()
+    ours = [each for each in driver.commands if isinstance(each, AssignStandbys) and each.pipeline == 0]
+    (assignment,) = ours
+    assert assignment.standbys[1] == driver.named("node-0-1#2")
+    assert orders(driver.commands) == []
+
+
+def test_the_lane_goes_home_under_load_when_next_to_nothing_is_missing():
+    driver = borrowing()
+    assert driver.report(0, 8, coverage=[(1, "node-0-1#2", 1_000, 400)], epoch=2) == []
+    hasten = driver.report(0, 8, coverage=[(1, "node-0-1#2", 1_000, 1_000 - HASTEN_LAG_TOKENS)], epoch=2)
+    assert hasten == [Hasten(PipelineId(0), Epoch(2), (Stage(1),))]
+    assert driver.report(0, 8, coverage=[(1, "node-0-1#2", 1_000, 900)], epoch=2) == []
+    enough = 1_000 - 8 * MOVE_LAG_TOKENS
+    assert orders(driver.report(0, 8, coverage=[(1, "node-0-1#2", 1_000, enough)], epoch=2)) == [home(driver)]
+    assert lines(driver.formed(0, 3)) == ["node-0-1 is back and took its lane of pipeline 0 again"]
+    assert driver.cluster.recoveries[-1].cause is Cause.REJOIN
+
+
+@pytest.mark.parametrize(
+    ("coverage", "epoch"),
+    [
+        pytest.param([(1, "node-0-1", 1_000, 1_000)], 2, id="of the standby's earlier life"),
+        pytest.param([(1, "node-1-1", 1_000, 1_000)], 2, id="of another standby"),
+        pytest.param([(1, None, 1_000, 1_000)], 2, id="of no standby"),
+        pytest.param([(0, "node-0-1#2", 1_000, 1_000)], 2, id="of another stage"),
+        pytest.param([(1, "node-0-1#2", 1_000, 1_000)], 1, id="from before the newest order"),
+    ],
+)
+def test_a_report_that_says_nothing_about_the_new_node_moves_nothing(coverage, epoch):
+    driver = borrowing()
+    assert driver.report(0, 8, coverage=coverage, epoch=epoch) == []
+
+
+def test_a_quiet_engine_moves_at_once():
+    driver = borrowing()
+    assert orders(driver.report(0, epoch=2)) == [home(driver)]
+
+
+def test_a_quiet_report_from_before_the_newest_order_moves_nothing():
+    driver = borrowing()
+    assert driver.report(0, epoch=1) == []
+
+
+@pytest.mark.parametrize("replication", [False, True])
+def test_a_lane_moves_after_a_bounded_wait_in_any_case(replication):
+    driver = borrowing(replication=replication)
+    assert orders(driver.tick(PATIENCE_SECONDS - 0.1)) == []
+    assert orders(driver.tick(0.1)) == [home(driver)]
+
+
+def test_nothing_moves_while_the_pipeline_is_being_formed():
+    driver = Driver(replication=True).serve()
+    driver.exited("node-0-1")
+    driver.ready("node-0-1", 2)
+    assert orders(driver.tick(2 * PATIENCE_SECONDS)) == []
+    # The wait begins once the pipeline serves: until then nothing could be copied.
+    driver.formed(0, 2)
+    assert orders(driver.tick(PATIENCE_SECONDS - 0.1)) == []
+    assert orders(driver.tick(0.1)) == [home(driver)]
+
+
+def test_a_node_that_is_lost_again_does_not_get_its_lane():
+    driver = borrowing()
+    driver.exited("node-0-1", 2)
+    assert orders(driver.tick(PATIENCE_SECONDS)) == []
+    driver.ready("node-0-1", 3)
+    assert orders(driver.report(0, 8, coverage=[(1, "node-0-1#2", 1_000, 1_000)], epoch=2)) == []
+    (form,) = orders(driver.report(0, 8, coverage=[(1, "node-0-1#3", 1_000, 1_000)], epoch=2))
+    assert form.nodes[1].member == member("node-0-1", 3)
+
+
+def test_stages_move_together():
+    driver = Driver(replication=True).serve()
+    driver.exited("node-0-0")
+    driver.exited("node-0-1")
+    driver.formed(0, 3)
+    driver.ready("node-0-0", 2)
+    driver.ready("node-0-1", 2)
+    first = (0, "node-0-0#2", 1_000, 1_000)
+    assert orders(driver.report(0, 8, coverage=[first, (1, "node-0-1#2", 1_000, 200)], epoch=3)) == []
+    (form,) = orders(driver.report(0, 8, coverage=[first, (1, "node-0-1#2", 1_000, 1_000)], epoch=3))
+    assert form.lost_stages == (Stage(0), Stage(1))
+
+
+def test_a_loss_during_a_move_is_a_loss():
+    driver = borrowing()
+    driver.report(0, epoch=2)
+    (form,) = orders(driver.exited("node-0-1", 2))
+    assert form == driver.form(0, 4, ["node-0-0", "node-1-1"], Cause.CRASH, lost=[1])
+    states = [(str(each.cause), str(each.state)) for each in driver.cluster.recoveries]
+    assert states == [("crash", "done"), ("rejoin", "failed"), ("crash", "running")]
+
+
+def test_a_suspect_stays_the_standby():
+    driver = Driver(replication=True).serve()
+    suspected = driver.suspected("node-1-1")
+    assert not any(isinstance(each, AssignStandbys) and each.pipeline == 0 for each in suspected)
+    cleared = driver.cleared("node-1-1")
+    assert not any(isinstance(each, AssignStandbys) and each.pipeline == 0 for each in cleared)
