@@ -50,8 +50,7 @@ def test_forms_pipelines_of_nodes_that_start_alone(cluster):
 def test_waits_for_a_launcher_that_is_still_importing(cluster):
     cluster.start_controller()
     cluster.start_engines()
-    time.sleep(0.5)
-    assert {node["state"] for node in cluster.status()["nodes"]} == {"starting"}
+    cluster.wait(lambda d: {node["state"] for node in d["nodes"]} == {"starting"}, "that nodes are awaited")
     cluster.start_launcher()
     cluster.wait_serving()
 
