@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from kevlarflow.bench.evaluation import outcome
-from kevlarflow.bench.evaluation.cells import KEVLARFLOW, NO_FAULT, SETTINGS, STOCK_DP, Cell
+from kevlarflow.bench.evaluation.cells import KEVLARFLOW, NO_FAULT, SETTINGS, STOCK, STOCK_DP, Cell
 from kevlarflow.bench.evaluation.outcome import CellResult, Window
 
 AFTER_SECONDS = 30
@@ -45,6 +45,8 @@ class Row(msgspec.Struct, frozen=True):
     repeated: int
     recomputed_tokens: int
     overrun_share: float
+    strangers: float
+    """Share of the machine that other processes used."""
     ready_seconds: float
     restart_seconds: float
 
@@ -72,23 +74,27 @@ def _row(result: CellResult, reference: CellResult | None) -> Row:
         repeated=len(outcome.repeated(result)),
         recomputed_tokens=outcome.recomputed_tokens(result),
         overrun_share=sum(each.overruns for each in result.steps) / steps if steps else math.nan,
+        strangers=result.strangers,
         ready_seconds=result.ready_seconds or math.nan,
         restart_seconds=max(restarts, default=math.nan),
     )
 
 
 def _reference(result: CellResult, results: Sequence[CellResult]) -> CellResult | None:
-    """A run of the same requests without failure: the system's own, or else another's."""
+    """The same requests without failure: the system's own, another's, or what stock did not lose in one with."""
     cell = result.cell
 
     def fits(other: CellResult) -> bool:
         there = other.cell
         same = (there.setting, there.rate, there.seed) == (cell.setting, cell.rate, cell.seed)
         load = (other.requests_per_second, other.load_seconds) == (result.requests_per_second, result.load_seconds)
-        return same and load and there.fault == NO_FAULT and other.void is None and other is not result
+        sound = there.fault == NO_FAULT or there.system in {STOCK, STOCK_DP}
+        return same and load and sound and other.void is None and other is not result
 
-    found = [other for other in results if fits(other)]
-    return min(found, key=lambda other: (other.cell.system != cell.system, other.cell.system), default=None)
+    def rank(other: CellResult) -> tuple[bool, bool, str]:
+        return other.cell.fault != NO_FAULT, other.cell.system != cell.system, other.cell.system
+
+    return min(filter(fits, results), key=rank, default=None)
 
 
 def _kept(result: CellResult) -> float:

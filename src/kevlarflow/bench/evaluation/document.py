@@ -114,16 +114,17 @@ def _overhead_lines(found: Sequence[Row]) -> Iterator[str]:
 def _cell_lines(found: Sequence[Row]) -> Iterator[str]:
     yield "MTTR: from the fault to the first token of the pipeline that was hit (the slower of two). Goodput back:"
     yield f"until goodput stays at 90 % of what it was, averaged over {GOODPUT_WINDOW_SECONDS} s."
-    yield f"Kept: goodput in the {AFTER_SECONDS} s after the"
-    yield "fault by that before. Wrong: whole, and not the output of a run without failure. Times in seconds."
+    yield f"Kept: goodput in the {AFTER_SECONDS} s after the fault by that before. Wrong: whole, and not the output of"
+    yield "a run without failure (or of what stock did not lose in one with). Times in seconds."
     yield ""
     yield from _table(
         "cell", "requests", "lost", "wrong", "MTTR", "goodput back", "kept", "latency avg / p99", "TTFT avg / p99",
         "TPOT avg / p99", "tokens/s", "recomputed tokens", "overruns",
+        "others' CPU",
     )  # fmt: skip
     for row in found:
         if row.void is not None:
-            yield f"| {row.cell.name} | **void**: {row.void} |" + " |" * 11
+            yield f"| {row.cell.name} | **void**: {row.void} |" + " |" * 12
             continue
         yield "| " + " | ".join(_cells(row)) + " |"
 
@@ -140,6 +141,7 @@ def _cells(row: Row) -> Iterator[str]:
     yield _pair(seen.tpot_mean, seen.tpot_p99, "{:.3f}")
     yield from (_number(row.tokens_per_second, "{:.1f}"), str(row.recomputed_tokens) if has_fault else "")
     yield _number(row.overrun_share, "{:.2%}", "")
+    yield f"{row.strangers:.0%}"
 
 
 def _table(*headers: str) -> Iterable[str]:
@@ -161,7 +163,7 @@ def _pair(one: float, other: float, form: str) -> str:
 COLUMNS = (
     "cell", "emulated", "void", "requests_per_second", "requests", "lost", "lost_tokens", "wrong", "repeated",
     "mttr_seconds", "goodput_back_seconds", "goodput_kept", "latency_mean", "latency_p99", "ttft_mean", "ttft_p99",
-    "tpot_mean", "tpot_p99", "tokens_per_second", "recomputed_tokens", "overrun_share", "ready_seconds",
+    "tpot_mean", "tpot_p99", "tokens_per_second", "recomputed_tokens", "overrun_share", "strangers", "ready_seconds",
     "restart_seconds",
 )  # fmt: skip
 
@@ -176,7 +178,7 @@ def _write_csv(found: Sequence[Row], path: Path) -> None:
                 row.cell.name, is_emulated(row.cell), row.void or "", row.rate, seen.requests, seen.lost,
                 seen.lost_tokens, row.wrong, row.repeated, row.mttr, row.goodput_back, row.goodput_kept,
                 seen.latency_mean, seen.latency_p99, seen.ttft_mean, seen.ttft_p99, seen.tpot_mean, seen.tpot_p99,
-                row.tokens_per_second, row.recomputed_tokens, row.overrun_share, row.ready_seconds,
+                row.tokens_per_second, row.recomputed_tokens, row.overrun_share, row.strangers, row.ready_seconds,
                 row.restart_seconds,
             )  # fmt: skip
             writer.writerow(["" if isinstance(value, float) and math.isnan(value) else value for value in values])
