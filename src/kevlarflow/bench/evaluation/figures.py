@@ -28,7 +28,7 @@ def draw(results: Sequence[CellResult], rows: Sequence[Row], folder: Path) -> li
     folder.mkdir(parents=True, exist_ok=True)
     valid = [result for result in results if result.void is None]
     return [
-        *_each(valid, folder, "ttft", _ttft),
+        *_each(valid, folder, "around", _around),
         *_rates([row for row in rows if row.void is None], folder),
         *_each(valid, folder, "phases", _phases),
     ]
@@ -51,17 +51,23 @@ def _scene(cell: Cell) -> tuple[str, str, str, int]:
     return cell.setting, cell.rate, cell.fault, cell.seed
 
 
-def _ttft(results: Sequence[CellResult], path: Path) -> None:
-    figure, axes = _axes(1, 2, (11, 4.2))
+def _around(results: Sequence[CellResult], path: Path) -> None:
+    """TTFT and goodput before and after the failure."""
+    figure, axes = _axes(1, 3, (15, 4.2))
     for result in results:
         assert result.fault_at is not None
+        style = {"color": COLOURS[result.cell.system], "label": result.cell.system}
         points = [(each.sent - result.fault_at, each.ttft) for each in result.requests if each.first is not None]
-        for axis, measure in zip(axes, (_mean, _p99), strict=True):
-            axis.plot(*_rolling(points, measure), color=COLOURS[result.cell.system], label=result.cell.system)
-    for axis, title in zip(axes, ("rolling average", "rolling p99"), strict=True):
-        axis.axvline(0, color="black", linewidth=0.8, linestyle="--")
+        axes[0].plot(*_rolling(points, _mean), **style)
+        axes[1].plot(*_rolling(points, _p99), **style)
+        bins = enumerate(result.good_tokens_per_second[: round(result.load_seconds)])
+        axes[2].plot(*_rolling(((second - result.fault_at, float(count)) for second, count in bins), _mean), **style)
+    for axis, title in zip(axes, ("TTFT, rolling average", "TTFT, rolling p99"), strict=False):
         axis.set(xlabel="sent, s after the fault", ylabel="time to first token, s", yscale="log", title=title)
-        axis.legend()
+    axes[2].set(xlabel="s after the fault", ylabel="tokens/s of whole requests", ylim=(0, None), title="goodput")
+    for axis in axes:
+        axis.axvline(0, color="black", linewidth=0.8, linestyle="--")
+        axis.legend(fontsize=8)
     _save(figure, path, _about(results[0].cell))
 
 
@@ -104,14 +110,14 @@ def _rate(row: Row) -> float:
 
 def _phases(results: Sequence[CellResult], path: Path) -> None:
     bars = [(result.cell.system, phases) for result in results if (phases := _phases_of(result))]
-    figure, axes = _axes(len(bars), 1, (9, 1.4 + 1.2 * len(bars)))
+    figure, axes = _axes(len(bars), 1, (9, 1.2 + 1.5 * len(bars)))
     for axis, (system, phases) in zip(axes, bars, strict=True):
         begun = 0.0
         for number, (phase, seconds) in enumerate(phases):
             axis.barh([0], [seconds], left=begun, color=f"C{number}", label=f"{phase} {_short(seconds)}")
             begun += seconds
         axis.set(yticks=[0], yticklabels=[system], xlabel="seconds", xlim=(0, None))
-        axis.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.45))
+        axis.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     _save(figure, path, f"phases of a recovery (scales differ)\n{_about(results[0].cell)}")
 
 

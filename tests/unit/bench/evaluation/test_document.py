@@ -74,7 +74,7 @@ def test_the_report_names_void_cells_and_says_what_is_emulated(folder):
     rows = list(csv.DictReader((folder / "cells.csv").open()))
     assert {row["cell"]: row["recomputed_tokens"] for row in rows}["a10-2x4-1g.kevlarflow.near.one-middle.0"] == "7"
     figures = {path.name for path in (folder / "figures").glob("*.png")}
-    assert figures == {"ttft.a10-2x4-1g.near.one-middle.0.png", "phases.a10-2x4-1g.near.one-middle.0.png"}
+    assert figures == {"around.a10-2x4-1g.near.one-middle.0.png", "phases.a10-2x4-1g.near.one-middle.0.png"}
 
 
 def test_a_folder_without_cells_says_what_to_do(tmp_path):
