@@ -31,7 +31,7 @@ def _run(arguments: list[str]) -> int:
         for cell in chosen:
             print(f"{cell.name:<44} {cell.why}")
         return 0
-    loads = {cell: _load(options, cells.workload(cell, options.trace, options.arrivals)) for cell in chosen}
+    loads = {cell: cells.workload(cell, options.trace, options.arrivals) for cell in chosen}
     for load in loads.values():
         workload.plan(load)  # What is wrong with the load is said before anything is started.
     previous = signal.signal(signal.SIGTERM, _interrupt)
@@ -75,7 +75,15 @@ def _chosen(options: argparse.Namespace) -> list[Cell]:
     chosen = [cell for cell in chosen if options.cells is None or fnmatch.fnmatch(cell.name, options.cells)]
     if not chosen:
         raise UsageError(f"no cell matches {options.cells!r}: see kevlarflow bench run {options.suite} --list")
-    return chosen
+    return chosen if options.rate is None else list(dict.fromkeys(_at_rate(cell, options.rate) for cell in chosen))
+
+
+def _at_rate(cell: Cell, rate: float) -> Cell:
+    import msgspec
+
+    from kevlarflow.bench.evaluation.cells import ASKED_RATE
+
+    return msgspec.structs.replace(cell, rate=f"{rate:g}{ASKED_RATE}", why="asked for")
 
 
 def _cell(name: str) -> Cell:
@@ -90,12 +98,6 @@ def _cell(name: str) -> Cell:
             raise UsageError(f"{name!r} is no cell: {part!r} is none of {', '.join(names)}")
     setting, system, rate, fault, seed = parts
     return Cell(setting, system, rate, fault, int(seed), "asked for")
-
-
-def _load(options: argparse.Namespace, load: Any) -> Any:
-    import msgspec
-
-    return load if options.rate is None else msgspec.structs.replace(load, requests_per_second=options.rate)
 
 
 def _report(arguments: list[str]) -> int:

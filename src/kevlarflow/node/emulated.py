@@ -8,7 +8,8 @@ vLLM's model runner, which both of them use:
 * the KV memory has the emulated model's bytes for each token. Attention computes one head of it, so the tokens depend
   on what is there; the other heads hold that head's keys and values again, so that a block is written in full;
 * readers of vLLM's shared-memory queues sleep at once, where they would spin for a second: there are more
-  processes here than cores.
+  processes here than cores;
+* the processes go before the machine's other work, where that is allowed: a device does not wait for a core.
 
 Non-public names of vLLM, all used in this module only: `GPUModelRunner.execute_model` and `sample_tokens`,
 `Attention.get_kv_cache_spec`, `CPUAttentionBackendImpl.forward`, `CPUAttentionMetadataBuilder.num_kv_heads`,
@@ -17,6 +18,7 @@ Non-public names of vLLM, all used in this module only: `GPUModelRunner.execute_
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -30,6 +32,7 @@ from kevlarflow.emulation.profile import REPORTS_VARIABLE, Profile, StepCounts, 
 from kevlarflow.errors import UsageError
 
 REPORT_INTERVAL_SECONDS = 0.5
+NICENESS = -10
 MARK = "kevlarflow_emulation"
 """Attribute of a class that has been hooked."""
 
@@ -47,6 +50,8 @@ def install() -> None:
     _hook_runner(GPUModelRunner, profile)
     _hook_kv(profile)
     _hook_queues()
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
 
 
 class StepClock:
@@ -56,11 +61,12 @@ class StepClock:
         self._profile = profile
         self._counts: StepCounts | None = None
         self._reported_at = 0.0
-        self._begun = self._emulated = 0.0
+        self._begun = self._emulated = self._slept = 0.0
 
     def begin(self, scheduled: Any, stage: int) -> None:
         """The activations of a step are there."""
         self._begun = time.monotonic()
+        self._slept = 0.0
         tokens, context, pairs = work_of(scheduled)
         self._emulated = self._profile.stage_seconds(tokens, context, pairs)
         if stage:
@@ -74,17 +80,19 @@ class StepClock:
 
     def end(self) -> None:
         """Sleep what is left of the step, and count it."""
-        host = time.monotonic() - self._begun
         self.sleep()
         assert self._counts is not None, "begin() comes first"
-        self._counts.add(self._emulated, host, time.monotonic() - self._begun)
+        took = time.monotonic() - self._begun
+        self._counts.add(self._emulated, took - self._slept, took)
         self._report(self._counts)
 
     def sleep(self) -> None:
         """Sleep until the emulated time has passed."""
-        left = self._begun + self._emulated - time.monotonic()
+        now = time.monotonic()
+        left = self._begun + self._emulated - now
         if left > 0:
             time.sleep(left)
+            self._slept += time.monotonic() - now
 
     def _report(self, counts: StepCounts) -> None:
         folder = os.environ.get(REPORTS_VARIABLE)

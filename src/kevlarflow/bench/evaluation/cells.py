@@ -86,6 +86,10 @@ REAL = Setting(
 )
 
 
+CARRIED_BY_A_PIPELINE = 10.5
+"""Requests/s of this load at the A10's own speed and 1 Gbps, as measured: the goodput of an overloaded cluster."""
+
+
 def _emulated(name: str, pipelines: int, gigabits: int, slowdown: float) -> Setting:
     """The paper's cluster. Copies get half of a link; what activations take is in each stage's time."""
     profile = Profile(stages=4, link_bits_per_second=gigabits * GIGABIT, slowdown=slowdown)
@@ -99,8 +103,7 @@ def _emulated(name: str, pipelines: int, gigabits: int, slowdown: float) -> Sett
         extra=("--no-enable-prefix-caching", "--block-size", "32", "--max-num-seqs", "32",
                "--max-num-batched-tokens", "512"),
     )  # fmt: skip
-    # A pipeline carries about 17 requests/s of this load at the A10's own speed.
-    carries = 17.0 * pipelines / slowdown
+    carries = CARRIED_BY_A_PIPELINE * pipelines / slowdown
     return Setting(
         name=name,
         recipe=recipe,
@@ -122,6 +125,7 @@ SETTINGS = {
     )
 }
 
+ASKED_RATE = "rps"
 NO_FAULT = "none"
 FAULTS = (NO_FAULT, "one-first", "one-middle", "one-last", "two")
 TWO_APART_SECONDS = 5.0
@@ -137,12 +141,18 @@ def strikes(cell: Cell) -> list[Strike]:
     return [Strike(0, stages[cell.fault.removeprefix("one-")])]
 
 
+def rate_of(cell: Cell) -> float:
+    """Requests per second; a rate that is no word of `RATES` was asked for as a number, such as 2.5rps."""
+    known = SETTINGS[cell.setting].rates
+    return known[cell.rate] if cell.rate in known else float(cell.rate.removesuffix(ASKED_RATE))
+
+
 def workload(cell: Cell, trace: str | None = None, arrivals: str | None = None) -> Workload:
     """The load of a cell; the same for every system and fault, so that outputs can be compared."""
     setting = SETTINGS[cell.setting]
     seconds = setting.before_seconds + setting.after_seconds
     load = Workload(
-        setting.rates[cell.rate], seconds, setting.length_scale, seed=cell.seed,
+        rate_of(cell), seconds, setting.length_scale, seed=cell.seed,
         longest_prompt=setting.recipe.max_model_len // 2,
     )  # fmt: skip
     changes = {name: value for name, value in (("trace", trace), ("arrivals", arrivals)) if value is not None}
