@@ -11,6 +11,7 @@ from kevlarflow.bench import machine
 from kevlarflow.bench.contestants import REMEDY_NOTE
 from kevlarflow.bench.evaluation import figures, suite
 from kevlarflow.bench.evaluation.cells import NO_FAULT, RATES, SETTINGS, SYSTEMS, Cell
+from kevlarflow.bench.evaluation.claims import claims
 from kevlarflow.bench.evaluation.comparison import (
     AFTER_SECONDS,
     PAPER,
@@ -44,6 +45,8 @@ def _lines(results: Sequence[CellResult], found: Sequence[Row], drawn: Sequence[
     yield from _how(results)
     yield from ("", "## Against the paper", "")
     yield from _ratio_lines(found)
+    yield from ("", "## Claims", "")
+    yield from _claim_lines(found)
     yield from ("", "## Cost when nothing fails", "")
     yield from _overhead_lines(found)
     yield from ("", "## All cells", "")
@@ -90,6 +93,12 @@ def _ratio_lines(found: Sequence[Row]) -> Iterator[str]:
         yield f"| {each.cell.name}{_mark(each.cell)} | {values} | {each.lost} | {each.lost_by_us} |"
     if any(is_emulated(row.cell) for row in found):
         yield from ("", "(e) device time is emulated.")
+
+
+def _claim_lines(found: Sequence[Row]) -> Iterator[str]:
+    words = {True: "yes", False: "**no**", None: "no cell says"}
+    yield from _table("claim", "found", "holds")
+    yield from (f"| {each.text} | {each.found} | {words[each.holds]} |" for each in claims(found))
 
 
 def _windows(found: Sequence[Row]) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from kevlarflow.bench.evaluation import comparison, document, suite
 from kevlarflow.bench.evaluation.cells import Cell
+from kevlarflow.bench.evaluation.claims import claims
 from kevlarflow.bench.evaluation.outcome import CellResult, LifeRecord, RequestRecord, StrikeRecord
 from kevlarflow.errors import UsageError
 
@@ -64,6 +65,24 @@ def test_wrong_output_is_found_by_the_calm_run(folder):
     suite.save(folder, bad)
     row = next(r for r in comparison.rows(suite.load_all(folder)) if r.cell == bad.cell)
     assert row.wrong == 160
+
+
+def test_claims_hold_or_not(folder):
+    found = {each.text: each.holds for each in claims(comparison.rows(suite.load_all(folder)))}
+    assert found["MTTR at least 100x lower than stock's"] is True
+    assert found["no request lost or wrong"] is True
+    assert found["the paper's 378.9x in average TTFT is reached somewhere"] is False
+    assert found["goodput after a loss at least 0.50"] is True
+    suite.save(folder, result("kevlarflow", 0.9, 0.2, 2.0, defect="gone"))
+    found = {each.text: each.holds for each in claims(comparison.rows(suite.load_all(folder)))}
+    assert found["MTTR at least 100x lower than stock's"] is False
+    assert found["no request lost or wrong"] is False
+
+
+def test_a_claim_without_cells_is_left_open(tmp_path):
+    suite.save(tmp_path, result("stock", 60.0, 2.0, 6.0))
+    holds = {each.holds for each in claims(comparison.rows(suite.load_all(tmp_path)))}
+    assert holds == {None}
 
 
 def test_the_report_names_void_cells_and_says_what_is_emulated(folder):
