@@ -42,11 +42,13 @@ class HostKvBlocks:
         for address, offset, size in self._runs:
             ctypes.memmove(target + offset, address + block * size, size)
 
-    def write(self, block: int, data: memoryview) -> None:
-        """Put a copied block in place."""
-        source = self._checked(block, data)
-        for address, offset, size in self._runs:
-            ctypes.memmove(address + block * size, source + offset, size)
+    def write(self, copies: Sequence[tuple[int, memoryview]]) -> None:
+        """Put copied blocks in place. All are looked at first: in between, the copying would lose its pace."""
+        sources = sorted((block, self._checked(block, data)) for block, data in copies)
+        move = ctypes.memmove
+        for block, source in sources:
+            for address, offset, size in self._runs:
+                move(address + block * size, source + offset, size)
 
     def _checked(self, block: int, data: memoryview) -> int:
         """The address of `data`, once it is sure that nothing beyond it or beyond the layers is touched."""

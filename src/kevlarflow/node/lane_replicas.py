@@ -101,26 +101,18 @@ class LaneReplicas:
         """Write the replicas of `now` into the lane and keep those of `later`; returns what is not here."""
         store = self._replicator.store
         store.pin(lane.pipeline)
+        found, missing = store.find(lane.pipeline, now)
+        self._write(lane, found)
+        lane.rest, missing_later = store.find(lane.pipeline, later)
+        return missing + missing_later
+
+    def _write(self, lane: Lane, copies: Sequence[tuple[Replica, memoryview]]) -> None:
         first_block = lane.slot * self._blocks_per_lane
-        missing = []
-        for replica in now:
-            data = store.get(lane.pipeline, replica)
-            if data is None:
-                missing.append(replica)
-            else:
-                self._kv.write(first_block + replica.block, data)
-        for replica in later:
-            data = store.get(lane.pipeline, replica)
-            if data is None:
-                missing.append(replica)
-            else:
-                lane.rest.append((replica, data))
-        return missing
+        self._kv.write([(first_block + replica.block, data) for replica, data in copies])
 
     def place_rest(self, lane: Lane) -> None:
         """Write what `place` kept; the store needs nothing of this lane any more."""
-        for replica, data in lane.rest:
-            self._kv.write(lane.slot * self._blocks_per_lane + replica.block, data)
+        self._write(lane, lane.rest)
         placed = [replica for replica, _ in lane.rest]
         lane.rest.clear()
         self.begin(lane, placed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -13,8 +14,8 @@ class KvBlocks(Protocol):
     def read(self, block: int, into: memoryview) -> None:
         """Copy a block into host memory of `block_bytes` bytes, which may be copied from it again."""
 
-    def write(self, block: int, data: memoryview) -> None:
-        """Put a copied block in place."""
+    def write(self, copies: Sequence[tuple[int, memoryview]]) -> None:
+        """Put copied blocks in place, each (block, its bytes)."""
 
     def populate(self, block: int) -> bool:
         """Make the first write to a block cheap, its content untouched; False where that cannot be done."""

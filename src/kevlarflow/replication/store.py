@@ -17,6 +17,7 @@ import collections
 import heapq
 import itertools
 import threading
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from kevlarflow.recovery.coverage import Replica
@@ -76,17 +77,23 @@ class StandbyStore:
                 self._forget_replaced()
             return dropped
 
-    def get(self, pipeline: PipelineId, replica: Replica) -> memoryview | None:
-        """The stored copy of this content, or None. It stays as it is only while the lane is pinned.
+    def find(
+        self, pipeline: PipelineId, replicas: Iterable[Replica]
+    ) -> tuple[list[tuple[Replica, memoryview]], list[Replica]]:
+        """The stored copies of these contents, which stay as they are while the lane is pinned, and what is not here.
 
         A later copy of the same generation will do: it holds the same tokens and further ones. Those who ask often
         know of an older copy only, since what was stored last is still on its way to them.
         """
+        found, missing = [], []
         with self._lock:
-            entry = self._entries.get((pipeline, replica.block))
-            if entry is None or entry.replica.generation != replica.generation:
-                return None
-            return self._bytes_at(entry.place) if entry.replica.filled >= replica.filled else None
+            for replica in replicas:
+                entry = self._entries.get((pipeline, replica.block))
+                if entry is not None and _serves(entry.replica, replica):
+                    found.append((replica, self._bytes_at(entry.place)))
+                else:
+                    missing.append(replica)
+        return found, missing
 
     def pin(self, pipeline: PipelineId) -> None:
         """Keep the lane's replicas where and what they are."""
@@ -142,3 +149,7 @@ class StandbyStore:
         for each in kept:
             heapq.heappush(self._order, each)
         return dropped
+
+
+def _serves(stored: Replica, wanted: Replica) -> bool:
+    return stored.generation == wanted.generation and stored.filled >= wanted.filled

@@ -22,7 +22,7 @@ def test_a_block_is_restored_exactly_and_nothing_else_changes(dtype):
     source, target = layers(dtype), [torch.zeros(6, 2, 4, 8, dtype=dtype) for _ in range(3)]
     blocks, other = HostKvBlocks(source), HostKvBlocks(target)
     assert blocks.block_bytes == 3 * 2 * 4 * 8 * source[0].element_size()
-    other.write(1, copied(blocks, 4))
+    other.write([(1, copied(blocks, 4))])
     for have, want in zip(target, source, strict=True):
         assert torch.equal(have[1], want[4])
         assert not have[0].any()
@@ -42,13 +42,23 @@ def test_what_was_read_does_not_follow_the_block():
 def test_a_block_that_does_not_exist_is_never_touched(block):
     blocks = HostKvBlocks(layers(torch.float32))
     with pytest.raises(ValueError, match="of 6"):
-        blocks.write(block, memoryview(bytes(blocks.block_bytes)))
+        blocks.write([(block, memoryview(bytes(blocks.block_bytes)))])
+
+
+def test_when_one_of_several_is_wrong_none_is_written():
+    source = layers(torch.float32)
+    blocks = HostKvBlocks(source)
+    data = copied(blocks, 4)
+    before = source[0].clone()
+    with pytest.raises(ValueError, match="of 6"):
+        blocks.write([(1, data), (6, data)])
+    assert torch.equal(source[0], before)
 
 
 def test_data_of_another_length_is_never_written():
     blocks = HostKvBlocks(layers(torch.float32))
     with pytest.raises(ValueError, match="bytes of"):
-        blocks.write(0, memoryview(bytes(blocks.block_bytes - 1)))
+        blocks.write([(0, memoryview(bytes(blocks.block_bytes - 1)))])
     with pytest.raises(ValueError, match="bytes of"):
         blocks.read(0, memoryview(bytearray(blocks.block_bytes + 1)))
 

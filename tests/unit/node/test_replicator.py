@@ -10,7 +10,7 @@ from kevlarflow.node.replicator import Replicator
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.replication.zmq_transfer import ZmqTransfer
 from kevlarflow.types import Member
-from unit.replication.parts import BOUNDS, Memory, header, standby_info
+from unit.replication.parts import BOUNDS, Memory, content, header, standby_info
 
 DEADLINE_SECONDS = 10.0
 
@@ -58,7 +58,7 @@ def test_a_full_block_reaches_the_standby_and_is_confirmed(pair):
     wait_for(lambda: source.replicator.outcomes)
     outcome = source.replicator.outcomes[0]
     assert (outcome.stored, outcome.standby) == (((3, 1, 4),), standby.member)
-    assert bytes(standby.replicator.store.get(0, replica)) == b"12345678"
+    assert (content(standby.replicator.store, 0, replica)) == b"12345678"
 
 
 def test_many_blocks_are_all_copied(pair):
@@ -69,7 +69,7 @@ def test_many_blocks_are_all_copied(pair):
     source.replicator.assign(lane, standby.info)
     wait_for(lambda: len(source.replicator.outcomes) == 50)
     for block in range(50):
-        assert bytes(standby.replicator.store.get(0, Replica(block, 1, 4))) == bytes([block]) * 8
+        assert (content(standby.replicator.store, 0, Replica(block, 1, 4))) == bytes([block]) * 8
 
 
 def test_a_standby_that_is_not_there_does_not_hold_anything_up(pair, tmp_path):
@@ -113,7 +113,7 @@ def test_a_peer_that_sends_nonsense_over_the_wire_is_refused_and_others_are_serv
     source.replicator.assign(lane, standby.info)
     source.write(lane, 3, 4, b"12345678")
     wait_for(lambda: source.replicator.outcomes)
-    assert standby.replicator.store.get(0, Replica(9, 1, 4)) is None
+    assert content(standby.replicator.store, 0, Replica(9, 1, 4)) is None
     peer.close()
 
 

@@ -21,8 +21,8 @@ class Memory:
     def read(self, block, into):
         into[:] = self.blocks.get(block, bytes(8))
 
-    def write(self, block, data):
-        self.blocks[block] = bytes(data)
+    def write(self, copies):
+        self.blocks.update((block, bytes(data)) for block, data in copies)
 
     def populate(self, block):
         return True
@@ -38,3 +38,9 @@ def header(payload=b"12345678", **changes):
         "length": len(payload), "checksum": zlib.crc32(payload),
     } | changes  # fmt: skip
     return replicas.encode(replicas.Store(**fields))
+
+
+def content(store, pipeline, replica):
+    """What a store has of exactly this content, or None."""
+    found, _ = store.find(pipeline, [replica])
+    return bytes(found[0][1]) if found else None

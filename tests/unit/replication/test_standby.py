@@ -12,7 +12,7 @@ from kevlarflow.replication.store import StandbyStore
 from kevlarflow.replication.transfer import Arrival
 from kevlarflow.types import Member
 from kevlarflow.wire import replicas
-from unit.replication.parts import BOUNDS, header
+from unit.replication.parts import BOUNDS, content, header
 
 DATA = b"12345678"
 
@@ -41,7 +41,7 @@ class Bench:
 def test_a_right_copy_is_stored_and_confirmed():
     bench = Bench()
     bench.send()
-    assert bench.store.get(0, Replica(1, 1, 4)) == DATA
+    assert content(bench.store, 0, Replica(1, 1, 4)) == DATA
     assert bench.answers.sent == [(b"a", replicas.Outcome(0, Member("b", 1), ((1, 1, 4),), (), 8, 800))]
 
 
@@ -69,16 +69,16 @@ WRONG = {
 def test_a_wrong_copy_is_dropped_counted_and_its_channel_closed(wrong):
     bench = Bench()
     bench.send(b"good")
-    before = bytes(bench.store.get(0, Replica(1, 1, 4)))
+    before = content(bench.store, 0, Replica(1, 1, 4))
     bench.send(b"bad", **wrong)
     peer, closed = bench.answers.sent[-1]
     assert (peer, type(closed), bench.standby.refused) == (b"bad", replicas.Closed, 1)
 
     bench.send(b"bad", block=2)
-    assert bench.store.get(0, Replica(2, 1, 4)) is None, "a closed channel is not heard again"
+    assert content(bench.store, 0, Replica(2, 1, 4)) is None, "a closed channel is not heard again"
     bench.send(b"good", block=3)
-    assert bench.store.get(0, Replica(3, 1, 4)) == DATA, "others are"
-    assert bytes(bench.store.get(0, Replica(1, 1, 4))) == before
+    assert content(bench.store, 0, Replica(3, 1, 4)) == DATA, "others are"
+    assert (content(bench.store, 0, Replica(1, 1, 4))) == before
     assert bench.store.used_bytes == 16
     assert bench.standby.refused == 1
 
@@ -87,7 +87,7 @@ def test_a_damaged_copy_never_replaces_the_one_that_is_there():
     bench = Bench()
     bench.send()
     bench.send(b"bad", payload=b"damaged!", checksum=1, generation=2)
-    assert bench.store.get(0, Replica(1, 1, 4)) == DATA
+    assert content(bench.store, 0, Replica(1, 1, 4)) == DATA
 
 
 def test_a_full_standby_says_what_it_dropped_to_whoever_sent_it():
@@ -119,4 +119,4 @@ def test_a_full_disk_for_logs_costs_the_line_and_nothing_else():
             handler.close()
     assert len(lost) == 1, "the disk was to be full"
     assert bench.standby.refused == 1
-    assert bench.store.get(0, Replica(1, 1, 4)) == DATA
+    assert content(bench.store, 0, Replica(1, 1, 4)) == DATA
