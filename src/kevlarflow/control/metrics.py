@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 
 from kevlarflow.recovery.cluster import Cluster
+from kevlarflow.recovery.status import replication_rows
 from kevlarflow.types import NodeState, PipelineState
 
 BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -36,6 +37,16 @@ class Metrics:
         self._epoch = Gauge(
             "kevlarflow_pipeline_epoch", "Newest epoch of a pipeline.", ["pipeline"], registry=self._registry
         )
+        lane = ["pipeline", "stage"]
+        self._replication = {
+            "lag_tokens": Gauge(
+                "kevlarflow_replication_lag_tokens", "Live tokens not on the standby.", lane, registry=self._registry
+            ),
+            "bytes": Gauge("kevlarflow_replication_standby_bytes", "A lane's replicas.", lane, registry=self._registry),
+            "coverage": Gauge(
+                "kevlarflow_replication_coverage_ratio", "Live KV on the standby.", lane, registry=self._registry
+            ),
+        }
         self._dropped = Gauge(
             "kevlarflow_control_dropped_messages",
             "Control messages that could not be decoded or delivered.",
@@ -72,6 +83,9 @@ class Metrics:
             self._pipelines.labels(state).set(sum(each.state is state for each in cluster.pipelines))
         for pipeline in cluster.pipelines:
             self._epoch.labels(str(pipeline.id)).set(pipeline.epoch)
+        for row in replication_rows(cluster):
+            for name, gauge in self._replication.items():
+                gauge.labels(str(row["pipeline"]), str(row["stage"])).set(row[name])
         self._dropped.set(dropped)
         self._journal_lost.set(journal_lost)
         return generate_latest(self._registry)

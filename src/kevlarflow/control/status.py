@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 A = TypeVar("A")
 
 PHASES = ("detect", "plan", "relink", "restore", "recompute", "reissue", "total")
+MIB = 2**20
 RECOVERIES_SHOWN = 10
 COLOURS = {
     "serving": "green", "ready": "green", "done": "green", "starting": "yellow", "recovering": "yellow",
@@ -74,6 +75,8 @@ def render(document: dict[str, Any]) -> RenderableType:
 
     title = Text.assemble((document["model"], "bold"), f"  main process {document['main_pid']}")
     parts: list[RenderableType] = [title, _pipelines(document), _nodes(document)]
+    if document["replication"]:
+        parts.append(_replication(document))
     if document["recoveries"]:
         parts.append(_recoveries(document))
     return Group(*parts)
@@ -126,6 +129,28 @@ def _nodes(document: dict[str, Any]) -> RenderableType:
             str(node["stage"]),
             _coloured(node["state"]),
             ", ".join(map(str, node["lanes"])),
+        )
+    return table
+
+
+def _replication(document: dict[str, Any]) -> RenderableType:
+    """A row for each lane: how much of its live KV is on its standby."""
+    from rich.table import Table
+
+    table = Table(title="replication", title_justify="left")
+    for header in ("pipeline", "stage", "standby", "coverage", "lag, tokens", "MiB", "of MiB", "dropped", "refused"):
+        table.add_column(header, no_wrap=True)
+    for lane in document["replication"]:
+        table.add_row(
+            str(lane["pipeline"]),
+            str(lane["stage"]),
+            lane["standby"] or "[yellow]none[/]",
+            f"{lane['coverage']:.0%}",
+            str(lane["lag_tokens"]),
+            f"{lane['bytes'] / MIB:.1f}",
+            f"{lane['limit_bytes'] / MIB:.1f}",
+            str(lane["dropped"]),
+            str(lane["refused"]),
         )
     return table
 

@@ -18,7 +18,7 @@ def status_document(cluster: Cluster, main_pid: int) -> dict[str, Any]:
         "pipelines": [_pipeline(each) for each in cluster.pipelines],
         "engines": [_engine(each) for each in cluster.pipelines],
         "nodes": [_node(cluster, slot) for slot in cluster.slots.values()],
-        "replication": [row for pipeline in cluster.pipelines for row in _replication(pipeline)],
+        "replication": replication_rows(cluster),
         "recoveries": [_recovery(each) for each in cluster.recoveries],
     }
 
@@ -44,6 +44,11 @@ def _engine(pipeline: Pipeline) -> dict[str, Any]:
         "waiting": report.waiting if report else 0,
         "kv_blocks": engine.kv_blocks,
     }
+
+
+def replication_rows(cluster: Cluster) -> list[dict[str, Any]]:
+    """A row for each lane that is replicated, or could be."""
+    return [row for pipeline in cluster.pipelines for row in _replication(pipeline)]
 
 
 def _replication(pipeline: Pipeline) -> list[dict[str, Any]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 from rich.console import Console
 
+from kevlarflow.control.metrics import Metrics
 from kevlarflow.control.status import render
 from kevlarflow.recovery import events
 from kevlarflow.recovery.status import status_document
-from kevlarflow.types import PipelineId
+from kevlarflow.types import LaneCoverage, Member, NodeId, PipelineId, Stage
 from toy_world import ToyWorld, make_config
 
 
@@ -25,3 +27,24 @@ def test_the_tables_show_who_borrows_whom():
     assert "node-1-1 (borrowed)" in text
     assert "crash" in text
     assert "none  main process 5" in text
+
+
+def test_the_replication_of_each_lane_is_shown_and_measured():
+    world = ToyWorld(make_config())
+    world.do(events.ClusterBegun())
+    world.heal()
+    engine = world.cluster.pipelines[0].engine
+    lanes = (
+        LaneCoverage(Stage(0), Member(NodeId("node-1-0"), 1), 400, 300, 3 << 20, 8 << 20, dropped=7),
+        LaneCoverage(Stage(1), None, 0, 0),
+    )
+    engine.report = msgspec.structs.replace(engine.report, replication=lanes)
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render(status_document(world.cluster, main_pid=5)))
+    (row,) = [line for line in console.export_text().splitlines() if "node-1-0" in line and "75%" in line]
+    for shown in ("100", "3.0", "8.0", "7"):
+        assert shown in row
+    page = Metrics().render(world.cluster, dropped=0, journal_lost=0).decode()
+    assert 'kevlarflow_replication_coverage_ratio{pipeline="0",stage="0"} 0.75' in page
+    assert 'kevlarflow_replication_lag_tokens{pipeline="0",stage="0"} 100.0' in page
+    assert 'kevlarflow_replication_standby_bytes{pipeline="0",stage="0"} 3.145728e+06' in page
