@@ -67,6 +67,8 @@ class Recipe(msgspec.Struct, frozen=True):
     """Of one pipeline on one node."""
     extra: tuple[str, ...] = ()
     """Further flags of ``vllm serve``."""
+    ours: tuple[str, ...] = ()
+    """Further flags that only KevlarFlow gets."""
 
     @property
     def served_name(self) -> str:
@@ -109,7 +111,7 @@ def kevlarflow(
 
     def command(port: int) -> list[str]:
         serve = [sys.executable, "-m", "kevlarflow.cli.main", "serve", *model]
-        return [*serve, "--host", HOST, "--port", str(port), *recipe.flags(), *own_flags]
+        return [*serve, "--host", HOST, "--port", str(port), *recipe.flags(), *recipe.ours, *own_flags]
 
     return ServerProcess(KEVLARFLOW, recipe.served_name, command, environment, folder / "kevlarflow.log")
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from kevlarflow.bench.contestants import NAMES
 from kevlarflow.bench.streams import Stream
-from kevlarflow.bench.systems import System
+from kevlarflow.bench.systems import System, SystemFailed
+
+POLL_SECONDS = 0.02
+Answer = TypeVar("Answer")
 
 Say = Callable[[str], None]
 """Tells the person who waits what is going on."""
@@ -40,3 +46,13 @@ def running(system: System, leftovers: list[str]) -> Iterator[float]:
         yield system.wait_ready()
     finally:
         leftovers += system.stop()
+
+
+async def until(what: str, ask: Callable[[], Answer | None], timeout_seconds: float) -> Answer:
+    """Ask until the answer is true, and return it. Raises `SystemFailed` when that takes too long."""
+    deadline = time.monotonic() + timeout_seconds
+    while not (answer := ask()):
+        if time.monotonic() > deadline:
+            raise SystemFailed(f"after {timeout_seconds:.0f} s still not: {what}")
+        await asyncio.sleep(POLL_SECONDS)
+    return answer

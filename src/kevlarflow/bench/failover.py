@@ -10,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from kevlarflow.bench.contestants import KEVLARFLOW, Recipe, make, own_caches
-from kevlarflow.bench.experiment import Say, Void, require_whole, running
+from kevlarflow.bench.experiment import Say, Void, require_whole, running, until
 from kevlarflow.bench.load import closed_loop
 from kevlarflow.bench.machine import CpuMeter, wait_quiet
 from kevlarflow.bench.measure import Pause, pause_after
@@ -29,7 +28,6 @@ from kevlarflow.bench.watch import Watcher, is_settled, recovery_after
 from kevlarflow.config import run_folder_of
 from kevlarflow.faults import FaultDidNotHappen, KillServing, strike, verify
 
-POLL_SECONDS = 0.02
 SETTLE_TIMEOUT_SECONDS = 180.0
 RECOVERY_TIMEOUT_SECONDS = 60.0
 WARM_UP_TOKENS = 16
@@ -37,8 +35,6 @@ EARLIEST_TOKEN = 8
 """The kill waits until each stream has so many tokens."""
 LONGEST_WAIT_SECONDS = 2.0
 """And then for a while that differs each time, at most this."""
-
-Answer = TypeVar("Answer")
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -105,7 +101,7 @@ async def _kill(plan: Plan, kill: Kill, system: System, watcher: Watcher, wait_s
     def under_way() -> bool:
         return load.done() or (len(tokens) == plan.streams and min(tokens.values()) >= EARLIEST_TOKEN)
 
-    await _until("every stream to have begun", under_way, RECOVERY_TIMEOUT_SECONDS)
+    await until("every stream to have begun", under_way, RECOVERY_TIMEOUT_SECONDS)
     await asyncio.sleep(wait_seconds)
     if load.done():
         raise Void("the streams had ended before the kill: give them more tokens")
@@ -136,7 +132,7 @@ async def _measure_recovery(kill: Kill, watcher: Watcher, unix_time: float) -> N
     def ended() -> dict[str, Any] | None:
         return recovery_after(watcher.latest or {"recoveries": []}, unix_time, kill.pipeline, kill.stage)
 
-    record = await _until("a record of the recovery", ended, RECOVERY_TIMEOUT_SECONDS)
+    record = await until("a record of the recovery", ended, RECOVERY_TIMEOUT_SECONDS)
     if record["state"] != "done":
         raise Void(f"the recovery is recorded as {record['state']}")
     kill.phases = record["seconds"]
@@ -148,16 +144,7 @@ async def _until_settled(watcher: Watcher) -> None:
     def settled() -> bool:
         return watcher.latest is not None and is_settled(watcher.latest)
 
-    await _until("every lane at home", settled, SETTLE_TIMEOUT_SECONDS)
-
-
-async def _until(what: str, ask: Callable[[], Answer | None], timeout_seconds: float) -> Answer:
-    deadline = time.monotonic() + timeout_seconds
-    while not (answer := ask()):
-        if time.monotonic() > deadline:
-            raise SystemFailed(f"{KEVLARFLOW}: after {timeout_seconds:.0f} s still not: {what}")
-        await asyncio.sleep(POLL_SECONDS)
-    return answer
+    await until("every lane at home", settled, SETTLE_TIMEOUT_SECONDS)
 
 
 def _told(plan: Plan, kill: Kill) -> str:

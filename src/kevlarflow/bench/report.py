@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from kevlarflow.bench.contestants import KEVLARFLOW, STOCK
+from kevlarflow.bench.grid import NOTHING, Grid, milliseconds
 from kevlarflow.bench.measure import Pause, percentile, ratios, spread
+from kevlarflow.bench.replication_report import cost_grid, draw_resume, memory_grid, resume_grid, transfer_grid
 from kevlarflow.bench.results import Failover, Kill, Report, Startup, Throughput
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+EXPERIMENTS = ("throughput", "startup", "failover", "resume", "replication_cost", "standby_memory", "transfer")
+"""Parts of a report, in the order in which they are shown."""
 PHASES = ("detect", "plan", "relink", "restore", "recompute", "reissue", "total")
-NOTHING = "-"
 MEASURES = (
     ("throughput", "tokens_per_second", 1.0, "{:.1f} tokens/s"),
     ("TTFT p50", "ttft_p50", 1e3, "{:.0f} ms"),
@@ -29,15 +32,6 @@ MEASURES = (
     ("TPOT p50", "tpot_p50", 1e3, "{:.1f} ms"),
     ("TPOT p99", "tpot_p99", 1e3, "{:.1f} ms"),
 )
-
-
-class Grid(msgspec.Struct, frozen=True):
-    """A table."""
-
-    title: str
-    headers: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    remarks: list[str] = msgspec.field(default_factory=list)
 
 
 def grids(report: Report) -> Iterator[Grid]:
@@ -51,6 +45,14 @@ def grids(report: Report) -> Iterator[Grid]:
         yield pauses_grid(report.failover)
         yield phases_grid(report.failover)
         yield kills_grid(report.failover)
+    if report.resume is not None:
+        yield resume_grid(report.resume)
+    if report.replication_cost is not None:
+        yield cost_grid(report.replication_cost)
+    if report.standby_memory is not None:
+        yield memory_grid(report.standby_memory)
+    if report.transfer is not None:
+        yield transfer_grid(report.transfer)
 
 
 def void(report: Report) -> list[str]:
@@ -60,6 +62,9 @@ def void(report: Report) -> list[str]:
         *(report.startup.starts if report.startup else ()),
         *(report.failover.kills if report.failover else ()),
         *([report.failover] if report.failover else ()),
+        *(report.resume.points if report.resume else ()),
+        *(report.replication_cost.loads if report.replication_cost else ()),
+        *(each for each in (report.resume, report.replication_cost, report.standby_memory, report.transfer) if each),
     ]
     return [part.void for part in parts if part.void is not None]
 
@@ -186,8 +191,8 @@ def _pause_cells(affected: Sequence[Pause], others: Sequence[Pause]) -> Iterator
     resumed = [pause.resumed_seconds for pause in affected]
     following = [pause.next_token_seconds for pause in affected]
     for values in (resumed, following, [pause.gap_seconds for pause in others]):
-        yield _milliseconds(percentile(values, 0.5)) if values else NOTHING
-        yield _milliseconds(max(values)) if values else NOTHING
+        yield milliseconds(percentile(values, 0.5)) if values else NOTHING
+        yield milliseconds(max(values)) if values else NOTHING
 
 
 def phases_grid(result: Failover) -> Grid:
@@ -197,7 +202,7 @@ def phases_grid(result: Failover) -> Grid:
     for phase in PHASES:
         values = [kill.phases[phase] for kill in kills]
         if values:
-            rows.append((phase, _milliseconds(percentile(values, 0.5)), _milliseconds(max(values))))
+            rows.append((phase, milliseconds(percentile(values, 0.5)), milliseconds(max(values))))
     remarks = ["detect counts from the last proof of life."]
     return Grid("Phases of the recovery, as in kevlarflow status", ("phase", "p50", "worst"), rows, remarks)
 
@@ -224,16 +229,12 @@ def _kill_row(kill: Kill) -> tuple[str, ...]:
         kill.node,
         kill.taken_over_by,
         str(len(kill.affected)),
-        _milliseconds(max(pause.resumed_seconds for pause in kill.affected)),
-        _milliseconds(kill.phases["total"]),
-        _milliseconds(kill.phases["recompute"]),
+        milliseconds(max(pause.resumed_seconds for pause in kill.affected)),
+        milliseconds(kill.phases["total"]),
+        milliseconds(kill.phases["recompute"]),
         f"{kill.recomputed_tokens:,}",
         NOTHING if kill.rejoin_seconds is None else f"{kill.rejoin_seconds:.1f} s",
     )
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:,.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.1f} ms"
 
 
 # ---- where it is shown
@@ -280,11 +281,13 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def save(report: Report, folder: Path) -> list[Path]:
-    """Write JSON and Markdown; return their paths."""
+    """Write JSON, Markdown and, where there is one, a picture; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     moment = datetime.datetime.fromisoformat(report.begun).strftime("%Y%m%d-%H%M%S")
-    stem = "-".join([moment, *(name for name in ("throughput", "startup", "failover") if getattr(report, name))])
-    data, text = folder / f"{stem}.json", folder / f"{stem}.md"
+    stem = "-".join([moment, *(name.replace("_", "-") for name in EXPERIMENTS if getattr(report, name))])
+    data, text, picture = (folder / f"{stem}.{kind}" for kind in ("json", "md", "png"))
     data.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-    text.write_text(markdown(report), encoding="utf-8")
-    return [data, text]
+    is_drawn = report.resume is not None and draw_resume(report.resume, picture)
+    shown = f"\n![Recovery time against context length]({picture.name})\n" if is_drawn else ""
+    text.write_text(markdown(report) + shown, encoding="utf-8")
+    return [data, text, *[picture] * is_drawn]

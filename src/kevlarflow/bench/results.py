@@ -10,6 +10,7 @@ import msgspec
 from kevlarflow.bench.contestants import Recipe
 from kevlarflow.bench.machine import Machine
 from kevlarflow.bench.measure import LoadSummary, Pause
+from kevlarflow.bench.replication_results import ReplicationCost, Resume, StandbyMemory, Transfers
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -100,3 +101,7 @@ class Report(msgspec.Struct):
     throughput: Throughput | None = None
     startup: Startup | None = None
     failover: Failover | None = None
+    resume: Resume | None = None
+    replication_cost: ReplicationCost | None = None
+    standby_memory: StandbyMemory | None = None
+    transfer: Transfers | None = None

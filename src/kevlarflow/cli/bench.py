@@ -16,21 +16,34 @@ from kevlarflow.cli import bench_suite
 from kevlarflow.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kevlarflow.bench.experiment import Say
     from kevlarflow.bench.results import Report
 
-EXPERIMENTS = ("throughput", "startup", "failover")
+    Experiment = Callable[[argparse.Namespace, Report, Path, Say], None]
+
+REPLICATION = ("resume", "replication-cost", "standby-memory", "transfer")
+EXPERIMENTS = ("throughput", "startup", "failover", *REPLICATION)
+WITHOUT_STOCK = {"failover", "resume", "replication-cost", "transfer"}
 DEFAULT_OUTPUT = Path("docs/benchmarks")
 FILE_WIDTH = 120
 """Characters of a line where there is no terminal."""
 DESCRIPTION = """\
 Measure KevlarFlow against stock vLLM, in turns, with the same flags, model and environment:
 
-  throughput   no failure: tokens/s, TTFT and TPOT at 1, 4 and 16 streams
-  startup      from the command to the first 200 of /health, with cold and with warm compile caches
-  failover     from SIGKILL of a node to the next token of every affected stream (KevlarFlow only)
+  throughput        no failure: tokens/s, TTFT and TPOT at 1, 4 and 16 streams
+  startup           from the command to the first 200 of /health, with cold and with warm compile caches
+  failover          from SIGKILL of a node to the next token of every affected stream (KevlarFlow only)
 
-Without a name all three run. Tables go to the terminal; JSON and Markdown to --output.
+  resume            recovery time against the length of contexts, with and without replication
+  replication-cost  throughput and TPOT with and without replication, while nothing fails
+  standby-memory    memory of standbys and nodes over some minutes; KV blocks against stock's
+  transfer          ways to move a copy of a KV block to another process
+  replication       the four above
+
+Without a name all run; --resume REPORT.json goes on with a report and measures only what it lacks.
+Tables go to the terminal; JSON and Markdown to --output.
 
 The evaluation under failures, against stock vLLM behind a router, is a command of its own:
 
@@ -50,7 +63,7 @@ def run(arguments: list[str]) -> int:
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = FILE_WIDTH
-    report = _empty_report(arguments, options)
+    report = _earlier_report(options) or _empty_report(arguments, options)
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
     previous = signal.signal(signal.SIGTERM, _interrupt)
@@ -99,13 +112,25 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         metavar="SECONDS",
         help="how long to wait, each time, until other processes leave the machine alone (%(default)s)",
     )
+    _add_replication_flags(parser)
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder of the reports (%(default)s)")
     options = parser.parse_args(arguments)
     for name in options.experiments:
-        if name not in EXPERIMENTS:
-            raise UsageError(f"there is no experiment {name!r}: use {', '.join(EXPERIMENTS)}")
+        if name not in (*EXPERIMENTS, "replication"):
+            raise UsageError(f"there is no experiment {name!r}: use {', '.join(EXPERIMENTS)} or replication")
+    if "replication" in options.experiments:
+        options.experiments += REPLICATION
     options.experiments = options.experiments or list(EXPERIMENTS)
     return options
+
+
+def _add_replication_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--contexts", type=_counts, default=(256, 1024, 2048, 4096, 7500), help="of resume, in tokens")
+    parser.add_argument("--resume-streams", type=_count, default=8, help="streams of resume (%(default)s)")
+    parser.add_argument("--replication", choices=("on", "off", "both"), default="both", help="of resume (%(default)s)")
+    parser.add_argument("--cost-rounds", type=_count, default=6, help="rounds of replication-cost (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of standby-memory (%(default)s)")
+    parser.add_argument("--resume", type=Path, metavar="REPORT", help="a JSON report to go on with")
 
 
 def _count(text: str) -> int:
@@ -130,6 +155,20 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _earlier_report(options: argparse.Namespace) -> Report | None:
+    """The report that `--resume` names."""
+    import msgspec
+
+    from kevlarflow.bench.results import Report
+
+    if options.resume is None:
+        return None
+    try:
+        return msgspec.json.decode(options.resume.read_bytes(), type=Report)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UsageError(f"--resume {options.resume} is no report of kevlarflow bench: {error}") from error
+
+
 def _empty_report(arguments: list[str], options: argparse.Namespace) -> Report:
     from kevlarflow.bench import contestants, machine
     from kevlarflow.bench.results import Report
@@ -143,7 +182,7 @@ def _empty_report(arguments: list[str], options: argparse.Namespace) -> Report:
         max_model_len=options.max_model_len,
         kv_cache_memory_bytes=options.kv_cache_memory_bytes,
     )
-    needs_remedy = recipe.eager and recipe.stages > 1 and set(options.experiments) != {"failover"}
+    needs_remedy = recipe.eager and recipe.stages > 1 and not set(options.experiments) <= WITHOUT_STOCK
     return Report(
         command=shlex.join(["kevlarflow", "bench", *arguments]),
         begun=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -155,24 +194,91 @@ def _empty_report(arguments: list[str], options: argparse.Namespace) -> Report:
 
 def _measure(options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
     """Run the experiments that were asked for; each puts its result into the report as soon as there is one."""
-    from kevlarflow.bench import failover, results, startup, throughput
+    experiments: dict[str, Experiment] = {
+        "throughput": _throughput,
+        "startup": _startup,
+        "failover": _failover,
+        "resume": _resume,
+        "replication-cost": _replication_cost,
+        "standby-memory": _standby_memory,
+        "transfer": _transfer,
+    }
+    for name, experiment in experiments.items():
+        if name in options.experiments:
+            experiment(options, report, folder, say)
 
-    recipe = report.recipe
-    if "throughput" in options.experiments:
-        size = {"rounds": 1, "streams": (1, 4), "tokens": 32} if options.quick else {}
-        asked = {"rounds": options.rounds, "streams": options.streams, "tokens": options.tokens} | size
-        throughput_plan = throughput.Plan(recipe, seed=options.seed, patience_seconds=options.patience, **asked)
-        report.throughput = results.Throughput()
-        throughput.run(throughput_plan, report.throughput, folder, say)
-    if "startup" in options.experiments:
-        rounds = 1 if options.quick else options.startup_rounds
-        startup_plan = startup.Plan(recipe, rounds=rounds, patience_seconds=options.patience)
-        report.startup = results.Startup()
-        startup.run(startup_plan, report.startup, folder, say)
-    if "failover" in options.experiments:
-        kills, streams = (2, 8) if options.quick else (options.kills, options.kill_streams)
-        failover_plan = failover.Plan(
-            recipe, kills=kills, streams=streams, seed=options.seed, patience_seconds=options.patience
-        )
-        report.failover = results.Failover(streams)
-        failover.run(failover_plan, report.failover, folder, say)
+
+def _throughput(options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
+    from kevlarflow.bench import results, throughput
+
+    size = {"rounds": 1, "streams": (1, 4), "tokens": 32} if options.quick else {}
+    asked = {"rounds": options.rounds, "streams": options.streams, "tokens": options.tokens} | size
+    plan = throughput.Plan(report.recipe, seed=options.seed, patience_seconds=options.patience, **asked)
+    report.throughput = results.Throughput()
+    throughput.run(plan, report.throughput, folder, say)
+
+
+def _startup(options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
+    from kevlarflow.bench import results, startup
+
+    rounds = 1 if options.quick else options.startup_rounds
+    report.startup = results.Startup()
+    plan = startup.Plan(report.recipe, rounds=rounds, patience_seconds=options.patience)
+    startup.run(plan, report.startup, folder, say)
+
+
+def _failover(options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
+    from kevlarflow.bench import failover, results
+
+    kills, streams = (2, 8) if options.quick else (options.kills, options.kill_streams)
+    plan = failover.Plan(
+        report.recipe, kills=kills, streams=streams, seed=options.seed, patience_seconds=options.patience
+    )
+    report.failover = results.Failover(streams)
+    failover.run(plan, report.failover, folder, say)
+
+
+def _resume(options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
+    import msgspec
+
+    from kevlarflow.bench import resume
+    from kevlarflow.bench.replication_results import Resume
+
+    contexts, streams = ((256, 1024), 4) if options.quick else (options.contexts, options.resume_streams)
+    longest = max(report.recipe.max_model_len, max(contexts) + resume.MOST_TOKENS)
+    recipe = msgspec.structs.replace(report.recipe, max_model_len=min(longest, resume.LONGEST_CONTEXT))
+    replicated = {"on": (True,), "off": (False,), "both": (True, False)}[options.replication]
+    report.resume = report.resume or Resume(recipe.stages)
+    report.resume.void = None
+    plan = resume.Plan(recipe, contexts, replicated, streams, options.seed)
+    resume.run(plan, report.resume, folder, say)
+
+
+def _replication_cost(options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
+    from kevlarflow.bench import replication_cost
+    from kevlarflow.bench.replication_results import ReplicationCost
+
+    size = {"rounds": 1, "requests_each": 1, "tokens": 32} if options.quick else {"rounds": options.cost_rounds}
+    plan = replication_cost.Plan(report.recipe, seed=options.seed, patience_seconds=options.patience, **size)
+    report.replication_cost = report.replication_cost or ReplicationCost()
+    report.replication_cost.void = None
+    replication_cost.run(plan, report.replication_cost, folder, say)
+
+
+def _standby_memory(options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
+    from kevlarflow.bench import standby_memory
+    from kevlarflow.bench.replication_results import StandbyMemory
+
+    minutes = 0.5 if options.quick else options.minutes
+    report.standby_memory = report.standby_memory or StandbyMemory(minutes)
+    report.standby_memory.void = None
+    plan = standby_memory.Plan(report.recipe, minutes, seed=options.seed)
+    standby_memory.run(plan, report.standby_memory, folder, say)
+
+
+def _transfer(options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
+    from kevlarflow.bench import transfers
+    from kevlarflow.bench.replication_results import Transfers
+
+    report.transfer = Transfers()
+    transfers.run(transfers.Plan(copies=50 if options.quick else 200), report.transfer, folder, say)

@@ -27,7 +27,22 @@ def test_a_senseless_number_is_refused(words: list[str], capsys: pytest.CaptureF
 def test_sizes_may_have_a_unit():
     options = bench._parse(["--kv-cache-memory-bytes", "2G", "--streams", "2,8"])
     assert (options.kv_cache_memory_bytes, options.streams) == (2 * 2**30, (2, 8))
-    assert options.experiments == ["throughput", "startup", "failover"]
+    assert options.experiments == list(bench.EXPERIMENTS)
+
+
+def test_replication_stands_for_its_four_experiments():
+    assert set(bench._parse(["replication"]).experiments) >= set(bench.REPLICATION)
+
+
+@pytest.mark.parametrize("content", [None, "{}", "no JSON"])
+def test_a_report_that_is_none_cannot_be_resumed(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "report.json"
+    if content is not None:
+        path.write_text(content)
+    assert main(["bench", "transfer", "--resume", str(path)]) == 2
+    assert "is no report of kevlarflow bench" in capsys.readouterr().err
 
 
 def test_a_system_that_cannot_start_is_said_so_and_fails_the_run(

@@ -1,0 +1,21 @@
+"""A table before it is known where it will be shown, and how numbers are written in one."""
+
+from __future__ import annotations
+
+import msgspec
+
+NOTHING = "-"
+
+
+class Grid(msgspec.Struct, frozen=True):
+    """A table."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    remarks: list[str] = msgspec.field(default_factory=list)
+
+
+def milliseconds(seconds: float) -> str:
+    """A duration, for people."""
+    return f"{seconds * 1e3:,.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.1f} ms"

@@ -1,0 +1,245 @@
+"""Tables and pictures of the experiments about replication, computed from their results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kevlarflow.bench.grid import NOTHING, Grid, milliseconds
+from kevlarflow.bench.measure import ratios, spread
+from kevlarflow.bench.replication_results import (
+    CostLoad,
+    ReplicationCost,
+    Resume,
+    Resumption,
+    StandbyMemory,
+    Transfers,
+)
+
+MIB = 2**20
+PHASES = ("relink", "restore", "recompute", "reissue", "total")
+MOST_COPIES = 1.5
+LEAST_THROUGHPUT = 0.98
+MOST_TPOT = 1.03
+MOST_COPIED = 1.1
+
+
+# ---- resume
+
+
+def resume_grid(result: Resume) -> Grid:
+    """Recovery time against the length of contexts, with and without replication."""
+    points = sorted(_valid(result), key=lambda each: (not each.replicated, each.context))
+    rows = [_resume_row(result, point) for point in points]
+    headers = (
+        "context", "replication", "live tokens", *PHASES, "recomputed", "restored", "plain copy", "extra / copy",
+        "a step before", "longest pause",
+    )  # fmt: skip
+    streams = result.points[0].streams if result.points else 0
+    return Grid(f"Recovery time against context length, {streams} streams", headers, rows, _resume_remarks(result))
+
+
+def _resume_row(result: Resume, point: Resumption) -> tuple[str, ...]:
+    return (
+        str(point.context),
+        "on" if point.replicated else "off",
+        f"{point.live_tokens:,}",
+        *(milliseconds(point.phases[phase]) for phase in PHASES),
+        f"{point.recomputed_tokens:,}",
+        f"{point.restored_bytes / MIB:.0f} MiB" if point.replicated else NOTHING,
+        milliseconds(point.copy_seconds) if point.replicated else NOTHING,
+        _times_a_copy(result, point),
+        milliseconds(point.step_seconds),
+        milliseconds(point.longest_pause),
+    )
+
+
+def _valid(result: Resume) -> list[Resumption]:
+    return [point for point in result.points if point.void is None]
+
+
+def extra_restore(result: Resume, point: Resumption) -> float | None:
+    """Seconds of putting copies in place above those of the shortest contexts, as multiples of a plain copy."""
+    base = min((each for each in _valid(result) if each.replicated), key=lambda each: each.context, default=None)
+    if base is None or not point.replicated or point is base or not point.copy_seconds:
+        return None
+    extra = point.phases["restore"] - base.phases["restore"]
+    return extra / max(point.copy_seconds - base.copy_seconds, 1e-9)
+
+
+def _times_a_copy(result: Resume, point: Resumption) -> str:
+    ratio = extra_restore(result, point)
+    return NOTHING if ratio is None else f"{ratio:.2f}"
+
+
+def _resume_remarks(result: Resume) -> list[str]:
+    remarks = [
+        f"{point.context} tokens, replication {'on' if point.replicated else 'off'}: void: {point.void}"
+        for point in result.points
+        if point.void is not None
+    ]
+    remarks += [f"not finished: {result.void}"] if result.void else []
+    on = [point for point in _valid(result) if point.replicated]
+    for point in on:
+        if point.recomputed_tokens >= point.most_recomputed + point.streams * result.stages:
+            remarks.append(
+                f"NOT REACHED: {point.context} tokens: {point.recomputed_tokens} tokens recomputed; less than "
+                f"{point.most_recomputed + point.streams * result.stages} were required"
+            )
+    worst = max((ratio for point in on if (ratio := extra_restore(result, point)) is not None), default=None)
+    if worst is not None:
+        reached = "reached" if worst <= MOST_COPIES else "NOT REACHED"
+        remarks.append(f"Required: extra / copy at most {MOST_COPIES}; worst {worst:.2f}: {reached}.")
+    remarks.append(
+        "extra / copy: the restore phase above that of the shortest contexts, by a plain copy of the additional bytes, "
+        "block by block, measured in the same run. Recomputing and re-issuing run the model, and so does a step before "
+        "the kill, whose attention reads all live KV as well."
+    )
+    return remarks
+
+
+# ---- cost
+
+
+def cost_grid(result: ReplicationCost) -> Grid:
+    """Replication on and off under the same load."""
+    on, off = _by_round(result, True), _by_round(result, False)
+    numbers = sorted(on.keys() & off.keys())
+    rows: list[tuple[str, ...]] = []
+    for label, field, scale, form in (
+        ("throughput", "tokens_per_second", 1.0, "{:.1f} tokens/s"),
+        ("TPOT p50", "tpot_p50", 1e3, "{:.1f} ms"),
+        ("TPOT p99", "tpot_p99", 1e3, "{:.1f} ms"),
+        ("TTFT p50", "ttft_p50", 1e3, "{:.0f} ms"),
+    ):
+        values = [[getattr(side[number].summary, field) for number in numbers] for side in (off, on)]
+        if not numbers:
+            break
+        cells = (form.format(spread([value * scale for value in each]).median) for each in values)
+        middle = spread(ratios(values[1], values[0]))
+        rows.append((label, *cells, f"{middle.median:.3f} ({middle.lowest:.3f} to {middle.highest:.3f})"))
+    headers = ("", "replication off", "replication on", "ratio")
+    title = f"Cost of replication without a failure, {len(numbers)} rounds"
+    return Grid(title, headers, rows, _cost_remarks(result, [on[n] for n in numbers], [off[n] for n in numbers]))
+
+
+def _by_round(result: ReplicationCost, replicated: bool) -> dict[int, CostLoad]:
+    return {
+        load.number: load
+        for load in result.loads
+        if load.replicated == replicated and load.void is None and load.summary is not None
+    }
+
+
+def _cost_remarks(result: ReplicationCost, on: Sequence[CostLoad], off: Sequence[CostLoad]) -> list[str]:
+    remarks = [f"round {load.number}: void: {load.void}" for load in result.loads if load.void is not None]
+    remarks += [f"not finished: {result.void}"] if result.void else []
+    tokens = sum(load.computed_tokens for load in on)
+    if not tokens or not result.kv_bytes_per_token:
+        return remarks
+    whole = sum(load.full_bytes for load in on) / tokens / result.kv_bytes_per_token
+    parts = sum(load.partial_bytes for load in on) / tokens / result.kv_bytes_per_token
+    remarks.append(
+        f"For each token whose KV was written (prompts included), {whole:.3f} of its {result.kv_bytes_per_token:,.0f} "
+        f"bytes were copied in full blocks, and {parts:.3f} in partly filled ones."
+    )
+    speeds = [(a.summary, b.summary) for a, b in zip(on, off, strict=True) if a.summary and b.summary]
+    throughput = spread([a.tokens_per_second / b.tokens_per_second for a, b in speeds]).median
+    tpot = spread([a.tpot_p99 / b.tpot_p99 for a, b in speeds]).median
+    for what, value, bound, is_reached in (
+        ("throughput", throughput, f"at least {LEAST_THROUGHPUT}", throughput >= LEAST_THROUGHPUT),
+        ("p99 TPOT", tpot, f"at most {MOST_TPOT}", tpot <= MOST_TPOT),
+        ("bytes in full blocks", whole, f"at most {MOST_COPIED}", whole <= MOST_COPIED),
+    ):
+        remarks.append(f"Required: {what} {bound}; {value:.3f}: {'reached' if is_reached else 'NOT REACHED'}.")
+    strangers = max(load.strangers for load in (*on, *off))
+    remarks.append(f"Others used at most {strangers:.0%} of the machine during a load.")
+    return remarks
+
+
+# ---- memory
+
+
+def memory_grid(result: StandbyMemory) -> Grid:
+    """What the standby and the nodes took over time."""
+    rows: list[tuple[str, ...]] = []
+    if result.samples:
+        most = max(sample.standby_bytes for sample in result.samples)
+        first, last = result.samples[0], result.samples[-1]
+        blocks = {sample.kv_blocks for sample in result.samples}
+        rows = [
+            ("fullest standby, most", f"{most / MIB:.1f} MiB", f"limit {result.limit_bytes / MIB:.1f} MiB"),
+            ("largest node, first and last", f"{first.node_bytes / MIB:.0f} MiB", f"{last.node_bytes / MIB:.0f} MiB"),
+            ("KV blocks of the scheduler", str(min(blocks)), f"stock {result.stock_kv_blocks}"),
+            ("requests served", str(result.requests), f"in {last.seconds / 60:.1f} minutes"),
+        ]
+    return Grid("Memory of replication under load", ("", "", ""), rows, list(_memory_remarks(result)))
+
+
+def _memory_remarks(result: StandbyMemory) -> Iterator[str]:
+    if result.void:
+        yield f"void: {result.void}"
+    if not result.samples:
+        return
+    over = sum(sample.standby_bytes > result.limit_bytes for sample in result.samples)
+    fewer = sum(sample.kv_blocks != result.stock_kv_blocks for sample in result.samples)
+    looks = len(result.samples)
+    yield f"Required: the standby within its flag; {over} of {looks} looks above it: {_verdict(not over)}."
+    yield f"Required: as many KV blocks as stock; {fewer} of {looks} looks differ: {_verdict(not fewer)}."
+
+
+def _verdict(is_reached: bool) -> str:
+    return "reached" if is_reached else "NOT REACHED"
+
+
+# ---- transfer
+
+
+def transfer_grid(result: Transfers) -> Grid:
+    """Each transfer at each size."""
+    rows: list[tuple[str, ...]] = [
+        (
+            each.transfer,
+            f"{each.size / 1024:,.0f} KiB",
+            f"{each.round_trip_p50 * 1e6:,.0f} us",
+            f"{each.round_trip_p99 * 1e6:,.0f} us",
+            f"{each.bytes_per_second / 2**30:.2f} GiB/s",
+            f"{each.cpu_seconds * 1e6:,.0f} us",
+        )
+        for each in result.times
+    ]
+    headers = ("transfer", "copy", "round trip p50", "p99", "bulk", "CPU, both ends")
+    notes = [*result.notes, *([result.void] if result.void else [])]
+    return Grid("Ways to move a copy to another process", headers, rows, notes)
+
+
+# ---- picture
+
+
+def draw_resume(result: Resume, path: Path) -> bool:
+    """Draw recovery time against context length as a PNG; False when there is nothing to draw (with)."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return False
+    points = _valid(result)
+    if not points:
+        return False
+    figure, (total, restore) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    for replicated, label in ((True, "with replication"), (False, "without")):
+        chosen = sorted((p for p in points if p.replicated == replicated), key=lambda p: p.context)
+        total.plot([p.context for p in chosen], [p.phases["total"] for p in chosen], "o-", label=label)
+    on = sorted((p for p in points if p.replicated), key=lambda p: p.context)
+    restore.plot([p.context for p in on], [p.phases["restore"] * 1e3 for p in on], "o-", label="restore phase")
+    restore.plot([p.context for p in on], [p.copy_seconds * 1e3 for p in on], "s--", label="plain copy of the bytes")
+    for axes, title, unit in ((total, "Recovery, whole", "seconds"), (restore, "Copies put in place", "milliseconds")):
+        axes.set(title=title, xlabel=f"tokens of each of {points[0].streams} contexts", ylabel=unit, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True

@@ -1,0 +1,132 @@
+"""Tables of the experiments about replication, and what they say of the requirements."""
+
+from pathlib import Path
+
+import pytest
+
+from kevlarflow.bench.kv_cache import Sent, counted, fullest_standby, kv_cache, lag_tokens, sent
+from kevlarflow.bench.measure import LoadSummary
+from kevlarflow.bench.memory_copy import copy_seconds
+from kevlarflow.bench.replication_report import cost_grid, draw_resume, extra_restore, memory_grid, resume_grid
+from kevlarflow.bench.replication_results import (
+    CostLoad,
+    MemorySample,
+    ReplicationCost,
+    Resume,
+    Resumption,
+    StandbyMemory,
+)
+from kevlarflow.bench.systems import SystemFailed
+
+
+def phases(**seconds):
+    return dict.fromkeys(("detect", "plan", "relink", "restore", "recompute", "reissue", "total"), 0.1) | seconds
+
+
+def point(context, restore=0.01, copy=0.01, replicated=True, recomputed=50, void=None):
+    return Resumption(
+        context, replicated, streams=8, block_size=128, live_tokens=8 * context, phases=phases(restore=restore),
+        recomputed_tokens=recomputed, restored_bytes=context << 10, copy_seconds=copy, void=void,
+    )  # fmt: skip
+
+
+def remarks(*points):
+    return "\n".join(resume_grid(Resume(2, list(points))).remarks)
+
+
+def test_the_extra_time_is_told_in_plain_copies_of_the_additional_bytes():
+    short, long = point(256, restore=0.020, copy=0.010), point(4096, restore=0.140, copy=0.110)
+    assert extra_restore(Resume(2, [short, long]), long) == pytest.approx(1.2)
+    assert extra_restore(Resume(2, [short, long]), short) is None
+    assert "worst 1.20: reached" in remarks(short, long)
+
+
+def test_a_slow_restore_and_too_much_recomputing_are_said_so():
+    said = remarks(point(256), point(4096, restore=0.5, copy=0.1, recomputed=8 * 128 + 8 * 2))
+    assert "NOT REACHED: 4096 tokens: 1040 tokens recomputed; less than 1040 were required" in said
+    assert "at most 1.5; worst 5.44: NOT REACHED" in said
+
+
+def test_points_without_replication_are_shown_beside_and_void_ones_are_only_named():
+    grid = resume_grid(Resume(2, [point(256), point(256, replicated=False), point(1024, void="it died")]))
+    assert [row[:2] for row in grid.rows] == [("256", "on"), ("256", "off")]
+    assert "1024 tokens, replication on: void: it died" in grid.remarks
+
+
+def test_what_a_report_has_is_not_measured_again():
+    result = Resume(2, [point(256), point(1024, void="it died")])
+    assert result.has(256, True)
+    assert not result.has(256, False)
+    assert not result.has(1024, True)
+
+
+def test_the_picture_is_drawn(tmp_path: Path):
+    path = tmp_path / "resume.png"
+    assert draw_resume(Resume(2, [point(256), point(4096), point(256, replicated=False)]), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert not draw_resume(Resume(2), tmp_path / "none.png")
+
+
+def load(number, replicated, speed, tpot, full=1_000, void=None):
+    summary = LoadSummary(16, 32, 2048, 20.0, speed, 0.1, 0.2, tpot, tpot, 0.3)
+    return CostLoad(number, replicated, summary, 0.01, 100, full, 300, void)
+
+
+def test_cost_is_judged_within_rounds_and_partial_copies_stand_apart():
+    result = ReplicationCost(10.0, [load(1, True, 99, 0.0101), load(1, False, 100, 0.01), load(2, False, 50, 1.0)])
+    grid = cost_grid(result)
+    assert grid.rows[0][-1] == "0.990 (0.990 to 0.990)"
+    said = "\n".join(grid.remarks)
+    assert "1.000 of its 10 bytes were copied in full blocks, and 0.300 in partly filled ones" in said
+    assert said.count(": reached") == 3
+
+
+def test_a_cost_too_high_is_said_so():
+    result = ReplicationCost(10.0, [load(1, True, 90, 0.02, full=1_200), load(1, False, 100, 0.01)])
+    assert "\n".join(cost_grid(result).remarks).count("NOT REACHED") == 3
+
+
+def test_memory_is_judged_by_every_look():
+    good = StandbyMemory(10.0, 100, 7, 32, [MemorySample(1.0, 90, 5, 7), MemorySample(2.0, 100, 5, 7)])
+    assert "\n".join(memory_grid(good).remarks).count(": reached") == 2
+    bad = StandbyMemory(10.0, 100, 7, 32, [MemorySample(1.0, 101, 5, 6)])
+    assert "\n".join(memory_grid(bad).remarks).count("NOT REACHED") == 2
+
+
+def test_empty_results_can_be_shown():
+    assert not resume_grid(Resume(2)).rows
+    assert not cost_grid(ReplicationCost()).rows
+    assert not memory_grid(StandbyMemory(1.0)).rows
+
+
+PAGE = """\
+vllm:cache_config_info{block_size="128",cache_dtype="auto",engine="0",num_gpu_blocks="300"} 1.0
+vllm:cache_config_info{block_size="128",cache_dtype="auto",engine="1",num_gpu_blocks="299"} 1.0
+vllm:prompt_tokens_total{engine="0",model_name="m"} 10.0
+vllm:prompt_tokens_total{engine="1",model_name="m"} 5.0
+vllm:prompt_tokens_created{engine="0",model_name="m"} 99.0
+"""
+
+
+def test_readings_of_the_metrics_page():
+    assert kv_cache(PAGE) == (299, 128)
+    assert counted(PAGE, "vllm:prompt_tokens") == 15
+    with pytest.raises(SystemFailed, match="KV blocks"):
+        kv_cache("")
+
+
+def test_readings_of_the_status_document():
+    def row(pipeline, standby, size):
+        return {
+            "pipeline": pipeline, "stage": 1, "standby": standby, "bytes": size, "lag_tokens": 9,
+            "full_block_bytes_sent": 2, "partial_block_bytes_sent": 3,
+        }  # fmt: skip
+
+    status = {"replication": [row(0, "a", 10), row(1, "a", 20), row(2, None, 99)]}
+    assert sent(status) == Sent(6, 9)
+    assert fullest_standby(status) == 30
+    assert (lag_tokens(status, 0, 1), lag_tokens(status, 2, 1), lag_tokens(status, 0, 0)) == (9, None, None)
+
+
+def test_a_plain_copy_takes_time_in_proportion():
+    assert 0 < copy_seconds(1 << 20, 2) < copy_seconds(1 << 20, 64)
