@@ -1,0 +1,83 @@
+"""Replicas that are missing cost time, never a token: the same kills with hardly any of them, or with old ones.
+
+Each test also shows that its setting bites: that replicas were dropped, or that the standby was blocks behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from integration.cluster import BLOCK_SIZE, BYTES_PER_TOKEN_AND_LAYER, FLAGS, LAYERS_PER_STAGE, Cluster, running_cluster
+from integration.failover import Shot, assert_identical, run
+from integration.test_parity_under_failure import FAST, SLOW, Scenario, check_record, check_rejoined
+from integration.watching import lane, watching
+from kevlarflow.faults import DuringPrefill, WhilePreempting
+from parity.reference import Reference
+
+pytestmark = pytest.mark.timeout(900)
+
+BLOCK_BYTES = BLOCK_SIZE * LAYERS_PER_STAGE * BYTES_PER_TOKEN_AND_LAYER
+FEW_BLOCKS = 4
+
+
+def scenarios(fast: type) -> list[object]:
+    """All of them; in the fast set only the one whose trigger is given."""
+    return [
+        pytest.param(each, id=str(each), marks=[] if each in FAST and type(each.trigger) is fast else pytest.mark.slow)
+        for each in (*FAST, *SLOW)
+    ]
+
+
+@pytest.fixture(scope="module")
+def scarce_cluster() -> Iterator[Cluster]:
+    flags = (*FLAGS, f"--standby-memory-bytes={FEW_BLOCKS * BLOCK_BYTES}")
+    with running_cluster(flags=flags, name="the cluster with hardly any memory for replicas") as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def late_cluster() -> Iterator[Cluster]:
+    flags = (*FLAGS, f"--replication-bandwidth={BLOCK_BYTES}")
+    with running_cluster(flags=flags, name="the cluster whose replication falls behind") as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("scenario", scenarios(WhilePreempting))
+def test_with_a_standby_too_small_for_everything(
+    scenario: Scenario, scarce_cluster: Cluster, stock_reference: Reference
+) -> None:
+    kill = scenario.kill
+    scarce_cluster.wait_settled()
+    before = lane(scarce_cluster, kill.pipeline, kill.stage)["dropped"]
+    coverage = kill_and_compare(scenario, scarce_cluster, stock_reference)[0]
+    after = lane(scarce_cluster, kill.pipeline, kill.stage)
+    assert after["dropped"] > before, "the standby was to be too small"
+    assert after["bytes"] <= after["limit_bytes"] == FEW_BLOCKS * BLOCK_BYTES
+    assert coverage < 1
+
+
+@pytest.mark.parametrize("scenario", scenarios(DuringPrefill))
+def test_with_replication_that_falls_behind(
+    scenario: Scenario, late_cluster: Cluster, stock_reference: Reference
+) -> None:
+    late_cluster.wait_settled()
+    coverage, blocks_behind = kill_and_compare(scenario, late_cluster, stock_reference)
+    assert blocks_behind > 1, "replication was to be behind"
+    assert coverage < 1
+
+
+def kill_and_compare(scenario: Scenario, cluster: Cluster, stock: Reference) -> tuple[float, float]:
+    """The test of the full suite; returns the lowest coverage and the most blocks behind that were seen."""
+    kill = scenario.kill
+    killed = cluster.status()["pipelines"][kill.pipeline]["nodes"][kill.stage]
+    shot = Shot(kill, scenario.trigger)
+    with watching(cluster, kill.pipeline, kill.stage) as seen:
+        outcome = run(cluster, scenario.requests, [shot])
+    record = cluster.wait_recovered(shot.unix_time, kill.pipeline, kill.stage)
+    check_record(record, killed)
+    assert_identical(scenario.requests, stock, outcome.recordings)
+    print(f"{scenario}: {record['recomputed_tokens']} tokens recomputed for {record['requests']} requests, {seen}")
+    check_rejoined(cluster.wait_settled(), killed, kill)
+    return seen.lowest_coverage, seen.blocks_behind
