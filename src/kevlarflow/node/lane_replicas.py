@@ -32,8 +32,9 @@ class LaneReplicas:
         self.address = f"ipc://{config.path(f'{member.node}-{member.incarnation}.kv')}"
         bounds = Bounds(config.pipelines, description.num_blocks, description.block_size, self._kv.block_bytes)
         transfer = ZmqTransfer(self.address, self._kv.block_bytes, config.pipelines)
-        populate = description.num_blocks * (1 + config.reserve_lanes)
-        self._replicator = Replicator(config, member, stage, self._kv, bounds, transfer, populate)
+        # The node's own lane has the first slot; the next one is for the first lane that it takes over.
+        reserve = description.num_blocks if config.reserve_lanes else None
+        self._replicator = Replicator(config, member, stage, self._kv, bounds, transfer, reserve)
         self._replicator.start()
 
     # ---- as a source

@@ -2,8 +2,8 @@
 
 The main thread only notes what it wrote and rings; `replication.source` and `replication.standby` do the work, one
 turn after another, and sleep in between. What a standby answers goes to the main thread, which passes it on to the
-engine. In moments with nothing else to do, the thread backs the KV memory that a lost lane would be put into: a first
-write is several times as expensive as a copy, and would be paid for in the middle of a recovery.
+engine. With each replica the thread backs the KV memory that it would be put into: a first write is several times as
+expensive as a copy, and would be paid for in the middle of a recovery.
 """
 
 from __future__ import annotations
@@ -31,13 +31,11 @@ MAX_OUTCOMES = 10_000
 """Answers that wait for the main thread."""
 MAX_ARRIVALS = 16
 """Copies that are stored before it is the turn of this node's own."""
-POPULATED_BYTES_PER_SECOND = 256 << 20
-"""How fast KV memory is backed ahead of its first use."""
 AFTER_FAILURE_SECONDS = 0.1
 
 
 class Replicator(threading.Thread):
-    """See the module's text. `populate` is how many blocks of KV memory there are to be backed."""
+    """See the module's text. `reserve` is the first block of the memory that a lost lane would be put into, if any."""
 
     def __init__(
         self,
@@ -47,7 +45,7 @@ class Replicator(threading.Thread):
         blocks: KvBlocks,
         bounds: Bounds,
         transfer: Transfer,
-        populate: int = 0,
+        reserve: int | None = None,
     ) -> None:
         super().__init__(name="replicator", daemon=True)
         self._config = config
@@ -55,8 +53,8 @@ class Replicator(threading.Thread):
         self._blocks = blocks
         self._bounds = bounds
         self._transfer = transfer
-        self._to_populate = iter(range(populate))
-        self._populate_at = 0.0
+        self._reserve = reserve
+        self._backed: set[int] = set()
         self.store = StandbyStore(config.standby_memory_bytes, blocks.block_bytes)
         self._standby = Standby(member, stage, self.store, bounds)
         self._source = Source(member, stage, blocks, config.replication_bytes_per_second, self._report)
@@ -108,23 +106,17 @@ class Replicator(threading.Thread):
             arrival = self._transfer.receive()
             if arrival is None:
                 break
-            self._standby.take(arrival, self._transfer)
+            stored = self._standby.take(arrival, self._transfer)
+            if stored is not None:
+                self._back(stored.block)
         else:
             self.ring()
-        now = time.monotonic()
-        return min(self._source.turn(self._transfer, now), self._populate(now))
+        return self._source.turn(self._transfer, time.monotonic())
 
-    def _populate(self, now: float) -> float:
-        """Back one more block, if it is time; returns the seconds until the next one."""
-        if now < self._populate_at:
-            return self._populate_at - now
-        block = next(self._to_populate, None)
-        if block is None or not self._blocks.populate(block):
-            self._populate_at = float("inf")
-            return float("inf")
-        pause = self._blocks.block_bytes / POPULATED_BYTES_PER_SECOND
-        self._populate_at = now + pause
-        return pause
+    def _back(self, block: int) -> None:
+        if self._reserve is not None and block not in self._backed:
+            self._backed.add(block)
+            self._blocks.populate(self._reserve + block)
 
     def _report(self, outcome: steps.Replicated) -> None:
         self.outcomes.append(outcome)

@@ -51,14 +51,14 @@ class Standby:
         self.refused = 0
         """Copies that were wrong."""
 
-    def take(self, arrival: Arrival, transfer: Transfer) -> None:
-        """Judge, store and answer one copy."""
+    def take(self, arrival: Arrival, transfer: Transfer) -> Replica | None:
+        """Judge, store and answer one copy; returns what was stored."""
         if arrival.peer in self._closed:
-            return
+            return None
         copy = self._judge(arrival)
         if isinstance(copy, str):
             self._close(arrival.peer, copy, transfer)
-            return
+            return None
         pipeline, peer = copy.pipeline, arrival.peer
         self._epochs[pipeline], self._sources[pipeline] = copy.epoch, peer
         replica = Replica(copy.block, copy.generation, copy.filled, copy.depth)
@@ -67,6 +67,7 @@ class Standby:
         self._say(peer, pipeline, stored, dropped, transfer)
         for other in {owner for owner, _ in dropped if owner != pipeline and owner in self._sources}:
             self._say(self._sources[other], other, (), dropped, transfer)
+        return replica if stored else None
 
     def _judge(self, arrival: Arrival) -> replicas.Store | str:
         """The copy's header, or what is wrong with the copy."""

@@ -25,7 +25,7 @@ class Node:
         self.member = Member(name, 1)
         self.address = f"ipc://{folder}/{name}.kv"
         transfer = ZmqTransfer(self.address, BOUNDS.block_bytes, 2)
-        self.replicator = Replicator(config, self.member, 0, self.memory, BOUNDS, transfer)
+        self.replicator = Replicator(config, self.member, 0, self.memory, BOUNDS, transfer, reserve=BOUNDS.blocks)
         self.replicator.start()
         self.info = standby_info(self.address, name)
 
@@ -59,6 +59,16 @@ def test_a_full_block_reaches_the_standby_and_is_confirmed(pair):
     outcome = source.replicator.outcomes[0]
     assert (outcome.stored, outcome.standby) == (((3, 1, 4),), standby.member)
     assert (content(standby.replicator.store, 0, replica)) == b"12345678"
+
+
+def test_the_memory_that_a_replica_would_be_put_into_is_backed_once(pair):
+    source, standby = pair
+    lane = source.replicator.lane(0, 0)
+    source.replicator.assign(lane, standby.info)
+    for filled in (2, 4):
+        source.write(lane, 3, filled, b"12345678")
+        wait_for(lambda expected=filled // 2: len(source.replicator.outcomes) == expected)
+    assert standby.memory.backed == [BOUNDS.blocks + 3]
 
 
 def test_many_blocks_are_all_copied(pair):

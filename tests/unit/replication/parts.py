@@ -17,6 +17,7 @@ class Memory:
 
     def __init__(self):
         self.blocks = {}
+        self.backed = []
 
     def read(self, block, into):
         into[:] = self.blocks.get(block, bytes(8))
@@ -25,6 +26,7 @@ class Memory:
         self.blocks.update((block, bytes(data)) for block, data in copies)
 
     def populate(self, block):
+        self.backed.append(block)
         return True
 
 
