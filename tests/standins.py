@@ -17,7 +17,7 @@ from pathlib import Path
 
 from kevlarflow import config as configuration
 from kevlarflow.config import RUN_FOLDER_VARIABLE, ServeConfig, Timeouts
-from kevlarflow.kinship import die_with_parent
+from kevlarflow.kinship import forks_die_with_us
 
 HERE = str(Path(__file__).resolve())
 
@@ -116,8 +116,8 @@ class _Health(BaseHTTPRequestHandler):
 
 
 def _api_server(config: ServeConfig) -> None:
+    forks_die_with_us()
     if os.fork() == 0:
-        die_with_parent(os.getppid())
         time.sleep(1000)  # The engine.
     HTTPServer((config.host, config.port), _Health).serve_forever()
 

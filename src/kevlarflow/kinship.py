@@ -1,4 +1,4 @@
-"""Who dies with whom, and who inherits whose children: three calls that Linux offers to a family of processes.
+"""Who dies with whom, and who inherits whose children: what Linux offers to a family of processes.
 
 A process that has called `die_with_parent` is killed by the kernel in the moment that its parent ends, however that
 comes about and whatever it is doing then. This needs nobody's help and nobody's time, so it holds even when whoever
@@ -12,6 +12,7 @@ import ctypes
 import os
 import select
 import signal
+import threading
 from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1
@@ -30,6 +31,24 @@ def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> Non
     _prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def forks_die_with_us() -> None:
+    """Have all that the main thread forks from now on die with it, and what they fork with them.
+
+    Other threads' forks are left alone: the kernel would kill them when the thread ends.
+    """
+    parent = 0
+
+    def remember() -> None:
+        nonlocal parent
+        parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
+
+    def follow() -> None:
+        if parent:
+            die_with_parent(parent)
+
+    os.register_at_fork(before=remember, after_in_child=follow)
 
 
 def adopt_orphans() -> None:

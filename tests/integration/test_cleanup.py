@@ -81,7 +81,9 @@ def test_nothing_is_left_when_it_ends_under_load(number: signal.Signals) -> None
 
 
 def require_private(cluster: Cluster) -> None:
-    """Only the API server can be reached from outside, and nobody else may enter the folders."""
+    """Only the API server can be reached from outside, nodes not at all, and nobody else may enter the folders."""
+    for node in cluster.status()["nodes"]:
+        assert psutil.Process(node["pid"]).net_connections("inet") == []
     pids = [process.pid for process in cluster.processes()]
     reachable = {
         connection.laddr.port

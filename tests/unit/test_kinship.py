@@ -68,6 +68,28 @@ def test_a_forked_node_dies_with_the_supervisor_even_if_it_is_stopped(family: tu
     wait_until(lambda: not exists(node))
 
 
+def test_forks_of_forks_die_with_the_first() -> None:
+    script = """
+import os, time
+from kevlarflow.kinship import forks_die_with_us
+
+forks_die_with_us()
+server = os.getpid()
+if os.fork() == 0:
+    engine = os.getpid()
+    if os.fork() == 0:
+        print(server, engine, os.getpid(), flush=True)
+time.sleep(1000)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        server, engine, helper = map(int, child.stdout.readline().split())
+        assert exists(engine)
+        assert exists(helper)
+        os.kill(server, signal.SIGKILL)
+        wait_until(lambda: not exists(engine) and not exists(helper))
+
+
 def test_who_comes_too_late_leaves_at_once() -> None:
     script = "from kevlarflow.kinship import die_with_parent; die_with_parent(1 << 22); print('still here')"
     late = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)

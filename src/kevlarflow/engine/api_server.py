@@ -31,6 +31,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from kevlarflow.config import ServeConfig
 from kevlarflow.engine import availability
 from kevlarflow.engine.arguments import namespace, vllm_config_of
+from kevlarflow.kinship import forks_die_with_us
 
 LAST_BYTES_SECONDS = 0.5
 """How long streams may go on when their engines have been stopped: nothing can be said that is not said already.
@@ -46,6 +47,8 @@ def run(config: ServeConfig) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     availability.configure(config)
     availability.explain_failed_requests()
+    # Nobody can reach an engine without its API server.
+    forks_die_with_us()
     listen_address, sock = setup_server(args, reuse_port=False)
     # An engine that outlives this process must not keep the port from the next one.
     os.register_at_fork(after_in_child=sock.close)

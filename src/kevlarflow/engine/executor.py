@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -25,7 +24,6 @@ from kevlarflow.engine.attendant import Attendant
 from kevlarflow.engine.session import Session
 from kevlarflow.engine.translate import result_of, step_of
 from kevlarflow.errors import StartupFailed
-from kevlarflow.kinship import die_with_parent
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.types import PipelineId
 from kevlarflow.wire.messages import EngineReady
@@ -53,8 +51,6 @@ class KevlarExecutor(Executor):
     current: KevlarExecutor | None = None
 
     def _init_executor(self) -> None:
-        # Nobody can reach an engine without its API server.
-        die_with_parent(os.getppid())
         config = configuration.load()
         pipeline = PipelineId(self.parallel_config.data_parallel_index)
         limits = Limits(

@@ -1,8 +1,9 @@
 """One stage on the CPU: vLLM's CPU worker, brought up with no peer.
 
-vLLM's worker expects a process group of S ranks before it builds anything. Here the process makes a world of one, and
-then puts `LoneStageGroup` where vLLM keeps its pipeline group: it says "rank s of S" and refuses to communicate. That
-is all that model code asks of it; activations travel outside of torch (`kevlarflow.node.lanes`).
+vLLM's worker expects a process group of S ranks before it builds anything. Here the process makes a world of one,
+which opens no port, and then puts `LoneStageGroup` where vLLM keeps its pipeline group: it says "rank s of S" and
+refuses to communicate. That is all that model code asks of it; activations travel outside of torch
+(`kevlarflow.node.lanes`).
 
 Every lane has a model runner of its own (about 13 MB) over the same module and the same KV tensors, which hold
 `lanes` times the blocks. Memory that no lane has used yet costs nothing: the kernel backs a page when it is written.
@@ -16,10 +17,13 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.testing._internal.distributed.fake_pg  # It registers the "fake" backend.
 import vllm.distributed.parallel_state as parallel_state
 import vllm.v1.worker.cpu_worker as cpu_worker
 from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
@@ -150,10 +154,25 @@ class _StageWorker(CPUWorker):
 
     def _init_alone(self, vllm_config: VllmConfig, *_: Any, **__: Any) -> None:
         parallel_state.set_custom_all_reduce(False)
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        parallel_state.init_distributed_environment(1, 0, "env://", 0, "gloo")
-        parallel_state.initialize_model_parallel(1, 1)
+        torch.distributed.init_process_group("fake", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        with _no_listening():
+            parallel_state.init_distributed_environment(1, 0, "env://", 0, "fake")
+            parallel_state.initialize_model_parallel(1, 1)
         parallel_state._PP = LoneStageGroup(self.stage, vllm_config.parallel_config.pipeline_parallel_size)
+
+
+@contextmanager
+def _no_listening() -> Iterator[None]:
+    """Have vLLM's groups of one made by torch's "fake" backend, which communicates with nobody.
+
+    vLLM asks for Gloo, which opens a port and two threads for each group. With one rank vLLM communicates over none.
+    """
+    new_group = torch.distributed.new_group
+    torch.distributed.new_group = lambda *args, **kwargs: new_group(*args, **(kwargs | {"backend": "fake"}))
+    try:
+        yield
+    finally:
+        torch.distributed.new_group = new_group
 
 
 class CpuStage:
