@@ -35,7 +35,7 @@ READY_POLL_SECONDS = 0.1
 START_TIMEOUT_SECONDS = 400.0
 STATUS_TIMEOUT_SECONDS = 10.0
 ROUTER_FLAGS = (
-    *("--policy", "round_robin", "--log-level", "warn"),
+    *("--policy", "round_robin", "--log-level", "warning"),
     *("--health-check-interval-secs", "1", "--health-failure-threshold", "2", "--health-success-threshold", "1"),
     *("--worker-startup-check-interval", "1", "--retry-max-retries", "5", "--max-concurrent-requests", "100000"),
 )
@@ -236,21 +236,26 @@ def _own_flags(system: str, setting: Setting) -> list[str]:
 
 
 def _behind_router(recipe: Recipe, environment: dict[str, str], folder: Path) -> Stock:
-    router = Path(sys.executable).with_name("vllm-router")
-    if not router.exists() and shutil.which("vllm-router") is None:
-        raise SystemFailed("vllm-router is not installed: run make setup, or pip install --no-deps vllm-router orjson")
     one = msgspec.structs.replace(recipe, pipelines=1)
     names = [f"stock-{number}" for number in range(recipe.pipelines)]
     servers = [contestants.stock_vllm(one, environment, folder, free_port(), name) for name in names]
+    return Stock(servers, router(servers, recipe.served_name, folder))
+
+
+def router(servers: list[ServerProcess], model: str, folder: Path) -> ServerProcess:
+    """vllm-router in front of servers whose ports are known. Raises `SystemFailed` when it is not installed."""
+    beside_python = Path(sys.executable).with_name("vllm-router")
+    program = str(beside_python) if beside_python.exists() else shutil.which("vllm-router")
+    if program is None:
+        raise SystemFailed("vllm-router is not installed: run make setup, or pip install --no-deps vllm-router orjson")
     workers = [f"http://{HOST}:{server.address.port}" for server in servers]
     metrics = free_port()
 
     def command(port: int) -> list[str]:
         where = ["--host", HOST, "--port", str(port), "--prometheus-port", str(metrics)]
-        program = str(router) if router.exists() else "vllm-router"
         return [program, *where, "--worker-urls", *workers, *ROUTER_FLAGS]
 
-    return Stock(servers, ServerProcess("vllm-router", recipe.served_name, command, {}, folder / "router.log"))
+    return ServerProcess("vllm-router", model, command, {}, folder / "router.log")
 
 
 def _title(pid: int) -> str:
