@@ -30,6 +30,7 @@ class Row(msgspec.Struct, frozen=True):
 
     cell: Cell
     void: str | None
+    died: str | None
     rate: float
     window: Window
     """The failure window; without a fault the whole load."""
@@ -64,6 +65,7 @@ def _row(result: CellResult, reference: CellResult | None) -> Row:
     return Row(
         cell=result.cell,
         void=result.void,
+        died=result.died,
         rate=result.requests_per_second,
         window=outcome.window(result.requests, result.fault_at or 0.0, result.load_seconds),
         mttr=max((math.nan if each is None else each for each in firsts), default=math.nan),

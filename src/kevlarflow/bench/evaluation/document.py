@@ -141,7 +141,8 @@ def _cell_lines(found: Sequence[Row]) -> Iterator[str]:
 def _cells(row: Row) -> Iterator[str]:
     seen, has_fault = row.window, row.cell.fault != NO_FAULT
     yield row.cell.name + _mark(row.cell)
-    yield from (str(seen.requests), str(seen.lost), NOTHING if row.wrong is None else str(row.wrong))
+    yield from (str(seen.requests), f"{seen.lost}{' (it died)' * bool(row.died)}")
+    yield NOTHING if row.wrong is None else str(row.wrong)
     yield _number(row.mttr, "{:.2f}") if has_fault else ""
     yield _number(row.goodput_back, "{:.0f}", "not in the cell") if has_fault else ""
     yield _number(row.goodput_kept, "{:.2f}") if has_fault else ""
@@ -170,7 +171,7 @@ def _pair(one: float, other: float, form: str) -> str:
 
 
 COLUMNS = (
-    "cell", "emulated", "void", "requests_per_second", "requests", "lost", "lost_tokens", "wrong", "repeated",
+    "cell", "emulated", "void", "died", "requests_per_second", "requests", "lost", "lost_tokens", "wrong", "repeated",
     "mttr_seconds", "goodput_back_seconds", "goodput_kept", "latency_mean", "latency_p99", "ttft_mean", "ttft_p99",
     "tpot_mean", "tpot_p99", "tokens_per_second", "recomputed_tokens", "overrun_share", "strangers", "ready_seconds",
     "restart_seconds",
@@ -184,7 +185,8 @@ def _write_csv(found: Sequence[Row], path: Path) -> None:
         for row in found:
             seen = row.window
             values = (
-                row.cell.name, is_emulated(row.cell), row.void or "", row.rate, seen.requests, seen.lost,
+                row.cell.name, is_emulated(row.cell), row.void or "", row.died or "",
+                row.rate, seen.requests, seen.lost,
                 seen.lost_tokens, row.wrong, row.repeated, row.mttr, row.goodput_back, row.goodput_kept,
                 seen.latency_mean, seen.latency_p99, seen.ttft_mean, seen.ttft_p99, seen.tpot_mean, seen.tpot_p99,
                 row.tokens_per_second, row.recomputed_tokens, row.overrun_share, row.strangers, row.ready_seconds,

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
 from kevlarflow.bench.evaluation.cells import SETTINGS, Cell, Strike, strikes
 from kevlarflow.bench.evaluation.contenders import Contender, make
 from kevlarflow.bench.evaluation.emulating import overrun_complaint, step_counts
@@ -30,6 +32,7 @@ from kevlarflow.bench.load import closed_loop, open_loop
 from kevlarflow.bench.machine import CpuMeter
 from kevlarflow.bench.prompts import clients
 from kevlarflow.bench.streams import Stream
+from kevlarflow.bench.systems import SystemFailed
 from kevlarflow.errors import KevlarFlowError
 from kevlarflow.faults import FaultDidNotHappen, strike, verify
 
@@ -40,6 +43,8 @@ DRAIN_SECONDS = 90.0
 SETTLE_SECONDS = 60.0
 """After the load, how long a restarted server may take to make its first token."""
 POLL_SECONDS = 0.2
+STREAMS = "streams.json"
+"""Beside the logs: every stream with the arrival of each of its tokens."""
 
 MakeContender = Callable[[Cell, Path], Contender]
 
@@ -62,7 +67,8 @@ def run(
         system.start()
         result.ready_seconds = system.wait_ready()
         say(f"  ready in {result.ready_seconds:.1f} s; {len(requests)} requests in {workload.seconds:.0f} s")
-        asyncio.run(_measure(cell, workload, requests, system, result, say))
+        streams = asyncio.run(_measure(cell, workload, requests, system, result, say))
+        (folder / STREAMS).write_bytes(msgspec.json.encode(streams))
     except (KevlarFlowError, Void) as error:
         result.void = str(error)
     finally:
@@ -79,7 +85,7 @@ def _leftover_complaint(result: CellResult) -> str | None:
 
 async def _measure(
     cell: Cell, workload: Workload, requests: Sequence[Planned], system: Contender, result: CellResult, say: Say
-) -> None:
+) -> list[Stream]:
     pipelines = SETTINGS[cell.setting].recipe.pipelines
     warm_up = clients("warm up", WARM_UP_STREAMS, 2, WARM_UP_TOKENS, pipelines)
     require_whole(await closed_loop(system.address, system.model, warm_up), WARM_UP_TOKENS)
@@ -101,9 +107,17 @@ async def _measure(
         load.cancel()
         raise
     streams = await load
-    await _until_restarted(system)
+    try:
+        system.require_alive()
+        await _until_restarted(system)
+    except SystemFailed as error:
+        if not struck:
+            raise
+        # It did not survive the fault: that is a result.
+        result.died = str(error)
     result.strangers = meter.strangers()
     _keep(result, requests, streams, struck, system, begun)
+    return streams
 
 
 async def _strike(cell: Cell, system: Contender, begun: float, say: Say) -> list[StrikeRecord]:
@@ -122,7 +136,6 @@ async def _one(each: Strike, due: float, system: Contender, begun: float, say: S
 
 async def _until_restarted(system: Contender) -> None:
     """Wait a while until what was restarted has made a token; the load is over, so ask for one each time."""
-    system.require_alive()
     deadline = time.monotonic() + SETTLE_SECONDS
     while any(life.first_token_at is None for life in system.lives()) and time.monotonic() < deadline:
         probe = clients("is it back", WARM_UP_STREAMS, 1, 1, 1)

@@ -88,6 +88,8 @@ class CellResult(msgspec.Struct):
     """Local time, ISO 8601."""
     void: str | None = None
     """Why it counts for nothing."""
+    died: str | None = None
+    """How the system ended after a fault, if it did; what it lost by that counts."""
     requests_per_second: float = 0.0
     ready_seconds: float | None = None
     load_seconds: float = 0.0

@@ -96,6 +96,14 @@ def test_the_report_names_void_cells_and_says_what_is_emulated(folder):
     assert figures == {"around.a10-2x4-1g.near.one-middle.0.png", "phases.a10-2x4-1g.near.one-middle.0.png"}
 
 
+def test_a_system_that_died_of_a_fault_is_not_void(folder):
+    dead = result("kevlarflow", None, 0.2, 2.0, defect="gone")
+    dead.died = "it ended with exit status 1"
+    suite.save(folder, dead)
+    # Two were under way at the fault, and 120 came after it.
+    assert "| a10-2x4-1g.kevlarflow.near.one-middle.0 (e) | 122 | 122 (it died) |" in document.write(folder).read_text()
+
+
 def test_a_folder_without_cells_says_what_to_do(tmp_path):
     with pytest.raises(UsageError, match=r"holds no cells: run kevlarflow bench run SUITE"):
         document.write(tmp_path)

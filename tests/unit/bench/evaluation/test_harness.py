@@ -1,5 +1,6 @@
 """The harness sees what a system under test does wrong, and survives it."""
 
+import json
 import socket
 import sys
 from pathlib import Path
@@ -95,6 +96,13 @@ def test_a_system_that_dies_loses_what_follows(tmp_path):
     result = run("dies", tmp_path)
     assert result.void is not None
     assert "ended with exit status 3" in result.void
+
+
+def test_the_arrival_of_every_token_is_kept(tmp_path):
+    result = run("well", tmp_path)
+    streams = json.loads((tmp_path / drive.STREAMS).read_text())
+    assert [sum(each["counts"]) for each in streams] == [each.tokens for each in result.requests]
+    assert all(len(each["times"]) == each["usage_tokens"] for each in streams)
 
 
 def test_a_system_that_is_never_ready_is_void(tmp_path):
