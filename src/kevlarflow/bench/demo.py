@@ -100,7 +100,7 @@ class Demo:
             self._act("3 of 4: the same stories again, and a node is killed in mid-sentence")
             await self._tell_with_failure()
             record = await self._recovery()
-            self._act("4 of 4: a replacement takes the dead node's place")
+            self._act("4 of 4: all streams have ended; the dead node has a replacement, or gets one now")
             await self._replacement()
             self._act("done")
         return self._judge(record)

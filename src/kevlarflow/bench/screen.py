@@ -162,8 +162,9 @@ def _log(scene: Scene) -> RenderableType:
 def summary(scene: Scene) -> RenderableType:
     """What each stream has seen of the failure."""
     table = Table(title="what the clients saw", title_justify="left", title_style="bold")
-    for header in ("stream", "pipeline", "tokens before the gap", "gap", "tokens after", "text"):
-        table.add_column(header, justify="left" if header in {"stream", "text"} else "right")
+    for header in ("stream", "pipeline", "tokens before", "gap", "tokens after", "text"):
+        is_word = header in {"stream", "text"}
+        table.add_column(header, justify="left" if is_word else "right", no_wrap=is_word)
     for story in scene.stories:
         stream, pause = story.stream, story.pause(scene.fault_at)
         if stream is None or pause is None:
