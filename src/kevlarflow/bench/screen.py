@@ -164,7 +164,7 @@ def summary(scene: Scene) -> RenderableType:
     table = Table(title="what the clients saw", title_justify="left", title_style="bold")
     for header in ("stream", "pipeline", "tokens before", "gap", "tokens after", "text"):
         is_word = header in {"stream", "text"}
-        table.add_column(header, justify="left" if is_word else "right", no_wrap=is_word)
+        table.add_column(header, justify="left" if is_word else "right", no_wrap=header == "stream")
     for story in scene.stories:
         stream, pause = story.stream, story.pause(scene.fault_at)
         if stream is None or pause is None:
