@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import msgspec
@@ -9,6 +10,8 @@ import zmq
 
 from kevlarflow.types import NodeInfo, Stage
 from kevlarflow.wire import steps
+
+log = logging.getLogger("kevlarflow.engine")
 
 MAX_WAITING_MESSAGES = 10_000
 """High-water mark of each socket, in messages."""
@@ -68,6 +71,7 @@ class NodeLinks:
             sock.send_multipart([steps.encode(header), *payload], zmq.NOBLOCK)
         except zmq.Again:
             self.dropped += 1
+            log.warning("a message was dropped: %d wait for a node already", MAX_WAITING_MESSAGES)
 
     def receive(self, timeout_ms: int) -> list[tuple[steps.AnyStepMessage, list[bytes]]]:
         """What has arrived, after waiting at most `timeout_ms` for something (the bell included).

@@ -305,6 +305,7 @@ class NodeServer:
             sock.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             self.dropped += 1
+            log.warning("%s: a message was dropped: %d wait for a peer already", self._member, MAX_WAITING_MESSAGES)
 
 
 def _unlink(lane: Lane) -> None:
