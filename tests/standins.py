@@ -32,7 +32,7 @@ def make_config(folder: Path, port: int) -> ServeConfig:
         pipelines=2,
         kv_cache_memory_bytes=2**20,
         reserve_lanes=1,
-        timeouts=Timeouts(stop_grace_s=2, startup_timeout_s=30),
+        timeouts=Timeouts(stop_grace_s=2, startup_timeout_s=120),
         run_folder=str(folder),
     )
 
@@ -59,7 +59,7 @@ def members(run_folder: Path) -> dict[int, str]:
     return found
 
 
-def wait_until(condition: object, seconds: float = 10.0) -> None:
+def wait_until(condition: object, seconds: float = 30.0) -> None:
     """Wait until a callable returns something true."""
     assert callable(condition)
     deadline = time.monotonic() + seconds

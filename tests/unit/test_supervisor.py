@@ -50,7 +50,7 @@ class Cluster:
         return pid
 
     def end(self) -> int:
-        return self.supervisor.wait(timeout=20)
+        return self.supervisor.wait(timeout=60)
 
     def errors(self) -> str:
         assert self.supervisor.stderr is not None
@@ -151,7 +151,7 @@ def test_the_api_server_takes_its_engines_along(cluster: Cluster) -> None:
 
 def test_a_second_cluster_on_the_port_is_refused(cluster: Cluster, base: Path) -> None:
     second = start_cluster(base, cluster.port)
-    assert second.wait(timeout=20) == 2
+    assert second.wait(timeout=60) == 2
     assert second.stderr is not None
     assert second.stderr.read() == (
         f"kevlarflow: port {cluster.port} is taken by another kevlarflow (main process {cluster.supervisor.pid}): "
