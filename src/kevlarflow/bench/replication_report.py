@@ -79,6 +79,7 @@ def _resume_remarks(result: Resume) -> list[str]:
         if point.void is not None
     ]
     remarks += [f"not finished: {result.void}"] if result.void else []
+    remarks += [f"Started with {result.flags}."] if result.flags else []
     on = [point for point in _valid(result) if point.replicated]
     for point in on:
         if point.recomputed_tokens >= point.most_recomputed + point.streams * result.stages:

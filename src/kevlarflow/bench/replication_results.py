@@ -39,6 +39,8 @@ class Resume(msgspec.Struct):
     """See `kevlarflow.bench.resume`."""
 
     stages: int
+    flags: str = ""
+    """What the clusters were started with."""
     points: list[Resumption] = msgspec.field(default_factory=list)
     void: str | None = None
 

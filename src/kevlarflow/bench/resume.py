@@ -37,6 +37,8 @@ TOKENS_AFTER = 3
 MOST_TOKENS = 500
 LONGEST_CONTEXT = 8192
 """The window of the default model."""
+LEAST_KV_BYTES = 800 << 20
+"""Holds eight of its contexts of 7,500 tokens on one of two stages."""
 STREAM_TIMEOUT_SECONDS = 1_200.0
 BEGIN_TIMEOUT_SECONDS = 900.0
 RECOVERY_TIMEOUT_SECONDS = 600.0

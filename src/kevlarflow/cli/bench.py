@@ -246,9 +246,13 @@ def _resume(options: argparse.Namespace, report: Report, folder: Path, say: Say)
 
     contexts, streams = ((256, 1024), 4) if options.quick else (options.contexts, options.resume_streams)
     longest = max(report.recipe.max_model_len, max(contexts) + resume.MOST_TOKENS)
-    recipe = msgspec.structs.replace(report.recipe, max_model_len=min(longest, resume.LONGEST_CONTEXT))
+    recipe = msgspec.structs.replace(
+        report.recipe,
+        max_model_len=min(longest, resume.LONGEST_CONTEXT),
+        kv_cache_memory_bytes=max(report.recipe.kv_cache_memory_bytes, resume.LEAST_KV_BYTES),
+    )
     replicated = {"on": (True,), "off": (False,), "both": (True, False)}[options.replication]
-    report.resume = report.resume or Resume(recipe.stages)
+    report.resume = report.resume or Resume(recipe.stages, shlex.join(recipe.flags()))
     report.resume.void = None
     plan = resume.Plan(recipe, contexts, replicated, streams, options.seed)
     resume.run(plan, report.resume, folder, say)

@@ -31,13 +31,13 @@ def point(context, restore=0.01, copy=0.01, replicated=True, recomputed=50, void
 
 
 def remarks(*points):
-    return "\n".join(resume_grid(Resume(2, list(points))).remarks)
+    return "\n".join(resume_grid(Resume(2, points=list(points))).remarks)
 
 
 def test_the_extra_time_is_told_in_plain_copies_of_the_additional_bytes():
     short, long = point(256, restore=0.020, copy=0.010), point(4096, restore=0.140, copy=0.110)
-    assert extra_restore(Resume(2, [short, long]), long) == pytest.approx(1.2)
-    assert extra_restore(Resume(2, [short, long]), short) is None
+    assert extra_restore(Resume(2, points=[short, long]), long) == pytest.approx(1.2)
+    assert extra_restore(Resume(2, points=[short, long]), short) is None
     assert "worst 1.20: reached" in remarks(short, long)
 
 
@@ -48,13 +48,13 @@ def test_a_slow_restore_and_too_much_recomputing_are_said_so():
 
 
 def test_points_without_replication_are_shown_beside_and_void_ones_are_only_named():
-    grid = resume_grid(Resume(2, [point(256), point(256, replicated=False), point(1024, void="it died")]))
+    grid = resume_grid(Resume(2, points=[point(256), point(256, replicated=False), point(1024, void="it died")]))
     assert [row[:2] for row in grid.rows] == [("256", "on"), ("256", "off")]
     assert "1024 tokens, replication on: void: it died" in grid.remarks
 
 
 def test_what_a_report_has_is_not_measured_again():
-    result = Resume(2, [point(256), point(1024, void="it died")])
+    result = Resume(2, points=[point(256), point(1024, void="it died")])
     assert result.has(256, True)
     assert not result.has(256, False)
     assert not result.has(1024, True)
@@ -62,7 +62,7 @@ def test_what_a_report_has_is_not_measured_again():
 
 def test_the_picture_is_drawn(tmp_path: Path):
     path = tmp_path / "resume.png"
-    assert draw_resume(Resume(2, [point(256), point(4096), point(256, replicated=False)]), path)
+    assert draw_resume(Resume(2, points=[point(256), point(4096), point(256, replicated=False)]), path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert not draw_resume(Resume(2), tmp_path / "none.png")
 
