@@ -67,7 +67,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     standby_memory_bytes: int = 0
     """Host memory of each node for the replicas of other lanes; 0: no replication."""
     replication_interval_tokens: int = 32
-    """Copy a partly filled block again after this many tokens; 0: copy full blocks only."""
+    """Copy a partly filled block again after so many tokens, in long contexts sooner; 0: copy full blocks only."""
     replication_bytes_per_second: int = DEFAULT_BANDWIDTH
     """What one node may send to its standbys: catching up must not take what decoding needs."""
     vllm_args: tuple[str, ...] = ()

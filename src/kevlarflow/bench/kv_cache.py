@@ -39,12 +39,12 @@ def read_page(address: Address, path: str) -> str:
         connection.close()
 
 
-def kv_cache(page: str) -> KvCache:
-    """What vLLM's own metrics say of the KV memory; the least over the engines."""
+def kv_cache(page: str, engines: int) -> KvCache:
+    """What vLLM's own metrics say of the KV memory of one of so many engines: vLLM tells the sum of their blocks."""
     found = re.findall(r"^vllm:cache_config_info\{(.*)\} ", page, re.MULTILINE)
     if not found:
         raise SystemFailed("/metrics does not tell the number of KV blocks (vllm:cache_config_info)")
-    return min(KvCache(_label(each, "num_gpu_blocks"), _label(each, "block_size")) for each in found)
+    return KvCache(_label(found[0], "num_gpu_blocks") // engines, _label(found[0], "block_size"))
 
 
 def _label(labels: str, name: str) -> int:

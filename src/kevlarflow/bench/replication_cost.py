@@ -127,7 +127,7 @@ def _round(plan: Plan, number: int, sides: dict[bool, _Side], result: Replicatio
             load.void = str(error)
             say(f"  round {number}: void: {error}")
     if not result.kv_bytes_per_token:
-        cache = kv_cache(read_page(sides[True].system.address, "/metrics"))
+        cache = kv_cache(read_page(sides[True].system.address, "/metrics"), plan.recipe.pipelines)
         per_stage = plan.recipe.kv_cache_memory_bytes / (cache.blocks * cache.block_size)
         result.kv_bytes_per_token = per_stage * plan.recipe.stages
 

@@ -83,7 +83,7 @@ def without_replication(recipe: Recipe) -> Recipe:
 async def _points(
     plan: Plan, contexts: Sequence[int], replicated: bool, result: Resume, system: System, say: Say
 ) -> None:
-    cache = kv_cache(read_page(system.address, "/metrics"))
+    cache = kv_cache(read_page(system.address, "/metrics"), plan.recipe.pipelines)
     watcher = Watcher(run_folder_of(system.address.port))
     watcher.start()
     try:

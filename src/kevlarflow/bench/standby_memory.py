@@ -45,7 +45,7 @@ def run(plan: Plan, result: StandbyMemory, folder: Path, say: Say) -> None:
             say(f"standby-memory: {STOCK} starts, to be asked for its number of KV blocks")
             stock = make(STOCK, plan.recipe, folder, own_caches(folder, STOCK))
             with running(stock, []):
-                result.stock_kv_blocks = kv_cache(read_page(stock.address, "/metrics")).blocks
+                result.stock_kv_blocks = kv_cache(read_page(stock.address, "/metrics"), plan.recipe.pipelines).blocks
             say(f"  {result.stock_kv_blocks} blocks")
         if not result.samples:
             say(f"standby-memory: {KEVLARFLOW} starts, for {plan.minutes:g} minutes of load")

@@ -12,6 +12,9 @@ from collections.abc import Iterable
 
 from kevlarflow.recovery.coverage import Replica
 
+LONG_CONTEXT_TOKENS = 1_024
+"""With so many tokens before a block the interval is half of the usual one, with twice as many a third."""
+
 
 class ReplicationQueue:
     """See the module's text. `interval` is tokens between copies of a partly filled block; 0 copies full ones only."""
@@ -80,7 +83,11 @@ class ReplicationQueue:
         known = sent.filled if sent is not None and sent.generation == replica.generation else 0
         if self.is_full(replica):
             return known < replica.filled
-        return bool(self._interval) and replica.filled - known >= self._interval
+        return bool(self._interval) and replica.filled - known >= self._interval_at(replica.depth)
+
+    def _interval_at(self, depth: int) -> int:
+        """A token costs the more to compute again the more come before it: so long contexts are copied more often."""
+        return max(1, self._interval // (1 + depth * self._block_size // LONG_CONTEXT_TOKENS))
 
     def next(self) -> Replica | None:
         """The block to copy next, oldest first; it is no longer due."""

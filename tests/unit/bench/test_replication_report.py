@@ -7,7 +7,7 @@ import pytest
 from kevlarflow.bench.kv_cache import Sent, counted, fullest_standby, kv_cache, lag_tokens, sent
 from kevlarflow.bench.measure import LoadSummary
 from kevlarflow.bench.memory_copy import copy_seconds
-from kevlarflow.bench.replication_report import cost_grid, draw_resume, extra_restore, memory_grid, resume_grid
+from kevlarflow.bench.replication_report import cost_grid, draw_resume, extra, memory_grid, resume_grid
 from kevlarflow.bench.replication_results import (
     CostLoad,
     MemorySample,
@@ -23,9 +23,10 @@ def phases(**seconds):
     return dict.fromkeys(("detect", "plan", "relink", "restore", "recompute", "reissue", "total"), 0.1) | seconds
 
 
-def point(context, restore=0.01, copy=0.01, replicated=True, recomputed=50, void=None):
+def point(context, restore=0.01, copy=0.01, replicated=True, recomputed=50, void=None, total=0.1):
     return Resumption(
-        context, replicated, streams=8, block_size=128, live_tokens=8 * context, phases=phases(restore=restore),
+        context, replicated, streams=8, block_size=128, live_tokens=8 * context,
+        phases=phases(restore=restore, total=total),
         recomputed_tokens=recomputed, restored_bytes=context << 10, copy_seconds=copy, void=void,
     )  # fmt: skip
 
@@ -35,16 +36,20 @@ def remarks(*points):
 
 
 def test_the_extra_time_is_told_in_plain_copies_of_the_additional_bytes():
-    short, long = point(256, restore=0.020, copy=0.010), point(4096, restore=0.140, copy=0.110)
-    assert extra_restore(Resume(2, points=[short, long]), long) == pytest.approx(1.2)
-    assert extra_restore(Resume(2, points=[short, long]), short) is None
-    assert "worst 1.20: reached" in remarks(short, long)
+    short, long = point(256, restore=0.020, copy=0.010), point(4096, restore=0.140, copy=0.110, total=0.3)
+    result = Resume(2, points=[short, long])
+    assert extra(result, long, ("relink", "restore")) == pytest.approx(1.2)
+    assert extra(result, long, ("total",)) == pytest.approx(2.0)
+    assert extra(result, short, ("total",)) is None
+    said = remarks(short, long)
+    assert "relinking and restoring: worst 1.20: reached" in said
+    assert "the whole recovery: worst 2.00: NOT REACHED" in said
 
 
 def test_a_slow_restore_and_too_much_recomputing_are_said_so():
     said = remarks(point(256), point(4096, restore=0.5, copy=0.1, recomputed=8 * 128 + 8 * 2))
     assert "NOT REACHED: 4096 tokens: 1040 tokens recomputed; less than 1040 were required" in said
-    assert "at most 1.5; worst 5.44: NOT REACHED" in said
+    assert "relinking and restoring: worst 5.44: NOT REACHED" in said
 
 
 def test_points_without_replication_are_shown_beside_and_void_ones_are_only_named():
@@ -100,8 +105,8 @@ def test_empty_results_can_be_shown():
 
 
 PAGE = """\
-vllm:cache_config_info{block_size="128",cache_dtype="auto",engine="0",num_gpu_blocks="300"} 1.0
-vllm:cache_config_info{block_size="128",cache_dtype="auto",engine="1",num_gpu_blocks="299"} 1.0
+vllm:cache_config_info{block_size="128",cache_dtype="auto",engine="0",num_gpu_blocks="598"} 1.0
+vllm:cache_config_info{block_size="128",cache_dtype="auto",engine="1",num_gpu_blocks="598"} 1.0
 vllm:prompt_tokens_total{engine="0",model_name="m"} 10.0
 vllm:prompt_tokens_total{engine="1",model_name="m"} 5.0
 vllm:prompt_tokens_created{engine="0",model_name="m"} 99.0
@@ -109,10 +114,10 @@ vllm:prompt_tokens_created{engine="0",model_name="m"} 99.0
 
 
 def test_readings_of_the_metrics_page():
-    assert kv_cache(PAGE) == (299, 128)
+    assert kv_cache(PAGE, engines=2) == (299, 128)
     assert counted(PAGE, "vllm:prompt_tokens") == 15
     with pytest.raises(SystemFailed, match="KV blocks"):
-        kv_cache("")
+        kv_cache("", engines=2)
 
 
 def test_readings_of_the_status_document():

@@ -92,3 +92,11 @@ def test_a_copy_that_could_not_be_sent_is_due_again():
     assert queue.still_holds(copied)
     queue.not_sent(copied)
     assert queue.next() == copied
+
+
+def test_the_deeper_a_block_the_sooner_it_is_copied_again():
+    def tokens_until_due(depth):
+        queue = ReplicationQueue(block_size=128, interval=32)
+        return next(filled for filled in range(1, 129) if wrote(queue, Replica(1, 1, filled, depth)))
+
+    assert [tokens_until_due(depth) for depth in (0, 7, 8, 16, 58, 10_000)] == [32, 32, 16, 10, 4, 1]
