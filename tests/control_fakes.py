@@ -1,7 +1,8 @@
 """Nodes, engines and a launcher that speak the controller's messages and do nothing else.
 
 Run as a program this file is a node: ``control_fakes.py RUN_FOLDER NODE INCARNATION STAGE``. Files in the run folder
-bend it: ``fail-<node>`` makes it report a failure, ``hold-<node>`` makes it wait before it is ready.
+bend it: ``fail-<node>`` makes it report a failure, ``hold-<node>`` makes it wait before it is ready, and
+``hang-<member>`` makes it sleep in the middle of a step.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import zmq
 from kevlarflow import config as configuration
 from kevlarflow.config import ServeConfig, Timeouts
 from kevlarflow.control.status import ask_status
+from kevlarflow.node.heartbeat import HeartbeatThread
+from kevlarflow.node.progress import Progress
 from kevlarflow.types import Epoch, Member, NodeId, NodeInfo, Phases, PipelineId, Stage
 from kevlarflow.wire import messages
 from kevlarflow.wire.messages import AnyMessage, decode, encode
@@ -36,33 +39,28 @@ def connect(config: ServeConfig) -> zmq.Socket[bytes]:
 
 
 def be_node(config: ServeConfig, member: Member, stage: Stage) -> None:
-    """Start, beat, and leave when told to."""
-    sock = connect(config)
+    """Start, beat as a node does, and leave when told to."""
     pids = (os.getpid(),)
-    introduction: AnyMessage = messages.NodeStarting(member, stage, "here", pids)
-    sock.send(encode(introduction))
+    progress = Progress(config.timeouts.step_floor_ms / 1_000)
+    heartbeat = HeartbeatThread(config, messages.NodeStarting(member, stage, "here", pids), progress, dict)
+    heartbeat.start()
     if os.path.exists(config.path(f"fail-{member.node}")):
-        sock.send(encode(messages.NodeFailed(member, "no weights: use another --model")))
-        sock.close()
-        zmq.Context.instance().term()
+        heartbeat.say_failed("no weights: use another --model")
         sys.exit(1)
-    hold = config.path(f"hold-{member.node}")
     parent = os.getppid()
+    while os.path.exists(config.path(f"hold-{member.node}")) and os.getppid() == parent:
+        time.sleep(0.02)
+    lanes = config.reserve_lanes + 1
+    heartbeat.say_ready(NodeInfo(member, stage, "here", os.getpid(), pids, "ipc://steps", "ipc://activations", lanes))
+    pipeline = PipelineId(int(member.node.split("-")[1]))
     # A test that is killed must not leave nodes behind.
     while os.getppid() == parent:
-        if isinstance(introduction, messages.NodeStarting) and not os.path.exists(hold):
-            lanes = config.reserve_lanes + 1
-            info = NodeInfo(member, stage, "here", os.getpid(), pids, "ipc://steps", "ipc://activations", lanes)
-            introduction = messages.NodeReady(info, {})
-            sock.send(encode(introduction))
-        with contextlib.suppress(zmq.Again):
-            sock.send(encode(messages.Heartbeat(member, 0, 0.0)), zmq.NOBLOCK)
-        if sock.poll(config.timeouts.heartbeat_interval_ms):
-            match decode(sock.recv()):
-                case messages.Introduce():
-                    sock.send(encode(introduction))
-                case messages.Retire():
-                    os._exit(0)
+        progress.begin(pipeline)
+        progress.measure(8)
+        while os.path.exists(config.path(f"hang-{member}")) and os.getppid() == parent:
+            time.sleep(60.0)
+        progress.end()
+        time.sleep(0.02)
 
 
 class FakeEngine(threading.Thread):

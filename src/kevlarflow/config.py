@@ -30,11 +30,25 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_interval_ms: int = 100
     """How often a node beats."""
     watch_interval_ms: int = 5
-    """How often the controller looks whether a local process has begun to exit."""
+    """How often the controller looks whether a local process has begun to exit, or is stopped."""
     suspect_after_ms: int = 1_000
-    """Silence after which a node is suspect: nothing is moved yet."""
+    """Silence after which a node is suspect: nothing is moved yet. Time in which it waited for a CPU is no silence."""
     confirm_after_ms: int = 3_000
     """Silence after which a suspect is fenced (killed), and its lanes move."""
+    stopped_after_ms: int = 300
+    """After this long a process that is stopped (SIGSTOP, a debugger) is fenced."""
+    step_floor_ms: int = 400
+    """No step is overdue before it has computed nothing for this long, whatever its size."""
+    stuck_after_ms: int = 100
+    """A node whose step is overdue while its peers are idle is fenced after this long."""
+    deaf_after_ms: int = 5_000
+    """A node that beats, but does not hear the controller, is fenced after this long."""
+    engine_silent_after_ms: int = 2_000
+    """An engine that has not reported for this long is shown as silent."""
+    engine_lost_after_ms: int = 10_000
+    """An engine that has not reported for this long is killed, so that it is started again; its requests are lost."""
+    settle_ms: int = 4_000
+    """How long a restarted controller waits for nodes and engines that serve to introduce themselves."""
     move_patience_ms: int = 8_000
     """How long a lane that moves though nobody died waits for its new node to hold (nearly) all of its KV. After that
     it moves all the same, and more is recomputed."""
@@ -109,12 +123,26 @@ def check(config: ServeConfig) -> None:
             f"--replication-bandwidth {config.replication_bytes_per_second} copies nothing: use 1M or more, or turn "
             "replication off with --standby-memory-bytes 0"
         )
-    times = config.timeouts
-    if not 2 * times.heartbeat_interval_ms < times.suspect_after_ms < times.confirm_after_ms:
-        raise UsageError(
-            "timeouts must satisfy 2 x heartbeat interval < suspect < confirm, but are "
-            f"{times.heartbeat_interval_ms}, {times.suspect_after_ms} and {times.confirm_after_ms} ms"
-        )
+    check_timeouts(config.timeouts)
+
+
+def check_timeouts(times: Timeouts) -> None:
+    """Raise `UsageError` when timeouts do not relate as docs/assumptions.md says."""
+    for what, smaller, larger in (
+        ("2 x heartbeat_interval_ms < suspect_after_ms", 2 * times.heartbeat_interval_ms, times.suspect_after_ms),
+        ("suspect_after_ms < confirm_after_ms", times.suspect_after_ms, times.confirm_after_ms),
+        ("4 x watch_interval_ms < stopped_after_ms", 4 * times.watch_interval_ms, times.stopped_after_ms),
+        ("2 x heartbeat_interval_ms < step_floor_ms", 2 * times.heartbeat_interval_ms, times.step_floor_ms),
+        ("confirm_after_ms < deaf_after_ms", times.confirm_after_ms, times.deaf_after_ms),
+        ("confirm_after_ms < settle_ms", times.confirm_after_ms, times.settle_ms),
+        ("4 x report_interval_ms < engine_silent_after_ms", 4 * times.report_interval_ms, times.engine_silent_after_ms),
+        ("engine_silent_after_ms < engine_lost_after_ms", times.engine_silent_after_ms, times.engine_lost_after_ms),
+        ("settle_ms < engine_lost_after_ms", times.settle_ms, times.engine_lost_after_ms),
+        ("2 x report_interval_ms < move_patience_ms", 2 * times.report_interval_ms, times.move_patience_ms),
+        ("move_patience_ms < startup_timeout_s", times.move_patience_ms, 1_000 * times.startup_timeout_s),
+    ):
+        if not 0 < smaller < larger:
+            raise UsageError(f"timeouts must satisfy {what}, but {smaller} is not less than {larger} ms (and above 0)")
 
 
 def run_folder_of(port: int) -> Path:

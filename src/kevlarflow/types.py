@@ -46,6 +46,8 @@ class EngineState(enum.StrEnum):
 
     STARTING = "starting"
     READY = "ready"
+    SILENT = "silent"
+    """It has not reported for a while."""
     DEAD = "dead"
 
 

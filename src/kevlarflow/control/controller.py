@@ -35,7 +35,7 @@ from kevlarflow.control.watcher import LocalProcessWatcher
 from kevlarflow.errors import KevlarFlowError
 from kevlarflow.recovery import events
 from kevlarflow.recovery.cluster import Cluster
-from kevlarflow.recovery.detector import Detector
+from kevlarflow.recovery.detector import Beat, Detector
 from kevlarflow.recovery.events import AnyCommand, AnyEvent
 from kevlarflow.recovery.status import status_document
 from kevlarflow.types import Member, PipelineId
@@ -115,8 +115,8 @@ class Controller:
         self.hub = hub
         self.main_pid = main_pid
         self.cluster = Cluster(config, unix_offset())
-        self.detector = Detector(config.timeouts)
         self.watcher: LocalProcessWatcher[Member | EngineProcess] = LocalProcessWatcher()
+        self.detector = Detector(config.timeouts, self)
         self.launcher = LauncherClient(config.launcher_path)
         self.observers = Observers(hub, self.cluster)
         self.peers = Peers()
@@ -211,6 +211,8 @@ class Controller:
     def _let_time_pass(self, now: float) -> None:
         # The wall clock of a machine is set now and then.
         self.cluster.unix_offset = unix_offset()
+        stopped = self.watcher.stopped.items()
+        self.detector.stopped({key: since for key, since in stopped if isinstance(key, Member)})
         for verdict in self.detector.check(now):
             self.handle(verdict, now)
         self.handle(events.Tick(), now)
@@ -221,6 +223,17 @@ class Controller:
             elif now >= due:
                 log.warning("%s (pids %s) is still there after SIGKILL", member, pids)
                 self._kill(member, pids, now)
+
+    # ---- what the detector asks
+
+    def starved_seconds(self, member: Member) -> float | None:
+        """How long a member has waited for a CPU; see `kevlarflow.recovery.detector.Surroundings`."""
+        return self.watcher.starved_seconds(member)
+
+    def companions(self, member: Member, pipeline: PipelineId) -> list[Member]:
+        """The other members of a pipeline; see `kevlarflow.recovery.detector.Surroundings`."""
+        known = self.cluster.pipeline(pipeline)
+        return [each for each in known.members if each is not None and each != member] if known is not None else []
 
     def _bury(self, member: Member, alive_at: float, now: float) -> None:
         self.handle(events.NodeExited(member, alive_at), now)
@@ -248,8 +261,8 @@ class Controller:
 
     def _take(self, peer: bytes, message: AnyMessage, now: float) -> None:
         match message:
-            case messages.Heartbeat(member=member):
-                self._take_beat(peer, member, now)
+            case messages.Heartbeat():
+                self._take_beat(peer, message, now)
             case messages.NodeStarting() | messages.NodeReady() | messages.NodeFailed():
                 self._take_from_node(peer, message, now)
             case messages.EngineAttached(pipeline=pipeline, pid=pid):
@@ -283,12 +296,21 @@ class Controller:
         if slot is not None and slot.pids == (request.pid,):
             self._watch_member(slot.member, slot.pids, now)
 
-    def _take_beat(self, peer: bytes, member: Member, now: float) -> None:
+    def _take_beat(self, peer: bytes, heartbeat: messages.Heartbeat, now: float) -> None:
+        member = heartbeat.member
         if not self.peers.knows(peer) or not self.cluster.member_is_current(member):
             self._ask_for_introduction(peer, now)
             return
-        for event in self.detector.beat(member, now):
+        beat = Beat(
+            running_seconds=heartbeat.step_running_seconds,
+            pipeline=heartbeat.step_pipeline,
+            is_overdue=heartbeat.step_overdue,
+            heard=heartbeat.heard,
+        )
+        for event in self.detector.beat(member, now, beat):
             self.handle(event, now)
+        if heartbeat.number and self._send(peer, messages.BeatHeard(heartbeat.number)):
+            self.detector.answered(member, heartbeat.number, now)
 
     def _take_from_node(
         self, peer: bytes, message: messages.NodeStarting | messages.NodeReady | messages.NodeFailed, now: float
@@ -333,6 +355,8 @@ class Controller:
                 self.launcher.request(member, stage, now + self.config.timeouts.startup_timeout_s)
             case events.KillNode(member=member, pids=pids):
                 self._kill(member, pids, now)
+            case events.KillEngine(pipeline=pipeline, pid=pid):
+                self.watcher.kill(EngineProcess(pipeline, pid), (pid,))
             case events.Retire(member=member):
                 self._send(self.peers.members.get(member), messages.Retire())
             case events.Answer(ticket=ticket):

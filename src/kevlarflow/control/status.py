@@ -25,7 +25,8 @@ MIB = 2**20
 RECOVERIES_SHOWN = 10
 COLOURS = {
     "serving": "green", "ready": "green", "done": "green", "starting": "yellow", "recovering": "yellow",
-    "running": "yellow", "suspect": "yellow", "draining": "yellow", "waiting": "red", "dead": "red", "failed": "red",
+    "running": "yellow", "suspect": "yellow", "silent": "yellow",
+    "draining": "yellow", "waiting": "red", "dead": "red", "failed": "red",
 }  # fmt: skip
 
 

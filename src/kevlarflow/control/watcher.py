@@ -1,10 +1,13 @@
-"""Sees local processes begin to die.
+"""Sees local processes begin to die, or stand still.
 
 A process that is killed keeps its sockets open while the kernel takes its memory apart, about 80 ms for each GB;
 only then does the other end of a socket notice, and only then does a pidfd become readable. But the kernel marks the
 process as exiting before it begins. The mark stands in ``/proc/<pid>/stat``, so reading that every few milliseconds
 gives the news early. Reading is cheap: the files stay open, and the one that belongs to the main thread does not sum
 over all others.
+
+A process that is stopped breaks no connection at all; but its state stands there, too. And the kernel counts how long
+threads waited for a CPU, which tells a process that is starved from one that hangs.
 
 An open file below ``/proc/<pid>`` and a pidfd belong to one process for ever: when its number is given to
 another, they say that theirs is gone. So neither sight nor signal can go astray once both are open.
@@ -13,10 +16,12 @@ another, they say that theirs is gone. So neither sight nor signal can go astray
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import os
 import signal
 from collections.abc import Hashable, Iterable
+from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 log = logging.getLogger("kevlarflow.control.watcher")
@@ -25,9 +30,23 @@ PF_EXITING = 0x4
 STATE, FLAGS, START_TIME = 0, 6, 19
 """Positions in `stat` after the name, which may contain anything: see proc_pid_stat(5)."""
 GONE = (b"Z", b"X")
+STOPPED = (b"T", b"t")
+WAITED = 1
+"""Position in `schedstat` of the nanoseconds that a thread was ready to run and had no CPU."""
 STAT_BYTES = 1_024
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+class Condition(enum.Enum):
+    """What the kernel says of a process."""
+
+    RUNNING = enum.auto()
+    """Or asleep, or waiting for a CPU: alive."""
+    STOPPED = enum.auto()
+    """By SIGSTOP or a debugger: it does nothing, and no connection breaks."""
+    DYING = enum.auto()
+    """It has begun to exit, or is gone."""
 
 
 class Process:
@@ -55,10 +74,24 @@ class Process:
             return []
         return stat[stat.rfind(b")") + 2 :].split(b" ", count)
 
-    def dying(self) -> bool:
-        """Whether it has begun to exit, or is gone."""
+    def look(self) -> Condition:
+        """What the kernel says of it."""
         fields = self._fields(FLAGS + 1)
-        return len(fields) <= FLAGS or fields[STATE] in GONE or int(fields[FLAGS]) & PF_EXITING != 0
+        if len(fields) <= FLAGS or fields[STATE] in GONE or int(fields[FLAGS]) & PF_EXITING != 0:
+            return Condition.DYING
+        return Condition.STOPPED if fields[STATE] in STOPPED else Condition.RUNNING
+
+    def starved_seconds(self) -> float | None:
+        """How long its threads together have waited for a CPU, ever; None when the kernel does not say."""
+        folder = f"/proc/{self.pid}/task"
+        waited = 0
+        try:
+            for thread in os.listdir(folder):
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    waited += int(Path(f"{folder}/{thread}/schedstat").read_bytes().split()[WAITED])
+        except (OSError, ValueError, IndexError):
+            return None
+        return waited / 1e9 if os.path.exists(f"{folder}/{self.pid}/schedstat") else None
 
     def kill(self) -> None:
         """SIGKILL, which a stopped process obeys too."""
@@ -86,6 +119,8 @@ class LocalProcessWatcher(Generic[Key]):
     def __init__(self) -> None:
         self._watched: dict[Key, dict[int, Process]] = {}
         self._checked_at = 0.0
+        self.stopped: dict[Key, float] = {}
+        """Those of which some process is stopped, and since when (monotonic seconds)."""
 
     def watch(self, key: Key, pids: Iterable[int], start_times: dict[int, int] | None = None) -> bool:
         """Watch these processes besides those that are watched under `key` already.
@@ -126,16 +161,27 @@ class LocalProcessWatcher(Generic[Key]):
     def check(self, now: float) -> list[Death[Key]]:
         """Processes that have begun to die since the last check. Each is reported once and no longer watched."""
         deaths = []
+        stopped = {}
         for key, processes in list(self._watched.items()):
             for process in list(processes.values()):
-                if process.dying():
+                condition = process.look()
+                if condition is Condition.STOPPED:
+                    stopped[key] = self.stopped.get(key, now)
+                elif condition is Condition.DYING:
                     deaths.append(Death(key, process.pid, self._checked_at))
                     del processes[process.pid]
                     process.close()
             if not processes:
                 del self._watched[key]
         self._checked_at = now
+        self.stopped = stopped
         return deaths
+
+    def starved_seconds(self, key: Key) -> float | None:
+        """How long the processes under `key` have waited for a CPU, ever; None when nobody can say."""
+        waited = [process.starved_seconds() for process in self._watched.get(key, {}).values()]
+        known = [seconds for seconds in waited if seconds is not None]
+        return sum(known) if known and len(known) == len(waited) else None
 
     def kill(self, key: Key, pids: Iterable[int]) -> None:
         """SIGKILL to these processes: through the descriptor where they are watched, else found by number."""

@@ -14,9 +14,11 @@ from collections.abc import Callable
 import zmq
 
 from kevlarflow.config import ServeConfig
+from kevlarflow.node.progress import Progress
 from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId
 from kevlarflow.wire.messages import (
     AnyMessage,
+    BeatHeard,
     Heartbeat,
     Introduce,
     NodeFailed,
@@ -26,28 +28,6 @@ from kevlarflow.wire.messages import (
     decode,
     encode,
 )
-
-
-class Progress:
-    """What the main loop has done, read by the heartbeat thread. Times are monotonic seconds."""
-
-    def __init__(self) -> None:
-        self.steps_done = 0
-        self._running_since: float | None = None
-
-    def begin(self) -> None:
-        """A step goes onto the device."""
-        self._running_since = time.monotonic()
-
-    def end(self) -> None:
-        """The step is done."""
-        self.steps_done += 1
-        self._running_since = None
-
-    def running_seconds(self) -> float:
-        """How long the current step has been running; 0.0 when idle."""
-        since = self._running_since
-        return 0.0 if since is None else time.monotonic() - since
 
 
 class HeartbeatThread(threading.Thread):
@@ -66,6 +46,9 @@ class HeartbeatThread(threading.Thread):
         self._introduction: AnyMessage = starting
         self._progress = progress
         self._epochs = epochs
+        self._beats = 0
+        self._heard = 0
+        """The newest beat that the controller has answered."""
         self._inbox: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._inbox.bind(self._bell_address())
 
@@ -112,11 +95,25 @@ class HeartbeatThread(threading.Thread):
                 self._answer(controller)
             if time.monotonic() >= due:
                 due = time.monotonic() + interval_ms / 1_000
-                beat = Heartbeat(self._member, self._progress.steps_done, self._progress.running_seconds())
-                self._try_send(controller, beat)
+                self._try_send(controller, self._beat())
+
+    def _beat(self) -> Heartbeat:
+        step = self._progress.look()
+        self._beats += 1
+        return Heartbeat(
+            self._member,
+            self._progress.steps_done,
+            step.running_seconds,
+            step.pipeline,
+            step.is_overdue,
+            number=self._beats,
+            heard=self._heard,
+        )
 
     def _answer(self, controller: zmq.Socket[bytes]) -> None:
         match decode(controller.recv()):
+            case BeatHeard(number=number):
+                self._heard = max(self._heard, number)
             case Introduce():
                 if isinstance(self._introduction, NodeReady):
                     self._introduction = NodeReady(self._introduction.info, dict(self._epochs()))

@@ -24,9 +24,10 @@ from vllm.config import VllmConfig
 from kevlarflow.config import ServeConfig
 from kevlarflow.errors import KevlarFlowError
 from kevlarflow.node.device import stage_device
-from kevlarflow.node.heartbeat import HeartbeatThread, Progress
+from kevlarflow.node.heartbeat import HeartbeatThread
 from kevlarflow.node.lane_replicas import LaneReplicas
 from kevlarflow.node.lanes import Lane, Lanes, Work
+from kevlarflow.node.progress import Progress
 from kevlarflow.node.stage import Activations, Sampled, StageDevice
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
@@ -50,7 +51,7 @@ def run(config: ServeConfig, member: Member, stage: Stage, configure: Callable[[
     A failure to load is reported to the controller in one line, and the process exits with status 1.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    progress = Progress()
+    progress = Progress(config.timeouts.step_floor_ms / 1_000)
     server = NodeServer(config, member, stage, progress)
     starting = NodeStarting(member, stage, socket.gethostname(), (os.getpid(),))
     heartbeat = HeartbeatThread(config, starting, progress, server.epochs)
@@ -242,7 +243,7 @@ class NodeServer:
 
     def _run(self, lane: Lane, work: Work, activations: Activations | None) -> None:
         header = work.header
-        self._progress.begin()
+        self._progress.begin(header.pipeline)
         try:
             self._run_work(lane, work, activations)
         except Exception as error:
@@ -279,6 +280,7 @@ class NodeServer:
         if self._replicas:
             self._replicas.begin(lane, written)
         scheduled, grammar = pickle.loads(work.payload[0]), pickle.loads(work.payload[1])
+        self._progress.measure(scheduled.total_num_scheduled_tokens)
         result = lane.runner.execute(scheduled, activations, grammar)
         if isinstance(result, Sampled):
             payload = pickle.dumps((result.output, result.generators), pickle.HIGHEST_PROTOCOL)

@@ -29,6 +29,7 @@ DEFAULT_START_SECONDS = 10.0
 def _begin(grid: Grid, event: events.ClusterBegun) -> None:
     """Ask for every node at once: they need nothing of each other."""
     grid.begun = True
+    grid.ticked_at = grid.now
     for slot in grid.slots.values():
         nodes.start(grid, slot)
 
@@ -37,7 +38,7 @@ def _resume(grid: Grid, event: events.ControllerResumed) -> None:
     """Take up what an earlier life of the controller knew, and wait a moment for everybody to appear."""
     snapshot = event.snapshot
     grid.begun = True
-    grid.resumed_at = grid.now
+    grid.resumed_at = grid.ticked_at = grid.now
     grid.served = snapshot.served
     grid.next_recovery = snapshot.next_recovery
     grid.start_seconds.extend(snapshot.start_seconds)
@@ -60,7 +61,7 @@ def _resume(grid: Grid, event: events.ControllerResumed) -> None:
         else:
             grid.forgetful = True
             slot.incarnation_floor = unused
-            slot.start_at = grid.now + grid.config.timeouts.confirm_after_ms / 1_000
+            slot.start_at = grid.now + grid.config.timeouts.settle_ms / 1_000
     grid.narrate("the controller was started again: it waits for nodes and engines to appear")
 
 
@@ -140,7 +141,7 @@ class Cluster(Grid):
 
     def settling(self, now: float) -> bool:
         """Whether, after a restart, engines and nodes that serve may have yet to appear."""
-        patience = self.config.timeouts.confirm_after_ms / 1_000
+        patience = self.config.timeouts.settle_ms / 1_000
         return self.resumed_at is not None and not self.serving and now < self.resumed_at + patience
 
     def why_not_serving(self) -> str:

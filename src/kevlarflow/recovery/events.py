@@ -151,10 +151,13 @@ class NodeCleared(Event, frozen=True):
 
 
 class NodeSilent(Event, frozen=True):
-    """Silent for so long that it is fenced, whatever became of it."""
+    """Silent, or of no use in another way, for so long that it is fenced, whatever became of it."""
 
     member: Member
     beat_at: float
+    """Since when: the last proof of life."""
+    what: str = "did not answer"
+    """Completes "node-0-1 ...", followed by how long."""
 
 
 class EngineAttached(Event, frozen=True):
@@ -256,6 +259,13 @@ class KillNode(Command, frozen=True):
     pids: tuple[int, ...]
 
 
+class KillEngine(Command, frozen=True):
+    """SIGKILL to the process of an engine."""
+
+    pipeline: PipelineId
+    pid: int
+
+
 class Retire(Command, frozen=True):
     """Tell a member that was replaced to leave."""
 
@@ -318,4 +328,6 @@ class Abort(Command, frozen=True):
     reason: str
 
 
-AnyCommand = StartNode | KillNode | Retire | Form | Suspend | AssignStandbys | Hasten | Answer | Narrate | Abort
+AnyCommand = (
+    StartNode | KillNode | KillEngine | Retire | Form | Suspend | AssignStandbys | Hasten | Answer | Narrate | Abort
+)  # fmt: skip

@@ -10,7 +10,7 @@ comparison, and its order, with a higher epoch, replaces the one that is under w
 from __future__ import annotations
 
 from kevlarflow.recovery import drain, events, records
-from kevlarflow.recovery.events import Form, KillNode, Suspend
+from kevlarflow.recovery.events import Form, KillEngine, KillNode, Suspend
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import NO_EPOCH, Pipeline, node_id, subject
 from kevlarflow.recovery.planner import Candidate, choose
@@ -29,6 +29,10 @@ from kevlarflow.types import (
 
 AVOID_SECONDS = 5.0
 """How long a donor that an engine could not use is left out of its plans."""
+RESEND_SECONDS = 1.0
+"""How long an order may take to reach its engine before it is sent again."""
+DEAF_SECONDS = 1.0
+"""A pause between two ticks that is longer was the controller's own: nobody is blamed for it."""
 COMPLAINT_SECONDS = 0.1
 """How long a member that an engine could not use has to be seen to die, before something is done about it."""
 
@@ -43,6 +47,7 @@ def on_attached(grid: Grid, event: events.EngineAttached) -> None:
         return
     pipeline.epoch = Epoch(max(pipeline.epoch, event.epoch))
     engine = pipeline.engine
+    engine.heard_at = grid.now
     again = engine.attached and engine.pid == event.pid
     if again and pipeline.order is not None:
         if event.epoch < pipeline.order.epoch:
@@ -110,9 +115,23 @@ def on_report(grid: Grid, event: events.EngineReport) -> None:
     # It may have been under way when the last order left.
     ordered = pipeline.order.epoch if pipeline.order is not None else event.epoch
     pipeline.engine.report_is_new = event.epoch in (NO_EPOCH, ordered)
+    _hear(grid, pipeline, event)
     if event.kv_blocks > 0:
         pipeline.engine.kv_blocks = event.kv_blocks
         pipeline.engine.state = EngineState.READY
+
+
+def _hear(grid: Grid, pipeline: Pipeline, report: events.EngineReport) -> None:
+    """The engine speaks. If an order has not reached it after a while, send it again; it knows by the epoch."""
+    pipeline.engine.heard_at = grid.now
+    if pipeline.engine.state is EngineState.SILENT:
+        pipeline.engine.state = EngineState.READY
+        grid.narrate(f"the engine of {subject(pipeline.id)} reports again")
+    order = pipeline.order
+    behind = order is not None and NO_EPOCH < report.epoch < order.epoch
+    if order is not None and behind and grid.now - pipeline.ordered_at >= RESEND_SECONDS:
+        pipeline.ordered_at = grid.now
+        grid.command(order)
 
 
 def on_engine_lost(grid: Grid, event: events.EngineLost) -> None:
@@ -151,13 +170,33 @@ def on_member_failed(grid: Grid, event: events.MemberFailed) -> None:
 
 
 def on_tick(grid: Grid, event: events.Tick) -> None:
-    """Act on complaints about members that turn out to be alive."""
+    """Act on complaints about members that turn out to be alive, and on engines that do not report."""
+    pause = grid.now - grid.ticked_at
+    grid.ticked_at = grid.now
     for pipeline in grid.pipelines:
+        if pause > DEAF_SECONDS:
+            pipeline.engine.heard_at += pause
+        _look_after_engine(grid, pipeline)
         pipeline.avoided = {each: until for each, until in pipeline.avoided.items() if grid.now < until}
         for member, due in list(pipeline.complaints.items()):
             if grid.now >= due:
                 del pipeline.complaints[member]
                 _settle_complaint(grid, pipeline, member)
+
+
+def _look_after_engine(grid: Grid, pipeline: Pipeline) -> None:
+    """Show an engine that does not report; kill it when that lasts, so that it is started again."""
+    engine = pipeline.engine
+    if not engine.attached or engine.pid is None or engine.state not in (EngineState.READY, EngineState.SILENT):
+        return
+    silence_ms = (grid.now - engine.heard_at) * 1_000
+    if silence_ms >= grid.config.timeouts.engine_silent_after_ms and engine.state is EngineState.READY:
+        engine.state = EngineState.SILENT
+        grid.narrate(f"the engine of {subject(pipeline.id)} does not report (pid {engine.pid})")
+    if silence_ms >= grid.config.timeouts.engine_lost_after_ms:
+        engine.heard_at = grid.now
+        grid.narrate(f"the engine of {subject(pipeline.id)} is killed, since it does not report (pid {engine.pid})")
+        grid.command(KillEngine(pipeline.id, engine.pid))
 
 
 def _settle_complaint(grid: Grid, pipeline: Pipeline, member: Member) -> None:
@@ -205,7 +244,7 @@ def reconcile(grid: Grid, pipeline: Pipeline) -> None:
 
 def _serve_if_formed(grid: Grid, pipeline: Pipeline) -> None:
     """A pipeline serves once its nodes generate and its engine schedules."""
-    if not pipeline.formed or pipeline.engine.state is not EngineState.READY:
+    if not pipeline.formed or pipeline.engine.state not in (EngineState.READY, EngineState.SILENT):
         return
     if pipeline.state not in (PipelineState.STARTING, PipelineState.RECOVERING):
         return
@@ -318,6 +357,7 @@ def form(grid: Grid, pipeline: Pipeline, chosen: dict[Stage, NodeInfo], cause: C
     pipeline.forming = True
     pipeline.formed = pipeline.reform = False
     pipeline.engine.report_is_new = False
+    pipeline.ordered_at = grid.now
     pipeline.order = Form(
         pipeline=pipeline.id,
         epoch=grid.raise_epoch(pipeline),
@@ -343,6 +383,7 @@ def _suspend(grid: Grid, pipeline: Pipeline, lacking: list[Stage]) -> None:
     grid.step_pipeline(pipeline, PipelineStep.SUSPEND)
     pipeline.forming = pipeline.formed = pipeline.reform = False
     pipeline.engine.report_is_new = False
+    pipeline.ordered_at = grid.now
     pipeline.order = Suspend(pipeline.id, grid.raise_epoch(pipeline), stage, reason)
     grid.narrate(f"{pipeline.news}: {reason}" if pipeline.news else reason)
     pipeline.news = ""

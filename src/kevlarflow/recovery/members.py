@@ -62,7 +62,9 @@ class Slot:
     fenced_by: float | None = None
     """When a member that was sent SIGKILL counts as lost, seen to die or not."""
     silent_since: float = 0.0
-    """The last beat of a member that is being fenced."""
+    """The last proof of life of a member that is being fenced."""
+    silent_how: str = "did not answer"
+    """Why it is; completes "node-0-1 ..."."""
     emptied_for: Cause | None = None
     """Why its lanes move away, after which it leaves; None when it may stay."""
     stuck_since: float | None = None
@@ -117,6 +119,8 @@ class Engine:
     """The last one."""
     report_is_new: bool = False
     """Whether it was made under the newest order."""
+    heard_at: float = 0.0
+    """When it last attached or reported, or since when somebody listened."""
     kv_blocks: int = 0
 
     @property
@@ -159,6 +163,8 @@ class Pipeline:
     engine: Engine = dataclasses.field(default_factory=Engine)
     order: Form | Suspend | None = None
     """The last order to the engine."""
+    ordered_at: float = 0.0
+    """When that was sent."""
     standbys: tuple[NodeInfo | None, ...] = ()
     """Who keeps the replicas of each stage, as the engine was told."""
     leaving: set[Member] = dataclasses.field(default_factory=set)

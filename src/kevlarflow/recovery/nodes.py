@@ -59,7 +59,7 @@ def expect(grid: Grid, slot: Slot, earlier: KnownNode) -> None:
     slot.pids = earlier.pids
     slot.emptied_for = earlier.emptied_for
     slot.started_at = grid.now
-    patience = timeouts.confirm_after_ms / 1_000 if earlier.ready else timeouts.startup_timeout_s
+    patience = timeouts.settle_ms / 1_000 if earlier.ready else timeouts.startup_timeout_s
     slot.ready_by = grid.now + patience
 
 
@@ -165,12 +165,13 @@ def on_silent(grid: Grid, event: events.NodeSilent) -> None:
         return
     if slot.state is NodeState.READY:
         grid.step_node(slot, NodeStep.SUSPECT)
-    fence(grid, slot, event.beat_at)
+    fence(grid, slot, event.beat_at, event.what)
 
 
-def fence(grid: Grid, slot: Slot, silent_since: float) -> None:
+def fence(grid: Grid, slot: Slot, silent_since: float, what: str) -> None:
     """Kill first; the loss is believed when the process was seen to die, or soon after in any case."""
     slot.silent_since = silent_since
+    slot.silent_how = what
     slot.fenced_by = grid.now + grid.config.timeouts.suspect_after_ms / 1_000
     grid.tell(slot.node, f"#{slot.incarnation} is fenced")
     grid.command(KillNode(slot.member, slot.pids))
@@ -256,7 +257,7 @@ def _lose_silent(grid: Grid, slot: Slot) -> None:
         slot,
         Cause.HANG,
         slot.silent_since,
-        f"did not answer for {silence:.1f} s and was killed (pid {_pid(slot)})",
+        f"{slot.silent_how} for {silence:.1f} s and was killed (pid {_pid(slot)})",
     )
 
 

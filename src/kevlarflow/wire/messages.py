@@ -55,9 +55,23 @@ class Heartbeat(Message, frozen=True):
     steps_done: int
     step_running_seconds: float
     """How long the step now on the device has been running; 0.0 when idle."""
+    step_pipeline: PipelineId | None = None
+    """Whose step it is."""
+    step_overdue: bool = False
+    """Whether it is past the deadline that steps of its size have set."""
+    number: int = 0
+    """Counts the beats of a member."""
+    heard: int = 0
+    """The number of the newest beat that was answered, as far as the node knows."""
 
 
 # ---- controller -> node
+
+
+class BeatHeard(Message, frozen=True):
+    """The answer to a heartbeat, so that a node knows whether it is heard, and we whether it hears."""
+
+    number: int
 
 
 class Introduce(Message, frozen=True):
@@ -274,9 +288,9 @@ class Started(Message, frozen=True):
 
 
 AnyMessage = (
-    NodeStarting | NodeReady | NodeFailed | Heartbeat | Introduce | Retire | EngineAttached | EngineReport
-    | EngineReady | Formed | MemberFailed | Form | Suspend | Standbys | Hasten | DrainNode | JoinNode | Answered
-    | AskStatus | Status | AskMetrics | Metrics | Subscribe | Availability | Narration | Fatal | StartNode
+    NodeStarting | NodeReady | NodeFailed | Heartbeat | BeatHeard | Introduce | Retire | EngineAttached
+    | EngineReport | EngineReady | Formed | MemberFailed | Form | Suspend | Standbys | Hasten | DrainNode | JoinNode
+    | Answered | AskStatus | Status | AskMetrics | Metrics | Subscribe | Availability | Narration | Fatal | StartNode
     | StartApiServer | Started
 )  # fmt: skip
 
@@ -289,6 +303,7 @@ __all__ = [
     "AskMetrics",
     "AskStatus",
     "Availability",
+    "BeatHeard",
     "DrainNode",
     "EngineAttached",
     "EngineReady",

@@ -106,11 +106,27 @@ def test_silence_is_judged_after_what_waits_was_read(shell):
         shell.turn(0.1)
         shell.say(node, beat)
     assert shell.controller.cluster.slots[NodeId("node-0-0")].state == "ready"
+    shell.controller.watcher.starved_seconds = lambda key: 0.0
     for _ in range(15):
         shell.turn(0.1)
     assert shell.controller.cluster.slots[NodeId("node-0-0")].state == "suspect"
     shell.say(node, beat)
     assert shell.controller.cluster.slots[NodeId("node-0-0")].state == "ready"
+
+
+def test_beats_are_answered_and_a_step_that_hangs_is_fenced(shell):
+    node, _ = shell.serve()
+    killed = []
+    # The node is this very process.
+    shell.controller.watcher.kill = lambda key, pids: killed.append(key)
+    member = Member(NodeId("node-0-0"), 1)
+    for number in range(1, 6):
+        shell.turn(0.1)
+        beat = messages.Heartbeat(member, 7, 0.9, PipelineId(0), step_overdue=True, number=number, heard=number - 1)
+        assert shell.say(node, beat) == [messages.BeatHeard(number)]
+    assert killed == [member]
+    said = [entry for entry in shell.controller.cluster.story.tell("node-0-0").splitlines() if "fenced" in entry]
+    assert len(said) == 1
 
 
 def test_a_loss_is_never_dated_before_it_happened(shell, monkeypatch):
@@ -157,7 +173,7 @@ def test_a_second_life_says_no_when_nobody_appears(shell):
     assert second.say(observer, messages.Subscribe()) == []
     # The node is this very process: it must not come to the point where it is fenced.
     second.controller.watcher.kill = lambda *_: None
-    second.turn(3.1)
+    second.turn(shell.config.timeouts.settle_ms / 1_000 + 0.1)
     (availability,) = heard(observer)
     assert availability.serving is False
     assert availability.started is True

@@ -45,6 +45,33 @@ def seconds_until_seen(watcher: LocalProcessWatcher[str], start: float) -> float
     return time.monotonic() - start
 
 
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+
+
+def test_what_a_process_waits_for_a_cpu_is_known():
+    """Several share one CPU: each waits while the others compute."""
+    spin = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nwhile True: pass"
+    children = [subprocess.Popen(["timeout", "20", sys.executable, "-c", spin]) for _ in range(3)]
+    watcher: LocalProcessWatcher[int] = LocalProcessWatcher()
+    try:
+        for child in children:
+            spinning = None
+            while spinning is None:
+                with open(f"/proc/{child.pid}/task/{child.pid}/children", encoding="ascii") as listed:
+                    spinning = next(iter(listed.read().split()), None)
+            assert watcher.watch(child.pid, [int(spinning)])
+        wait_until(lambda: all((watcher.starved_seconds(child.pid) or 0.0) > 0.1 for child in children))
+    finally:
+        for child in children:
+            child.terminate()
+            child.wait()
+    assert watcher.starved_seconds(-1) is None
+
+
 def test_a_large_process_is_seen_to_die_before_it_is_gone(start):
     child = start(512 << 20)
     watcher: LocalProcessWatcher[str] = LocalProcessWatcher()
@@ -90,8 +117,15 @@ def test_a_stopped_process_is_alive_and_can_be_killed(start):
     child = start()
     watcher: LocalProcessWatcher[str] = LocalProcessWatcher()
     watcher.watch("node", [child.pid])
-    child.send_signal(signal.SIGSTOP)
     assert watcher.check(1.0) == []
+    assert watcher.stopped == {}
+    child.send_signal(signal.SIGSTOP)
+    wait_until(lambda: watcher.check(2.0) == [] and watcher.stopped == {"node": 2.0})
+    assert watcher.check(3.0) == []
+    assert watcher.stopped == {"node": 2.0}
+    child.send_signal(signal.SIGCONT)
+    wait_until(lambda: watcher.check(4.0) == [] and watcher.stopped == {})
+    child.send_signal(signal.SIGSTOP)
     watcher.kill("node", [child.pid])
     assert seconds_until_seen(watcher, time.monotonic()) < 1.0
 

@@ -269,8 +269,9 @@ def test_a_silent_node_is_killed_first_and_lost_when_it_is_seen_to_die():
 def test_a_silent_node_that_cannot_be_killed_is_lost_all_the_same():
     driver = Driver().serve()
     driver.do(events.NodeSilent(member("node-0-1"), driver.now - 3))
-    assert driver.tick(0.5) == []
-    (form,) = orders(driver.tick(0.6))
+    patience = driver.config.timeouts.suspect_after_ms / 1_000
+    assert driver.tick(patience - 0.1) == []
+    (form,) = orders(driver.tick(0.2))
     assert form.cause is Cause.HANG
 
 
@@ -473,7 +474,7 @@ def test_a_node_that_does_not_appear_after_a_restart_is_fenced_and_replaced():
     for node in ("node-0-0", "node-1-0", "node-1-1"):
         driver.ready(node)
     driver.attach(0, pid=70, epoch=1, members=(member("node-0-0"), member("node-0-1")))
-    commands = driver.tick(3.1)
+    commands = driver.tick(driver.config.timeouts.settle_ms / 1_000 + 0.1)
     assert KillNode(member("node-0-1"), (pid_of(member("node-0-1")),)) in commands
     assert [order.nodes[1].member for order in orders(commands)] == [member("node-1-1")]
     assert StartNode(member("node-0-1", 2), Stage(1)) in driver.tick(1.0)

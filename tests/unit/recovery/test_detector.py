@@ -1,66 +1,169 @@
-"""Silence, suspicion and excuses."""
+"""Silence, standstill, deafness, and what excuses them."""
 
 from __future__ import annotations
 
+import pytest
+
 from kevlarflow.config import Timeouts
-from kevlarflow.recovery.detector import Detector
+from kevlarflow.recovery.detector import UNKNOWN_STARVATION_FACTOR, Beat, Detector
 from kevlarflow.recovery.events import NodeCleared, NodeSilent, NodeSuspected
-from kevlarflow.types import Member, NodeId
+from kevlarflow.types import Member, NodeId, PipelineId
 
 A = Member(NodeId("node-0-0"), 1)
 B = Member(NodeId("node-0-1"), 1)
-TIMEOUTS = Timeouts(heartbeat_interval_ms=100, suspect_after_ms=1_000, confirm_after_ms=3_000)
+P = PipelineId(0)
+TIMEOUTS = Timeouts(heartbeat_interval_ms=100, suspect_after_ms=1_000, confirm_after_ms=3_000, deaf_after_ms=5_000)
 
 
-def check_until(detector: Detector, start: float, end: float, beating: Member | None = None) -> list:
-    verdicts = []
-    for step in range(round((end - start) / 0.05)):
-        now = start + (step + 1) * 0.05
-        if beating is not None:
-            verdicts += detector.beat(beating, now)
-        verdicts += detector.check(now)
-    return verdicts
+class World:
+    """Both members form pipeline 0; nobody waits for a CPU unless a test says so."""
+
+    def __init__(self) -> None:
+        self.starved: dict[Member, float] | None = {A: 0.0, B: 0.0}
+
+    def starved_seconds(self, member):
+        return self.starved[member] if self.starved is not None else None
+
+    def companions(self, member, pipeline):
+        return [each for each in (A, B) if each != member]
 
 
-def test_silence_leads_to_suspicion_then_to_a_verdict_once():
-    detector = Detector(TIMEOUTS)
-    detector.watch(A, 0.0)
-    detector.watch(B, 0.0)
-    assert check_until(detector, 0.0, 0.9, beating=B) == []
-    assert check_until(detector, 0.9, 2.9, beating=B) == [NodeSuspected(A, 0.0)]
-    assert check_until(detector, 2.9, 9.0, beating=B) == [NodeSilent(A, 0.0)]
+class Watched:
+    """A detector that watches both, and a clock."""
+
+    def __init__(self) -> None:
+        self.world = World()
+        self.detector = Detector(TIMEOUTS, self.world)
+        self.now = 0.0
+        self.detector.watch(A, 0.0)
+        self.detector.watch(B, 0.0)
+
+    def until(self, end, *, a=None, b=Beat()):  # noqa: B008
+        """Verdicts until `end`, if A and B beat like this all the time; None: not at all."""
+        verdicts = []
+        while self.now < end - 0.01:
+            self.now += 0.05
+            for member, beat in ((A, a), (B, b)):
+                if beat is not None:
+                    verdicts += self.detector.beat(member, self.now, beat)
+            verdicts += self.detector.check(self.now)
+        return verdicts
 
 
-def test_a_suspect_that_beats_is_cleared():
-    detector = Detector(TIMEOUTS)
-    detector.watch(A, 0.0)
-    assert check_until(detector, 0.0, 1.5) == [NodeSuspected(A, 0.0)]
-    assert detector.beat(A, 1.5) == [NodeCleared(A)]
-    assert check_until(detector, 1.5, 2.4) == []
-    assert check_until(detector, 2.4, 3.0) == [NodeSuspected(A, 1.5)]
+@pytest.fixture
+def watched():
+    return Watched()
 
 
-def test_a_verdict_is_final():
-    detector = Detector(TIMEOUTS)
-    detector.watch(A, 0.0)
-    check_until(detector, 0.0, 4.0)
-    assert detector.beat(A, 4.0) == []
-    assert check_until(detector, 4.0, 20.0) == []
+def whom(verdicts):
+    return [(type(each), each.member) for each in verdicts]
 
 
-def test_a_pause_of_its_own_is_nobodys_silence():
-    detector = Detector(TIMEOUTS)
-    detector.watch(A, 0.0)
-    check_until(detector, 0.0, 0.5)
-    assert detector.check(60.0) == []
-    assert check_until(detector, 60.0, 60.4) == []
-    assert check_until(detector, 60.4, 60.7) == [NodeSuspected(A, 0.0)]
+def test_silence_leads_to_suspicion_then_to_a_verdict_once(watched):
+    assert watched.until(0.9) == []
+    assert watched.until(2.9) == [NodeSuspected(A, 0.0)]
+    assert watched.until(9.0) == [NodeSilent(A, 0.0, "did not answer")]
 
 
-def test_strangers_and_the_forgotten_are_not_expected():
-    detector = Detector(TIMEOUTS)
-    assert detector.beat(A, 0.0) == []
-    detector.watch(A, 0.0)
-    detector.forget(A)
-    assert check_until(detector, 0.0, 9.0) == []
-    assert detector.beat_at(A) == 0.0
+def test_a_suspect_that_beats_is_cleared(watched):
+    assert watched.until(2.0) == [NodeSuspected(A, 0.0)]
+    assert watched.until(2.1, a=Beat()) == [NodeCleared(A)]
+    assert watched.until(3.0) == []
+
+
+def test_a_verdict_is_final(watched):
+    watched.until(4.0)
+    assert watched.until(5.0, a=Beat()) == []
+
+
+def test_a_pause_of_its_own_is_nobodys_silence(watched):
+    watched.until(0.5, a=Beat())
+    watched.now += 60.0
+    assert watched.detector.check(watched.now) == []
+    assert watched.until(watched.now + 0.8) == []
+    assert whom(watched.until(watched.now + 1.0)) == [(NodeSuspected, A)]
+
+
+def test_strangers_and_the_forgotten_are_not_expected(watched):
+    watched.detector.forget(A)
+    assert watched.until(9.0) == []
+    assert watched.detector.beat(A, 10.0) == []
+    assert watched.detector.beat_at(A) == 0.0
+
+
+def test_who_waits_for_a_cpu_is_not_silent(watched):
+    watched.until(0.2)
+    for _ in range(400):
+        watched.world.starved[A] += 0.049
+        assert watched.until(watched.now + 0.05) == []
+    # Now it has a CPU, and is silent still.
+    assert whom(watched.until(watched.now + 3.2)) == [(NodeSuspected, A), (NodeSilent, A)]
+
+
+def test_where_waiting_is_not_known_silence_has_to_last_longer(watched):
+    watched.world.starved = None
+    assert watched.until(UNKNOWN_STARVATION_FACTOR * 1.0 - 0.1) == []
+    assert whom(watched.until(UNKNOWN_STARVATION_FACTOR * 3.0 - 0.1)) == [(NodeSuspected, A)]
+    assert whom(watched.until(UNKNOWN_STARVATION_FACTOR * 3.0 + 0.1)) == [(NodeSilent, A)]
+
+
+def test_a_stopped_process_is_suspect_at_once_and_confirmed_soon(watched):
+    watched.until(1.0, a=Beat())
+    watched.detector.stopped({A: 1.0})
+    assert watched.until(1.05) == [NodeSuspected(A, 1.0)]
+    assert watched.until(1.25) == []
+    assert watched.until(1.35) == [NodeSilent(A, 1.0, "was stopped")]
+
+
+def test_a_process_that_goes_on_soon_is_cleared(watched):
+    watched.until(1.0, a=Beat())
+    watched.detector.stopped({A: 1.0})
+    assert watched.until(1.2) == [NodeSuspected(A, 1.0)]
+    watched.detector.stopped({})
+    assert watched.until(1.25, a=Beat()) == [NodeCleared(A)]
+
+
+STUCK = Beat(running_seconds=0.9, pipeline=P, is_overdue=True)
+
+
+def test_a_step_that_is_overdue_while_its_peers_are_idle_is_a_hang(watched):
+    watched.until(1.0, a=Beat())
+    assert whom(watched.until(1.05, a=STUCK)) == [(NodeSuspected, A)]
+    (verdict,) = watched.until(1.25, a=STUCK)
+    assert verdict == NodeSilent(A, pytest.approx(watched.now - 0.9, abs=0.2), "was stuck in a step")
+
+
+def test_a_step_that_is_overdue_while_a_peer_is_at_work_on_it_is_not(watched):
+    assert watched.until(9.0, a=STUCK, b=Beat(running_seconds=0.1, pipeline=P)) == []
+
+
+def test_a_peer_that_works_for_another_pipeline_explains_nothing(watched):
+    other = Beat(running_seconds=0.1, pipeline=PipelineId(1))
+    assert whom(watched.until(0.5, a=STUCK, b=other)) == [(NodeSuspected, A), (NodeSilent, A)]
+
+
+def test_a_step_that_ends_after_all_is_no_hang(watched):
+    watched.until(1.0, a=Beat())
+    assert whom(watched.until(1.1, a=STUCK)) == [(NodeSuspected, A)]
+    assert watched.until(9.0, a=Beat()) == [NodeCleared(A)]
+
+
+def test_a_node_that_does_not_hear_answers_is_deaf(watched):
+    watched.detector.answered(A, 1, 0.0)
+    assert watched.until(2.9, a=Beat(heard=0)) == []
+    assert whom(watched.until(4.9, a=Beat(heard=0))) == [(NodeSuspected, A)]
+    assert watched.until(5.2, a=Beat(heard=0)) == [NodeSilent(A, pytest.approx(0.0, abs=0.01), "did not hear us")]
+
+
+def test_a_node_that_hears_late_is_not_deaf(watched):
+    for number in range(1, 10):
+        watched.detector.answered(A, number, watched.now)
+        assert watched.until(number * 1.0, a=Beat(heard=number - 1)) == []
+
+
+def test_an_old_answer_that_nobody_could_send_on_is_no_deafness(watched):
+    watched.detector.answered(A, 1, 0.0)
+    watched.until(0.5, a=Beat(heard=0))
+    watched.now += 60.0
+    watched.detector.check(watched.now)
+    assert watched.until(watched.now + 1.0, a=Beat(heard=0)) == []

@@ -1,0 +1,136 @@
+"""What the main loop is doing, and whether its step takes longer than such a step can.
+
+The main thread says when a step begins and ends; the heartbeat thread looks. The kernel tells how a thread's time is
+spent: computing, waiting for a CPU, or asleep. A step is overdue in two cases. Either its thread *sleeps* for long, as
+after a deadlock: a crowded machine makes no thread sleep. Or it *computes* far longer than any step of its size ever
+has: CPU time, too, does not depend on who else computes. What is long is learnt from the steps before, and never less
+than a floor.
+
+Sizes count in powers of two of the scheduled tokens, and each keeps the longest that was seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from typing import NamedTuple
+
+from kevlarflow.types import PipelineId
+
+OVERRUN_FACTOR = 10
+"""A step may compute, or sleep, for so many times the longest that was seen of its size."""
+UNSEEN_FACTOR = 10
+"""The floor is so many times higher for a step of a size that was never seen: libraries load what they need late."""
+
+
+class Spent(NamedTuple):
+    """How a thread's time is spent. Seconds."""
+
+    at: float
+    computing: float
+    waiting: float
+
+
+class Step(NamedTuple):
+    """What `Progress.look` sees."""
+
+    running_seconds: float = 0.0
+    pipeline: PipelineId | None = None
+    is_overdue: bool = False
+
+
+class _Running(NamedTuple):
+    pipeline: PipelineId
+    size: int | None
+    began: Spent
+
+
+class Longest(NamedTuple):
+    """The longest that steps of one size have computed and slept."""
+
+    computing: float
+    sleeping: float
+
+
+class Progress:
+    """See the module's text. It is made on the thread that runs the steps."""
+
+    def __init__(self, floor_seconds: float) -> None:
+        self.steps_done = 0
+        self._floor = floor_seconds
+        self._running: _Running | None = None
+        self._longest: dict[int, Longest] = {}
+        self._clock: int | None = None
+        self._folder = f"/proc/self/task/{threading.get_native_id()}"
+        with contextlib.suppress(OSError):
+            self._clock = os.open(f"{self._folder}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+
+    # ---- the main thread
+
+    def begin(self, pipeline: PipelineId) -> None:
+        """A step goes onto the device."""
+        self._running = _Running(pipeline, None, self._spent())
+
+    def measure(self, tokens: int) -> None:
+        """The step that runs computes so many tokens."""
+        if self._running is not None:
+            self._running = self._running._replace(size=tokens.bit_length())
+
+    def end(self) -> None:
+        """The step is done."""
+        running, self._running = self._running, None
+        self.steps_done += 1
+        if running is None or running.size is None:
+            return
+        computing, sleeping = _since(running.began, self._spent())
+        longest = self._longest.get(running.size, Longest(0.0, 0.0))
+        self._longest[running.size] = Longest(max(longest.computing, computing), max(longest.sleeping, sleeping))
+
+    # ---- the heartbeat thread
+
+    def look(self) -> Step:
+        """The step that runs now."""
+        running = self._running
+        if running is None:
+            return Step()
+        now = self._spent()
+        computing, sleeping = _since(running.began, now)
+        longest_computing, longest_sleeping = self._limits(running.size)
+        overdue = computing > longest_computing or (sleeping > longest_sleeping and not self._wants_to_run())
+        return Step(now.at - running.began.at, running.pipeline, overdue and self._clock is not None)
+
+    def _wants_to_run(self) -> bool:
+        """Whether the thread runs or waits for a CPU at this moment: a wait is only counted once it has ended."""
+        with open(f"{self._folder}/stat", "rb") as stat:
+            return stat.read().rpartition(b")")[2].split()[0] == b"R"
+
+    def _limits(self, size: int | None) -> tuple[float, float]:
+        """(seconds that a step of this size may compute, seconds that it may sleep)."""
+        if size is None or not self._longest:
+            return float("inf"), UNSEEN_FACTOR * self._floor
+        if size in self._longest:
+            longest = self._longest[size]
+            return (
+                max(self._floor, OVERRUN_FACTOR * longest.computing),
+                self._floor + OVERRUN_FACTOR * longest.sleeping,
+            )
+        # The largest that was seen, scaled up; a smaller step takes no longer.
+        largest = max(self._longest)
+        scale = 2.0 ** max(0, size - largest)
+        expected = scale * self._longest[largest].computing
+        return max(UNSEEN_FACTOR * self._floor, OVERRUN_FACTOR * expected), UNSEEN_FACTOR * self._floor
+
+    def _spent(self) -> Spent:
+        if self._clock is None:
+            return Spent(time.monotonic(), 0.0, 0.0)
+        computing, waiting, _ = os.pread(self._clock, 128, 0).split()
+        return Spent(time.monotonic(), int(computing) / 1e9, int(waiting) / 1e9)
+
+
+def _since(before: Spent, now: Spent) -> tuple[float, float]:
+    """(seconds computing, seconds asleep) between two looks."""
+    computing = now.computing - before.computing
+    sleeping = (now.at - before.at) - computing - (now.waiting - before.waiting)
+    return computing, max(0.0, sleeping)

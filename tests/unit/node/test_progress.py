@@ -1,0 +1,109 @@
+"""A step that sleeps or computes for too long is overdue; one that is only starved is not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+
+from kevlarflow.node.progress import OVERRUN_FACTOR, UNSEEN_FACTOR, Progress
+from kevlarflow.types import PipelineId
+
+P = PipelineId(3)
+FLOOR = 0.05
+
+
+def compute(seconds: float) -> None:
+    """Use so much CPU time of this thread."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        sum(range(1_000))
+
+
+def run_step(progress: Progress, tokens: int, seconds: float) -> None:
+    progress.begin(P)
+    progress.measure(tokens)
+    compute(seconds)
+    progress.end()
+
+
+def test_an_idle_loop_is_not_overdue():
+    progress = Progress(FLOOR)
+    run_step(progress, 4, 0.0)
+    time.sleep(2 * FLOOR)
+    step = progress.look()
+    assert (step.running_seconds, step.pipeline, step.is_overdue) == (0.0, None, False)
+    assert progress.steps_done == 1
+
+
+def seen_while(progress: Progress, work, seconds: float) -> bool:
+    """Whether another thread sees the step overdue within `seconds` while this one is at `work`."""
+    ended = threading.Event()
+    seen: list[bool] = []
+
+    def look() -> None:
+        while not ended.is_set() and not (seen and seen[-1]):
+            step = progress.look()
+            assert step.pipeline in (P, None)
+            seen.append(step.is_overdue)
+            time.sleep(0.005)
+
+    looker = threading.Thread(target=look)
+    progress.begin(P)
+    progress.measure(4)
+    looker.start()
+    work(seconds)
+    ended.set()
+    looker.join()
+    progress.end()
+    return any(seen)
+
+
+def test_a_step_that_sleeps_is_overdue_after_the_floor():
+    progress = Progress(FLOOR)
+    run_step(progress, 4, 0.0)
+    assert seen_while(progress, time.sleep, 10 * FLOOR)
+
+
+def test_a_step_of_a_size_that_was_never_seen_has_more_time():
+    progress = Progress(FLOOR)
+    run_step(progress, 1_000, 0.0)
+    assert not seen_while(progress, time.sleep, 3 * FLOOR)
+    assert UNSEEN_FACTOR > 3
+
+
+def test_a_step_that_computes_far_longer_than_its_like_is_overdue():
+    progress = Progress(FLOOR)
+    run_step(progress, 4, 0.02)
+    assert not seen_while(progress, compute, OVERRUN_FACTOR * 0.02 * 0.7)
+    assert seen_while(progress, compute, 10.0 * OVERRUN_FACTOR * 0.02)
+
+
+def test_larger_steps_may_take_longer():
+    progress = Progress(FLOOR)
+    run_step(progress, 4, 0.02)
+    progress.begin(P)
+    progress.measure(4_096)
+    compute(OVERRUN_FACTOR * 0.02 * 1.5)
+    assert not progress.look().is_overdue
+    progress.end()
+
+
+def test_a_step_that_gets_no_cpu_is_not_overdue():
+    """Many share one CPU: wall time passes, while the step neither computes nor sleeps."""
+    cpus = os.sched_getaffinity(0)
+    hogs: list[subprocess.Popen[bytes]] = []
+    try:
+        os.sched_setaffinity(0, {min(cpus)})
+        progress = Progress(FLOOR)
+        run_step(progress, 4, 0.05)
+        hogs += [subprocess.Popen(["timeout", "20", "sh", "-c", "while :; do :; done"]) for _ in range(4)]
+        began = time.monotonic()
+        assert not seen_while(progress, compute, 0.2)
+        assert time.monotonic() - began > 0.2 + 2 * FLOOR, "it was to be starved"
+    finally:
+        os.sched_setaffinity(0, cpus)
+        for hog in hogs:
+            hog.terminate()
+            hog.wait()

@@ -1,0 +1,73 @@
+"""Engines that do not report, and orders that did not arrive."""
+
+from __future__ import annotations
+
+from cluster_driver import Driver, lines, orders
+from kevlarflow.recovery import events
+from kevlarflow.recovery.events import KillEngine
+from kevlarflow.recovery.formation import RESEND_SECONDS
+from kevlarflow.types import EngineState, PipelineId
+
+TIMES = Driver().config.timeouts
+SILENT = TIMES.engine_silent_after_ms / 1_000
+LOST = TIMES.engine_lost_after_ms / 1_000
+
+
+def pass_time(driver, seconds, reporting=()):
+    """Ticks as the controller's, and reports of these pipelines; returns all commands."""
+    commands = []
+    end = driver.now + seconds
+    while driver.now < end - 0.01:
+        commands += driver.tick(0.1)
+        for pipeline in reporting:
+            commands += driver.report(pipeline, running=1)
+    return commands
+
+
+def serving():
+    driver = Driver().serve()
+    driver.tick()
+    return driver
+
+
+def engine_state(driver, pipeline):
+    return driver.cluster.pipelines[pipeline].engine.state
+
+
+def test_an_engine_that_does_not_report_is_shown_then_killed():
+    driver = serving()
+    assert pass_time(driver, SILENT - 0.2, reporting=[1]) == []
+    said = lines(pass_time(driver, 0.4, reporting=[1]))
+    assert said == ["the engine of pipeline 0 does not report (pid 70)"]
+    assert engine_state(driver, 0) is EngineState.SILENT
+    assert engine_state(driver, 1) is EngineState.READY
+    commands = pass_time(driver, LOST - SILENT, reporting=[1])
+    assert [each for each in commands if isinstance(each, KillEngine)] == [KillEngine(PipelineId(0), 70)]
+    driver.do(events.EngineLost(PipelineId(0), 70))
+    assert pass_time(driver, 2 * LOST, reporting=[1]) == []
+
+
+def test_an_engine_that_reports_again_is_ready_again():
+    driver = serving()
+    pass_time(driver, SILENT + 0.2, reporting=[1])
+    assert lines(driver.report(0, running=1)) == ["the engine of pipeline 0 reports again"]
+    assert engine_state(driver, 0) is EngineState.READY
+    assert not any(isinstance(each, KillEngine) for each in pass_time(driver, LOST - 0.2, reporting=[1]))
+
+
+def test_a_pause_of_the_controller_is_no_silence_of_engines():
+    driver = serving()
+    assert driver.tick(60.0) == []
+    assert engine_state(driver, 0) is EngineState.READY
+
+
+def test_an_order_that_did_not_arrive_is_sent_again():
+    driver = serving()
+    (order,) = orders(driver.exited("node-0-1"))
+    assert driver.report(0, running=1, epoch=1) == []
+    driver.now += RESEND_SECONDS
+    assert driver.report(0, running=1, epoch=1) == [order]
+    assert driver.report(0, running=1, epoch=1) == []
+    driver.now += RESEND_SECONDS
+    # It has arrived: what is awaited now is its end.
+    assert driver.report(0, running=1, epoch=2) == []

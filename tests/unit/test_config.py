@@ -1,0 +1,34 @@
+"""Timeouts that contradict one another are refused, with the relation that is violated."""
+
+from __future__ import annotations
+
+import pytest
+
+from kevlarflow.config import Timeouts, check_timeouts
+from kevlarflow.errors import UsageError
+
+
+def test_the_defaults_agree():
+    check_timeouts(Timeouts())
+
+
+@pytest.mark.parametrize(
+    ("timeouts", "relation"),
+    [
+        (Timeouts(heartbeat_interval_ms=500), "2 x heartbeat_interval_ms < suspect_after_ms"),
+        (Timeouts(suspect_after_ms=3_000), "suspect_after_ms < confirm_after_ms"),
+        (Timeouts(stopped_after_ms=20), "4 x watch_interval_ms < stopped_after_ms"),
+        (Timeouts(step_floor_ms=200), "2 x heartbeat_interval_ms < step_floor_ms"),
+        (Timeouts(deaf_after_ms=3_000), "confirm_after_ms < deaf_after_ms"),
+        (Timeouts(settle_ms=3_000), "confirm_after_ms < settle_ms"),
+        (Timeouts(report_interval_ms=500), "4 x report_interval_ms < engine_silent_after_ms"),
+        (Timeouts(engine_silent_after_ms=10_000), "engine_silent_after_ms < engine_lost_after_ms"),
+        (Timeouts(settle_ms=10_000), "settle_ms < engine_lost_after_ms"),
+        (Timeouts(move_patience_ms=400), "2 x report_interval_ms < move_patience_ms"),
+        (Timeouts(startup_timeout_s=8), "move_patience_ms < startup_timeout_s"),
+        (Timeouts(heartbeat_interval_ms=0), "2 x heartbeat_interval_ms < suspect_after_ms"),
+    ],
+)
+def test_a_contradiction_is_named(timeouts, relation):
+    with pytest.raises(UsageError, match=relation):
+        check_timeouts(timeouts)
