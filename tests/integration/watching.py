@@ -23,6 +23,8 @@ class Seen:
     lowest_coverage: float = 1.0
     blocks_behind: float = 0.0
     """How many blocks more than one for each running request were not on the standby."""
+    most_bytes: int = 0
+    """Of the lane's replicas."""
 
 
 @contextmanager
@@ -37,6 +39,7 @@ def watching(cluster: Cluster, pipeline: int, stage: int) -> Iterator[Seen]:
             for row in rows(watcher.latest or {}, pipeline, stage):
                 running = sum(engine["running"] for engine in watcher.latest["engines"])
                 seen.lowest_coverage = min(seen.lowest_coverage, row["coverage"])
+                seen.most_bytes = max(seen.most_bytes, row["bytes"])
                 seen.blocks_behind = max(seen.blocks_behind, row["lag_tokens"] / BLOCK_SIZE - running)
 
     thread = threading.Thread(target=look)
