@@ -30,6 +30,10 @@ async def application(scope, receive, send):
         await send({"type": "http.response.start", "status": status, "headers": JSON})
         await send({"type": "http.response.body", "body": b"{}"})
         return
+    if MODE == "has-one-pipeline" and dict(scope["headers"]).get(b"x-data-parallel-rank") not in (None, b"0"):
+        await send({"type": "http.response.start", "status": 400, "headers": JSON})
+        await send({"type": "http.response.body", "body": b'"data_parallel_rank is out of range"'})
+        return
     body = json.loads((await receive())["body"])
     # What warms the system up is left alone.
     if not body["prompt"].startswith("warm") and body["max_tokens"] != 8:

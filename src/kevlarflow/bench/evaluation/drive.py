@@ -87,8 +87,7 @@ async def _measure(
     cell: Cell, workload: Workload, requests: Sequence[Planned], system: Contender, result: CellResult, say: Say
 ) -> list[Stream]:
     pipelines = SETTINGS[cell.setting].recipe.pipelines
-    warm_up = clients("warm up", WARM_UP_STREAMS, 2, WARM_UP_TOKENS, pipelines)
-    require_whole(await closed_loop(system.address, system.model, warm_up), WARM_UP_TOKENS)
+    require_whole(await _ask(system, "warm up", WARM_UP_TOKENS, pipelines), WARM_UP_TOKENS)
     meter = CpuMeter(lambda: [process.pid for process in system.processes()])
     meter.start()
     begun = time.monotonic()
@@ -120,6 +119,15 @@ async def _measure(
     return streams
 
 
+async def _ask(system: Contender, seed: str, tokens: int, pipelines: int) -> list[Stream]:
+    """A few streams at once, spread over the pipelines."""
+    work = clients(seed, WARM_UP_STREAMS, 2, tokens, pipelines)
+    if not system.pins:
+        # A router hands vLLM's header on, to servers that have one pipeline each and refuse any other.
+        work = [[msgspec.structs.replace(request, pipeline=None) for request in each] for each in work]
+    return await closed_loop(system.address, system.model, work)
+
+
 async def _strike(cell: Cell, system: Contender, begun: float, say: Say) -> list[StrikeRecord]:
     before = SETTINGS[cell.setting].before_seconds
     return [await _one(each, before + each.after_seconds, system, begun, say) for each in strikes(cell)]
@@ -138,8 +146,7 @@ async def _until_restarted(system: Contender) -> None:
     """Wait a while until what was restarted has made a token; the load is over, so ask for one each time."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while any(life.first_token_at is None for life in system.lives()) and time.monotonic() < deadline:
-        probe = clients("is it back", WARM_UP_STREAMS, 1, 1, 1)
-        await closed_loop(system.address, system.model, probe)
+        await _ask(system, "is it back", 1, 1)
         await asyncio.sleep(POLL_SECONDS)
 
 

@@ -21,9 +21,10 @@ CELL = Cell("real-2x2", "kevlarflow", "light", "none")
 class Faulty:
     """The faulty server as a contender."""
 
-    pins = True
-
     def __init__(self, mode, folder, port=None):
+        # As vLLM's servers behind a router do, it refuses a pipeline that is not its own.
+        self.pins = mode != "has-one-pipeline"
+
         def command(port):
             return [sys.executable, str(SERVER), str(port), mode]
 
@@ -63,6 +64,12 @@ def test_a_system_without_fault_is_found_without_fault(well):
     assert (seen.requests, seen.lost) == (len(plan(LOAD)), 0)
     assert sum(well.good_tokens_per_second) == sum(each.output_tokens for each in plan(LOAD))
     assert outcome.wrong(well, well) == []
+
+
+def test_a_system_whose_pipelines_cannot_be_named_is_asked_without(tmp_path):
+    result = run("has-one-pipeline", tmp_path)
+    assert result.void is None
+    assert outcome.window(result.requests, 0.0).lost == 0
 
 
 def test_a_lost_request_is_reported(tmp_path):
