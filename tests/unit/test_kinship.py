@@ -20,8 +20,7 @@ adopt_orphans()
 supervisor = os.getpid()
 if os.fork() == 0:
     zygote = os.getpid()
-    node = fork_for_parent(lambda: time.sleep(1000))
-    print(supervisor, zygote, node, flush=True)
+    fork_for_parent(lambda: (print(supervisor, zygote, os.getpid(), flush=True), time.sleep(1000)))
 time.sleep(1000)
 """
 

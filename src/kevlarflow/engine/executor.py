@@ -22,7 +22,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from kevlarflow import config as configuration
 from kevlarflow.engine.attendant import Attendant
 from kevlarflow.engine.session import Session
-from kevlarflow.engine.translate import result_of, step_of
+from kevlarflow.engine.translate import has_news, result_of, step_of
 from kevlarflow.errors import StartupFailed
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.types import PipelineId
@@ -93,7 +93,8 @@ class KevlarExecutor(Executor):
         if scheduler_output.total_num_scheduled_tokens:
             self._pending = scheduler_output
             return _done(None) if non_block else None
-        self._issue(scheduler_output, None)
+        if has_news(scheduler_output):
+            self._issue(scheduler_output, None)
         return _done(EMPTY_MODEL_RUNNER_OUTPUT) if non_block else EMPTY_MODEL_RUNNER_OUTPUT
 
     def sample_tokens(self, grammar_output: GrammarOutput | None, non_block: bool = False) -> Any:

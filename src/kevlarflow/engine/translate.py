@@ -30,6 +30,20 @@ def step_of(output: SchedulerOutput, sequence: int, formation: int) -> Step:
     )
 
 
+def has_news(output: SchedulerOutput) -> bool:
+    """Whether a step without tokens tells the nodes anything.
+
+    While all requests have a token in flight, vLLM makes empty steps: one for each that has tokens, mostly.
+    """
+    return bool(
+        output.finished_req_ids
+        or output.preempted_req_ids
+        or output.new_block_ids_to_zero
+        or output.kv_cache_block_copies
+        or output.free_encoder_mm_hashes
+    )
+
+
 def result_of(output: ModelRunnerOutput, generators: dict[str, bytes]) -> StepResult:
     """What the ledger has to know of a `ModelRunnerOutput`."""
     return StepResult(tokens=dict(zip(output.req_ids, output.sampled_token_ids, strict=True)), generators=generators)
