@@ -6,36 +6,27 @@ that it kept and writes them into the lane's KV memory; only content with exactl
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from kevlarflow.config import ServeConfig
 from kevlarflow.node.lanes import Lane
-from kevlarflow.node.replicator import Replicator
-from kevlarflow.node.stage import StageDevice
 from kevlarflow.recovery.coverage import Replica
+from kevlarflow.replication.blocks import KvBlocks
 from kevlarflow.replication.source import LaneReplication
-from kevlarflow.replication.standby import Bounds
-from kevlarflow.replication.zmq_transfer import ZmqTransfer
-from kevlarflow.types import Member, NodeInfo, Stage
+from kevlarflow.types import NodeInfo
 from kevlarflow.wire import steps
+
+if TYPE_CHECKING:
+    from kevlarflow.node.replicator import Replicator
 
 
 class LaneReplicas:
-    """See the module's text."""
+    """See the module's text. In the simulator the replicator is one without a thread."""
 
-    def __init__(self, config: ServeConfig, member: Member, stage: Stage, device: StageDevice) -> None:
-        description = device.description()
-        self._blocks_per_lane = description.num_blocks
-        self._kv = device.kv_blocks()
-        self.address = f"ipc://{config.path(f'{member.node}-{member.incarnation}.kv')}"
-        bounds = Bounds(config.pipelines, description.num_blocks, description.block_size, self._kv.block_bytes)
-        transfer = ZmqTransfer(self.address, self._kv.block_bytes, config.pipelines)
-        # The node's own lane has the first slot; the next one is for the first lane that it takes over.
-        reserve = description.num_blocks if config.reserve_lanes else None
-        self._replicator = Replicator(config, member, stage, self._kv, bounds, transfer, reserve)
-        self._replicator.start()
+    def __init__(self, replicator: Replicator, kv: KvBlocks, blocks_per_lane: int) -> None:
+        self._replicator = replicator
+        self._kv = kv
+        self._blocks_per_lane = blocks_per_lane
 
     # ---- as a source
 
@@ -89,12 +80,7 @@ class LaneReplicas:
 
     def outcomes(self) -> Iterator[steps.Replicated]:
         """What the standbys have answered since the last call."""
-        if not self._replicator.outcomes:
-            return
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._replicator.answered)
-        while self._replicator.outcomes:
-            yield self._replicator.outcomes.popleft()
+        return self._replicator.take_outcomes()
 
     # ---- as a donor
 

@@ -28,8 +28,11 @@ from kevlarflow.node.heartbeat import HeartbeatThread
 from kevlarflow.node.lane_replicas import LaneReplicas
 from kevlarflow.node.lanes import Lane, Lanes, Work
 from kevlarflow.node.progress import Progress
+from kevlarflow.node.replicator import Replicator
 from kevlarflow.node.stage import Activations, Sampled, StageDevice
 from kevlarflow.recovery.coverage import Replica
+from kevlarflow.replication.standby import Bounds
+from kevlarflow.replication.zmq_transfer import ZmqTransfer
 from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import steps
 from kevlarflow.wire.messages import NodeStarting
@@ -111,8 +114,7 @@ class NodeServer:
         self._lanes = Lanes([device.lane(slot) for slot in range(count)], is_first_stage=self._stage == 0)
         description = device.description()
         self._description = pickle.dumps(description)
-        if self._config.standby_memory_bytes:
-            self._replicas = LaneReplicas(self._config, self._member, self._stage, device)
+        replica_address = self._replicate(device) if self._config.standby_memory_bytes else ""
         return NodeInfo(
             member=self._member,
             stage=self._stage,
@@ -122,8 +124,21 @@ class NodeServer:
             step_address=f"ipc://{self._step_path}",
             activation_address=f"ipc://{self._activation_path}",
             lanes=count,
-            replica_address=self._replicas.address if self._replicas else "",
+            replica_address=replica_address,
         )
+
+    def _replicate(self, device: StageDevice) -> str:
+        """Start to copy lanes, and to keep copies of others; returns the address where those are to be sent."""
+        config, description, kv = self._config, device.description(), device.kv_blocks()
+        address = f"ipc://{config.path(f'{self._member.node}-{self._member.incarnation}.kv')}"
+        bounds = Bounds(config.pipelines, description.num_blocks, description.block_size, kv.block_bytes)
+        transfer = ZmqTransfer(address, kv.block_bytes, config.pipelines)
+        # The node's own lane has the first slot; the next one is for the first lane that it takes over.
+        reserve = description.num_blocks if config.reserve_lanes else None
+        replicator = Replicator(config, self._member, self._stage, kv, bounds, transfer, reserve)
+        replicator.start()
+        self._replicas = LaneReplicas(replicator, kv, description.num_blocks)
+        return address
 
     def serve(self) -> None:
         """Take messages and run work, for ever."""

@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 
 from kevlarflow.config import ServeConfig
 from kevlarflow.replication.blocks import KvBlocks
@@ -82,6 +83,15 @@ class Replicator(threading.Thread):
     def ring(self) -> None:
         """Something is due."""
         self._transfer.ring()
+
+    def take_outcomes(self) -> Iterator[steps.Replicated]:
+        """What the standbys have answered since the last call."""
+        if not self.outcomes:
+            return
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.answered)
+        while self.outcomes:
+            yield self.outcomes.popleft()
 
     @property
     def refused(self) -> int:
