@@ -284,9 +284,10 @@ class NodeServer:
                     self._answer(work.engine, steps.Recomputed(pipeline, epoch, sequence))
                 elif output is not None:
                     self._forward(lane, sequence, output)
-            case steps.PlaceRest():
+            case steps.PlaceRest(pipeline, epoch):
                 if self._replicas:
                     self._replicas.place_rest(lane)
+                self._answer(work.engine, steps.Placed(pipeline, epoch, self._stage, ()))
             case steps.Execute():
                 self._execute(lane, work, work.header, activations)
 

@@ -127,6 +127,8 @@ class Pipeline:
         """Steps that were scheduled under this count of formations or a smaller one are abandoned."""
         self._results: dict[int, StepResult] = {}
         self._complete_on: dict[Stage, Member] = {}
+        self._resting: set[Stage] = set()
+        """New stages that have yet to put kept prefixes in place: until they have, they are not complete."""
         self._lost_at: dict[int, frozenset[Stage]] = {}
         self._forming: _Formation | None = None
         self._planned: FormationOrdered | None = None
@@ -187,6 +189,7 @@ class Pipeline:
         self.phase = Phase.FORMING
         self.formations += 1
         lost = self._note_lost_stages()
+        self._resting.clear()
         stages = {Stage(index) for index in range(len(self.nodes))}
         self._forming = _Formation(
             ordered_at=now,
@@ -239,7 +242,7 @@ class Pipeline:
     def _replicas_placed(self, event: ReplicasPlaced, now: float) -> list[Command]:
         forming = self._forming
         if forming is None or event.stage not in forming.to_place:
-            return []
+            return self._rest_placed(event.stage, now)
         forming.to_place.discard(event.stage)
         for replica in event.missing:
             forming.placed[event.stage].pop(replica.block, None)
@@ -248,6 +251,15 @@ class Pipeline:
             return []
         forming.placed_at = now
         return self._resume(forming)
+
+    def _rest_placed(self, stage: Stage, now: float) -> list[Command]:
+        """The second answer of a new node: kept prefixes are in place as well."""
+        if stage not in self._resting:
+            return []
+        self._resting.discard(stage)
+        if self._forming is None:
+            self._complete_on[stage] = self.nodes[stage].member
+        return self._formed(now)
 
     def _resume(self, forming: _Formation) -> list[Command]:
         """Recompute what replicas do not cover, restore the ledger, issue the steps in flight again."""
@@ -259,6 +271,7 @@ class Pipeline:
         forming.chunks = set(numbered)
         forming.first_step = next((step.sequence for step in steps if step.scheduled), None)
         keep = frozenset(restored) - self._blocks_in_use()
+        self._resting = set(forming.placed)
         rest: list[Command] = [PlaceRest(stage) for stage in sorted(forming.placed)]
         # A step that was issued while replicas were awaited may hit or overwrite a prefix that nobody used before.
         commands: list[Command] = list(rest) if forming.issued_meanwhile else []
@@ -328,12 +341,15 @@ class Pipeline:
         forming = self._forming
         if forming is None or forming.to_place or forming.to_join or forming.to_restore or forming.chunks:
             return []
-        self._complete_on = {Stage(index): node.member for index, node in enumerate(self.nodes)}
+        nodes = ((Stage(index), node) for index, node in enumerate(self.nodes))
+        self._complete_on = {stage: node.member for stage, node in nodes if stage not in self._resting}
         if forming.first_step is not None and forming.first_step in self._in_flight:
             return []
         self._forming = None
         self.phase = Phase.SERVING
-        return [FormationDone(self.epoch, forming.phases(now), forming.requests, forming.recomputed_tokens)]
+        done = FormationDone(self.epoch, forming.phases(now), forming.requests, forming.recomputed_tokens)
+        # No answer comes to a step without tokens: one that was held back is over now.
+        return [*self._complete_in_order(), done]
 
     def _suspend(self, order: SuspensionOrdered) -> list[Command]:
         if order.epoch <= self.epoch:
@@ -465,6 +481,7 @@ class Pipeline:
         self._results.clear()
         self.ledger.clear()
         self._complete_on.clear()
+        self._resting.clear()
         self._coverage = {stage: Coverage() for stage in self._coverage}
         return [AbandonEverything(reason), *commands, *self._assign_next_standbys()]
 

@@ -54,7 +54,7 @@ class ReplicasConfirmed:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReplicasPlaced:
-    """A new node has put its replicas into the lane; these it did not have after all."""
+    """A new node has put its replicas into the lane; these it did not have after all. After `PlaceRest` once more."""
 
     epoch: Epoch
     stage: Stage

@@ -83,6 +83,16 @@ def draw(rng: random.Random) -> Shape:
     )
 
 
+TIGHT = Shape(stages=3, blocks=10, block_size=2, budget=6, requests=8, losses=4, loss_rate=0.02, replicates=False)
+"""Hardly any memory: requests are preempted all the time, and their blocks given away at once."""
+REPLICATED = Shape(stages=2, blocks=14, block_size=2, budget=6, requests=8, losses=4, loss_rate=0.05, replicates=True)
+
+
+def shape_of(seed: int) -> Shape | None:
+    """One run in three is tight, one replicates, and the shape of the third is drawn."""
+    return (TIGHT, REPLICATED, None)[seed % 3]
+
+
 class World:
     """See the module's text."""
 
@@ -336,6 +346,7 @@ class World:
                     lane.stage.memory.place(block, content)
                     lane.tags[block] = replica
                 lane.rest = {}
+                self.answers.append(core.ReplicasPlaced(Epoch(epoch), lane.info.stage, ()))
 
     def _place(self, lane: Lane, epoch: int, now: tuple[Replica, ...], later: tuple[Replica, ...]) -> None:
         missing = tuple(r for r in (*now, *later) if lane.store.get(r.block, (None,))[0] != r)

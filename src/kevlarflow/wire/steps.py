@@ -119,7 +119,10 @@ class Joined(StepMessage, frozen=True):
 
 
 class Placed(StepMessage, frozen=True):
-    """Replicas are in place, but for these (block, generation, filled), which the node does not have."""
+    """Replicas are in place, but for these (block, generation, filled), which the node does not have.
+
+    Answers `Place`, and again `PlaceRest`.
+    """
 
     pipeline: PipelineId
     epoch: Epoch

@@ -76,3 +76,32 @@ def test_a_replica_from_before_an_abandonment_is_void_even_if_it_is_confirmed_la
     form(pipeline, 2, A0, A1)
     confirm(pipeline, FULL)
     assert not [each for each in form(pipeline, 3, A0, B1) if isinstance(each, p.Place)]
+
+
+def after_the_first_of_two_losses():
+    """A prefix is kept: B1 has taken stage 1 over, and is told to put it in place behind everything else."""
+    pipeline = serving_one_request()
+    confirm(pipeline, FULL)
+    pipeline.handle(p.StepIssued(ending(2)), 1.8)
+    pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
+    commands = pipeline.handle(p.ReplicasPlaced(2, 1, ()), 2.1)
+    assert p.PlaceRest(1) in commands
+    assert commands[-1] == p.EvictPrefixCache(frozenset({1}))
+    for stage in (0, 1):
+        pipeline.handle(p.StageJoined(2, stage), 2.2)
+        pipeline.handle(p.StageRestored(2, stage), 2.3)
+    assert pipeline.phase is Phase.SERVING
+    return pipeline
+
+
+def test_a_node_that_has_not_placed_kept_prefixes_yet_has_to_begin_again_at_the_next_loss():
+    pipeline = after_the_first_of_two_losses()
+    commands = form(pipeline, 3, A0, B1)
+    assert p.Place(1, (), (FULL,)) in commands, "its lane was opened again before it came to that"
+
+
+def test_kept_prefixes_that_are_in_place_stay():
+    pipeline = after_the_first_of_two_losses()
+    pipeline.handle(p.ReplicasPlaced(2, 1, ()), 2.4)
+    commands = form(pipeline, 3, A0, B1)
+    assert not [each for each in commands if isinstance(each, (p.Place, p.EvictPrefixCache))]

@@ -8,13 +8,10 @@ import pytest
 from kevlarflow.recovery import coverage, pipeline, pipeline_events, recompute
 from kevlarflow.recovery.ledger import Ledger
 from kevlarflow.sim.errors import Violation
-from kevlarflow.sim.world import Shape, World
+from kevlarflow.sim.world import REPLICATED, TIGHT, Shape, World
 
 SEEDS = range(200)
 PLANTED_SEEDS = range(1_500)
-TIGHT = Shape(stages=3, blocks=10, block_size=2, budget=6, requests=8, losses=4, loss_rate=0.02, replicates=False)
-"""Hardly any memory: requests are preempted all the time, and their blocks given away at once."""
-REPLICATED = Shape(stages=2, blocks=14, block_size=2, budget=6, requests=8, losses=4, loss_rate=0.05, replicates=True)
 
 
 @pytest.mark.parametrize("first", range(0, len(SEEDS), 100))
