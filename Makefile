@@ -2,7 +2,7 @@
 # ARGS reaches the command: make test ARGS='-k ledger -x'
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup default-model demo test check bench bench-quick clean
+.PHONY: help setup default-model demo test check sim mutants bench bench-quick clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,12 @@ check: setup ## lint, formatting, types, import layers
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+sim: setup ## the protocol under drawn faults, in a simulator; make sim SEED=7 repeats one
+	.venv/bin/python -m kevlarflow.sim $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+mutants: setup ## plant protocol bugs and see that each is found
+	.venv/bin/python scripts/mutants.py $(ARGS)
 
 bench: default-model ## measure against stock vLLM, side by side
 	.venv/bin/kevlarflow bench $(ARGS)

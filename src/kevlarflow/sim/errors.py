@@ -12,8 +12,24 @@ class WrongKv(Violation):
 
 
 class WrongTokens(Violation):
-    """A request did not end with the tokens of a run without failure."""
+    """A request did not get the tokens of a run without failure."""
+
+
+class WrongCopy(Violation):
+    """A standby keeps something else than the tag of the copy says."""
+
+
+class NotFenced(Violation):
+    """Something of an old epoch, or of another engine, had an effect."""
+
+
+class NoReason(Violation):
+    """A request ended with an error, or a pipeline was suspended, though it could have gone on."""
+
+
+class Unbounded(Violation):
+    """A queue holds more than it ever should."""
 
 
 class Stuck(Violation):
-    """Nothing can happen any more, and not every request has ended."""
+    """All faults are over, and yet not every request ends, or not every pipeline serves with its own nodes."""

@@ -104,7 +104,7 @@ class Blocks:
 class ToyScheduler:
     """See the module's text. `budget` is tokens a step."""
 
-    def __init__(self, rng: random.Random, blocks: Blocks, budget: int, max_running: int) -> None:
+    def __init__(self, rng: random.Random, blocks: Blocks, budget: int, max_running: int, first_step: int = 0) -> None:
         self.rng = rng
         self.blocks = blocks
         self.budget = budget
@@ -114,7 +114,7 @@ class ToyScheduler:
         self.ended: list[Request] = []
         self._finished: set[str] = set()
         self._preempted: set[str] = set()
-        self._sequence = 0
+        self._sequence = first_step
         self.preemptions = 0
 
     @property

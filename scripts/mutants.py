@@ -1,0 +1,282 @@
+"""Plant protocol bugs, one at a time, and see that each is found: by the simulator, or by a named test.
+
+Each mutant is a patch on a copy of the source: exact texts, so that it fails loudly when the code has moved. The
+simulator runs the copy on its first seeds, fleets first and then a pipeline core alone; what it does not find has to be
+found by the tests that the mutant names.
+A table says what found each, and the exit status is 1 if one was found by nobody.
+
+    .venv/bin/python scripts/mutants.py [NAME ...] [--seeds N] [--jobs N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = 1_000
+DEADLINE_SECONDS = 600
+
+
+class Mutant(NamedTuple):
+    """A bug: in `file`, `text` becomes `instead`. `tests` are asked when the simulator finds nothing."""
+
+    name: str
+    file: str
+    text: str
+    instead: str
+    tests: str = ""
+
+
+MUTANTS = (
+    Mutant(
+        "an engine believes results of an old epoch",
+        "recovery/pipeline.py",
+        "return self._executed(event, now) if event.epoch == self.epoch else []",
+        "return self._executed(event, now)",
+    ),
+    Mutant(
+        "a node runs work of an old epoch",
+        "node/lanes.py",
+        " or work.header.epoch != lane.epoch",
+        "",
+        "tests/unit/node/test_lanes.py",
+    ),
+    Mutant(
+        "a node lets an old epoch open its lane",
+        "node/lanes.py",
+        "        if epoch <= self.epochs.get(pipeline, 0):\n            return None\n",
+        "",
+        "tests/unit/node/test_lanes.py",
+    ),
+    Mutant(
+        "two engines share the memory of one lane",
+        "node/lanes.py",
+        "slot, runner = self._free.pop(0)",
+        "slot, runner = self._free[0]",
+    ),
+    Mutant(
+        "the prefix cache is not evicted",
+        "recovery/pipeline.py",
+        "            commands.append(EvictPrefixCache(keep))\n",
+        "",
+    ),
+    Mutant(
+        "a thawed node is believed",
+        "recovery/nodes.py",
+        "if slot.incarnation == member.incarnation and slot.state is not NodeState.DEAD:",
+        "if slot.state is not NodeState.DEAD:",
+    ),
+    Mutant(
+        "a member of the past is taken for its successor",
+        "recovery/grid.py",
+        "return slot if slot is not None and slot.incarnation == member.incarnation else None",
+        "return slot",
+    ),
+    Mutant(
+        "the watermark is off by one block",
+        "recovery/recompute.py",
+        "                start += filled\n                if filled < block_size:\n",
+        "                start += filled\n                if filled < block_size:\n                    start += 2\n",
+    ),
+    Mutant(
+        "steps are issued again out of order",
+        "recovery/pipeline.py",
+        "commands += [self._execute(step) for step in steps]",
+        "commands += [self._execute(step) for step in reversed(steps)]",
+    ),
+    Mutant(
+        "the ledger shares its block lists with the scheduler",
+        "recovery/ledger.py",
+        "            blocks=list(admission.blocks),",
+        "            blocks=admission.blocks,",
+    ),
+    Mutant(
+        "a replica is taken without a look at its tag",
+        "replication/store.py",
+        "if entry is not None and _serves(entry.replica, replica):",
+        "if entry is not None:",
+        "tests/unit/replication/test_store.py",
+    ),
+    Mutant(
+        "a standby drops replicas that are being put in place",
+        "replication/store.py",
+        "            self._pinned.add(pipeline)\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "a copy is not looked at again after it was made",
+        "replication/queue.py",
+        "            if held is None or held.generation != replica.generation:\n                return False\n",
+        "",
+        "tests/unit/replication/test_queue.py",
+    ),
+    Mutant(
+        "preempted requests keep their blocks in the ledger",
+        "recovery/ledger.py",
+        "        for request in step.preempted:",
+        "        for request in ():",
+    ),
+    Mutant(
+        "prefix hits of steps in flight are forgotten",
+        "recovery/recompute.py",
+        "        needs += _hits(tokens, step, filled, given_away, through, last, limits.block_size)\n",
+        "",
+    ),
+    Mutant(
+        "prefix hits of a step that was being scheduled are forgotten",
+        "recovery/pipeline.py",
+        "        if lost:\n            chunks = plan_hits(",
+        "        if False:\n            chunks = plan_hits(",
+    ),
+    Mutant(
+        "blocks that were given away in flight count as whole",
+        "recovery/recompute.py",
+        "if entry.prompt_logprobs or not taken.isdisjoint(entry.blocks):",
+        "if entry.prompt_logprobs:",
+        "tests/unit/recovery/test_recompute.py",
+    ),
+    Mutant(
+        "the epoch is not raised",
+        "recovery/grid.py",
+        "pipeline.epoch = Epoch(pipeline.epoch + 1)",
+        "pipeline.epoch = Epoch(max(1, pipeline.epoch))",
+    ),
+    Mutant(
+        "a donor is chosen that has no room",
+        "recovery/planner.py",
+        "each.foreign_lanes < each.info.lanes - 1",
+        "each.foreign_lanes < each.info.lanes",
+    ),
+    Mutant(
+        "a restarted controller gives epochs again",
+        "recovery/cluster.py",
+        "pipeline.epoch = snapshot.epochs.get(pipeline.id, Epoch(unused))",
+        "pipeline.epoch = Epoch(0)",
+    ),
+    Mutant(
+        "a stage counts as whole before it is recomputed",
+        "recovery/pipeline.py",
+        " or forming.to_join or forming.to_restore or forming.chunks:",
+        " or forming.to_join:",
+    ),
+    Mutant(
+        "a stage counts as whole before kept prefixes are in place",
+        "recovery/pipeline.py",
+        " for stage, node in nodes if stage not in self._resting}",
+        " for stage, node in nodes}",
+        "tests/unit/recovery/test_claims.py",
+    ),
+    Mutant(
+        "confirmations of any source and standby are believed",
+        "recovery/pipeline.py",
+        "if serves and standby is not None and standby.member == event.standby:",
+        "if standby is not None:",
+        "tests/unit/recovery/test_pipeline.py",
+    ),
+    Mutant(
+        "replicas of evicted blocks stay valid",
+        "recovery/coverage.py",
+        "            self._generation[block] = mark\n",
+        "            pass\n",
+        "tests/unit/recovery/test_claims.py",
+    ),
+    Mutant(
+        "missing replicas are not computed",
+        "recovery/pipeline.py",
+        "            forming.placed[event.stage].pop(replica.block, None)\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "an engine that is introduced twice is taken over twice",
+        "recovery/formation.py",
+        "    if again and pipeline.formed and engine.claim is None:",
+        "    if False:",
+    ),
+)
+
+
+class Finding(NamedTuple):
+    """Who found a mutant; `by` is empty when nobody did."""
+
+    by: str
+    after: str
+    seconds: float
+
+
+def plant(mutant: Mutant, source: Path) -> None:
+    """Patch the copy. The text has to be there exactly once."""
+    path = source / "kevlarflow" / mutant.file
+    code = path.read_text()
+    if code.count(mutant.text) != 1:
+        raise SystemExit(
+            f"mutant {mutant.name!r}: its text is {code.count(mutant.text)} times in {mutant.file}, which has changed. "
+            "Mend the mutant in scripts/mutants.py."
+        )
+    path.write_text(code.replace(mutant.text, mutant.instead))
+
+
+def hunt(mutant: Mutant, seeds: int, jobs: int) -> Finding:
+    """Plant a mutant and look for it."""
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        source = Path(folder) / "src"
+        shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+        plant(mutant, source)
+        for what, options in (("fleet", []), ("core alone", ["--alone"])):
+            arguments = ["-m", "kevlarflow.sim", "--quiet", "--seeds", str(seeds), "--jobs", str(jobs), *options]
+            found = _run(source, arguments)
+            violation = re.search(r"^seed \d+: (\w+)", found, re.MULTILINE)
+            schedules = re.search(r"^([\d,]+) schedules", found, re.MULTILINE)
+            if violation and schedules:
+                return Finding(f"{what}: {violation[1]}", f"{schedules[1]} schedules", time.monotonic() - begun)
+        if mutant.tests:
+            failed = re.search(r"^FAILED \S+::(\w+)", _run(source, ["-m", "pytest", "-q", mutant.tests]), re.MULTILINE)
+            if failed:
+                return Finding(f"test: {failed[1]}", "", time.monotonic() - begun)
+    return Finding("", f"{2 * seeds:,} schedules", time.monotonic() - begun)
+
+
+def _run(source: Path, arguments: list[str]) -> str:
+    environment = os.environ | {"PYTHONPATH": str(source), "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+        check=False,
+    )
+    return done.stdout
+
+
+def main() -> int:
+    """Hunt those that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="mutants to plant, by any part of their names (default: all)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="schedules for each (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    options = parser.parse_args()
+    chosen = [each for each in MUTANTS if not options.names or any(name in each.name for name in options.names)]
+    survivors = 0
+    print(f"{'mutant':62} {'found by':58} {'after':18} seconds")
+    for mutant in chosen:
+        finding = hunt(mutant, options.seeds, options.jobs)
+        survivors += not finding.by
+        print(f"{mutant.name:62} {finding.by or 'NOBODY':58} {finding.after:18} {finding.seconds:7.1f}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} found")
+    return 1 if survivors or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

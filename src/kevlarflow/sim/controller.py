@@ -1,0 +1,256 @@
+"""The simulated controller: the real `recovery.cluster` and `recovery.detector` in a shell that can die.
+
+It follows `control.controller`: who speaks is asked for an introduction until it is known, processes are watched, and
+what the next life has to know is kept after every event that led to something.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from kevlarflow.config import ServeConfig
+from kevlarflow.control.translate import event_of, order_of
+from kevlarflow.recovery import events
+from kevlarflow.recovery.cluster import Cluster
+from kevlarflow.recovery.detector import Detector
+from kevlarflow.recovery.events import AnyCommand, AnyEvent, Snapshot
+from kevlarflow.recovery.invariants import Invariants
+from kevlarflow.sim.engine import Engine
+from kevlarflow.sim.network import Process
+from kevlarflow.sim.node import Node
+from kevlarflow.types import Member, PipelineId
+from kevlarflow.wire import messages
+
+if TYPE_CHECKING:
+    from kevlarflow.sim.fleet import Fleet
+
+TICK_SECONDS = 0.1
+REPORT_SECONDS = 0.2
+INTRODUCTION_PAUSE_SECONDS = 0.5
+KILL_AGAIN_SECONDS = 0.5
+FORK_SECONDS = 0.01
+"""What the zygote takes to fork a node and to say so."""
+
+
+class Controller(Process):
+    """See the module's text."""
+
+    kind = "controller"
+
+    def __init__(self, fleet: Fleet, config: ServeConfig) -> None:
+        super().__init__(fleet.timeline, "controller")
+        self.fleet = fleet
+        self.config = config
+        self.cluster = Cluster(config)
+        self.invariants = Invariants(self.cluster)
+        self.detector = Detector(config.timeouts, self)
+        self.snapshot: Snapshot | None = None
+        self.life = 0
+        self._engines: dict[PipelineId, Engine] = {}
+        self._members: dict[Member, Node] = {}
+        self._known: set[Process] = set()
+        self._asked_at: dict[Process, float] = {}
+        self._watched: set[Process] = set()
+
+    # ---- its lives
+
+    def start(self, *, remembers: bool = True) -> None:
+        """Begin the cluster, or take up what the life before has left."""
+        self.alive = True
+        self.life += 1
+        self.cluster = Cluster(self.config)
+        self.invariants = Invariants(self.cluster)
+        self.detector = Detector(self.config.timeouts, self)
+        self._engines, self._members = {}, {}
+        self._known, self._asked_at, self._watched = set(), {}, set()
+        if self.snapshot is None:
+            self.handle(events.ClusterBegun())
+        else:
+            snapshot = self.snapshot if remembers else Snapshot(nodes=(), epochs={}, served=True)
+            self.handle(events.ControllerResumed(snapshot))
+            for known in snapshot.nodes:
+                if known.pids:
+                    self._watch_member(self.fleet.nodes.get(known.member), known.member)
+        self._every(TICK_SECONDS, self._tick)
+        self.fleet.network.release()
+
+    def _every(self, seconds: float, action: functools.partial[None] | object) -> None:
+        assert callable(action)
+        life = self.life
+
+        def again() -> None:
+            if self.life == life:
+                action()
+                self.after(seconds, again)
+
+        self.after(seconds, again)
+
+    def _later(self, seconds: float, action: functools.partial[None]) -> None:
+        """Do something in this life."""
+        life = self.life
+        self.after(seconds, lambda: action() if self.life == life else None)
+
+    def handle(self, event: AnyEvent) -> None:
+        """Give an event to the cluster, check everything, and do what it asks for."""
+        now = self.timeline.now
+        commands = self.cluster.handle(event, now)
+        if commands or not isinstance(event, (events.Tick, events.EngineReport)):
+            self.fleet.tell("controller", event, commands)
+            self.invariants.check(commands)
+            self.fleet.check_orders(commands)
+        for command in commands:
+            self._carry_out(command)
+        if commands or not isinstance(event, (events.Tick, events.EngineReport)):
+            self.snapshot = self.cluster.snapshot()
+
+    # ---- time and deaths
+
+    def _tick(self) -> None:
+        now = self.timeline.now
+        network = self.fleet.network
+        for node in self.fleet.living_nodes():
+            if not node.frozen and not (network.cuts and network.parted(node, self)):
+                self._take_beat(node, now)
+        frozen = (node for node in self.fleet.living_nodes() if node.frozen and not network.parted(node, self))
+        self.detector.stopped({node.member: node.frozen_since for node in frozen})
+        for verdict in self.detector.check(now):
+            self.handle(verdict)
+        self.handle(events.Tick())
+
+    def _take_beat(self, node: Node, now: float) -> None:
+        if node not in self._known or not self.cluster.member_is_current(node.member):
+            self._ask(node)
+            return
+        for event in self.detector.beat(node.member, now):
+            self.handle(event)
+
+    def starved_seconds(self, member: Member) -> float | None:
+        """See `recovery.detector.Surroundings`: everybody gets the CPU that it wants."""
+        return 0.0
+
+    def companions(self, member: Member, pipeline: PipelineId) -> list[Member]:
+        """See `recovery.detector.Surroundings`."""
+        known = self.cluster.pipeline(pipeline)
+        return [each for each in known.members if each is not None and each != member] if known is not None else []
+
+    def hear_of_death(self, process: Process) -> None:
+        """The process has begun to die; it is noticed a moment later, if it is watched from here."""
+        if process in self._watched:
+            self._later(0.001 + 0.02 * self.fleet.rng.random(), functools.partial(self._notice, process))
+
+    def _notice(self, process: Process) -> None:
+        if self.fleet.network.parted(process, self):
+            self._later(0.1, functools.partial(self._notice, process))
+        elif process in self._watched:
+            self._watched.discard(process)
+            if isinstance(process, Engine):
+                self.handle(events.EngineLost(process.pipeline, process.pid))
+            elif isinstance(process, Node):
+                self._bury(process.member, process.died_at)
+
+    def _bury(self, member: Member, alive_at: float) -> None:
+        now = self.timeline.now
+        self.handle(events.NodeExited(member, min(now, max(alive_at, self.detector.beat_at(member)))))
+        self.detector.forget(member)
+        node = self._members.pop(member, None)
+        if node is not None:
+            self._known.discard(node)
+
+    def _watch_member(self, node: Node | None, member: Member) -> None:
+        if not self.cluster.member_is_current(member) or (node is not None and node in self._watched):
+            return
+        if node is None or not node.alive:
+            self._bury(member, self.timeline.now)
+        else:
+            self._watched.add(node)
+
+    # ---- messages
+
+    def take(self, peer: Process, message: messages.AnyMessage) -> None:
+        """A message has arrived."""
+        match message:
+            case messages.NodeStarting() | messages.NodeReady() | messages.NodeFailed():
+                assert isinstance(peer, Node)
+                self._take_from_node(peer, message)
+            case messages.EngineAttached(pipeline=pipeline, pid=pid):
+                assert isinstance(peer, Engine)
+                self._known.discard(self._engines.get(pipeline, peer))
+                self._engines[pipeline] = peer
+                self._known.add(peer)
+                self.handle(event_of(message))
+                if peer.alive:
+                    self._watched.add(peer)
+                else:
+                    self.handle(events.EngineLost(pipeline, pid))
+            case messages.EngineReady() | messages.EngineReport() | messages.Formed() | messages.MemberFailed():
+                if self._engines.get(message.pipeline) is peer:
+                    self.handle(event_of(message))
+                else:
+                    self._ask(peer)
+
+    def _take_from_node(
+        self, node: Node, message: messages.NodeStarting | messages.NodeReady | messages.NodeFailed
+    ) -> None:
+        member = node.member
+        self._members[member] = node
+        self._known.add(node)
+        self.handle(event_of(message))
+        if not isinstance(message, messages.NodeFailed):
+            self._watch_member(node, member)
+        if isinstance(message, messages.NodeReady) and self.cluster.member_is_current(member):
+            self.detector.watch(member, self.timeline.now)
+        if not self.cluster.member_is_current(member):
+            self._members.pop(member, None)
+            self._known.discard(node)
+
+    def _ask(self, peer: Process) -> None:
+        now = self.timeline.now
+        if now - self._asked_at.get(peer, -INTRODUCTION_PAUSE_SECONDS) >= INTRODUCTION_PAUSE_SECONDS:
+            self._asked_at[peer] = now
+            assert isinstance(peer, (Node, Engine))
+            self._send(peer, peer.introduce)
+
+    def _send(self, peer: Process, deliver: object) -> None:
+        assert callable(deliver)
+        self.fleet.network.send(self, peer, ("orders", self.life, peer.name), deliver)
+
+    # ---- commands
+
+    def _carry_out(self, command: AnyCommand) -> None:
+        match command:
+            case events.Form() | events.Suspend() | events.AssignStandbys() | events.Hasten():
+                engine = self._engines.get(command.pipeline)
+                if engine is not None:
+                    self._send(engine, functools.partial(engine.post, order_of(command)))
+            case events.StartNode(member=member, stage=stage):
+                # The zygote forks even if nobody waits for its answer any more.
+                self.timeline.after(
+                    FORK_SECONDS * self.fleet.rng.random(), functools.partial(self._fork, member, stage, self.life)
+                )
+            case events.KillNode(member=member):
+                self._kill(member)
+            case events.KillEngine(pipeline=pipeline, pid=pid):
+                engine = self.fleet.engines[pipeline]
+                if engine.pid == pid:
+                    self.fleet.end_process(engine)
+            case events.Retire(member=member):
+                node = self._members.get(member)
+                if node is not None:
+                    self._send(node, functools.partial(self.fleet.end_process, node))
+
+    def _fork(self, member: Member, stage: int, life: int) -> None:
+        node = self.fleet.fork(member, stage)
+        if self.alive and self.life == life:
+            self.handle(events.NodeLaunched(member, node.pid))
+            self._watch_member(node, member)
+
+    def _kill(self, member: Member) -> None:
+        """SIGKILL, again and again until it is gone; it does not reach what is cut off."""
+        node = self.fleet.nodes.get(member)
+        if node is None or not node.alive:
+            return
+        if not node.hard_to_kill and not self.fleet.network.parted(node, self):
+            self.timeline.after(0.005 * self.fleet.rng.random(), functools.partial(self.fleet.end_process, node))
+        else:
+            self._later(KILL_AGAIN_SECONDS, functools.partial(self._kill, member))

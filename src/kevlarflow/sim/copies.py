@@ -1,0 +1,224 @@
+"""Replication in the simulator: the real two halves of it, over KV memory and a transfer that are simulated.
+
+`SimReplicator` is `node.replicator` without a thread: it takes its turns as events. Between the moment at which a block
+is chosen to be copied and the copy, a step may run, as on a real node.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from kevlarflow.replication.queue import ReplicationQueue
+from kevlarflow.replication.source import LaneReplication, Source
+from kevlarflow.replication.standby import Bounds, Standby
+from kevlarflow.replication.store import StandbyStore
+from kevlarflow.replication.transfer import CHANNEL_PLACES, Arrival
+from kevlarflow.sim.errors import Unbounded
+from kevlarflow.sim.stage import Memory
+from kevlarflow.types import NodeInfo, PipelineId
+from kevlarflow.wire import steps
+
+if TYPE_CHECKING:
+    from kevlarflow.sim.fleet import Fleet
+    from kevlarflow.sim.node import Node
+
+SLOT_BYTES = 8
+NOTHING = -(1 << 63)
+"""Stands for a position that was never written."""
+OVERTAKEN = 0.3
+"""How often a step runs between the choice of a block and its copy."""
+UNLIMITED_BYTES_PER_SECOND = 1 << 40
+
+
+def content_of(data: memoryview) -> tuple[int | None, ...]:
+    """The positions in a block's bytes."""
+    return tuple(None if slot == NOTHING else slot for slot in struct.unpack(f"{len(data) // SLOT_BYTES}q", data))
+
+
+class ToyKv:
+    """The KV memory of all lanes of a node as blocks of bytes; see `replication.blocks`."""
+
+    def __init__(self, memories: Sequence[Memory], blocks_per_lane: int) -> None:
+        self._memories = memories
+        self._blocks_per_lane = blocks_per_lane
+        self._slots = struct.Struct(f"{memories[0].block_size}q")
+        self.block_bytes = self._slots.size
+        self.before_read: Callable[[], None] = lambda: None
+        """Called when a block was chosen and is about to be copied."""
+
+    def read(self, block: int, into: memoryview) -> None:
+        """See `KvBlocks.read`."""
+        self.before_read()
+        slot, number = divmod(block, self._blocks_per_lane)
+        content = self._memories[slot].read(number)
+        self._slots.pack_into(into, 0, *(NOTHING if each is None else each for each in content))
+
+    def write(self, copies: Sequence[tuple[int, memoryview]]) -> None:
+        """See `KvBlocks.write`."""
+        for block, data in copies:
+            slot, number = divmod(block, self._blocks_per_lane)
+            self._memories[slot].place(number, content_of(data))
+
+    def populate(self, block: int) -> bool:
+        """See `KvBlocks.populate`."""
+        return False
+
+
+class SimTransfer:
+    """A node's end of the transfer; see `replication.transfer`."""
+
+    def __init__(self, fleet: Fleet, owner: SimReplicator, node: Node) -> None:
+        self.fleet = fleet
+        self.owner = owner
+        self.node = node
+        self.arrived: deque[Arrival] = deque()
+        self.outlets: dict[bytes, SimOutlet] = {}
+        """Of those who have sent something here."""
+
+    def connect(self, address: str) -> SimOutlet:
+        """See `Transfer.connect`."""
+        self.fleet.channels += 1
+        return SimOutlet(self, address, f"{self.node.name}/{self.fleet.channels}".encode())
+
+    def receive(self) -> Arrival | None:
+        """See `Transfer.receive`."""
+        return self.arrived.popleft() if self.arrived else None
+
+    def answer(self, peer: bytes, frame: bytes) -> None:
+        """See `Transfer.answer`."""
+        outlet = self.outlets[peer]
+        source = outlet.transfer
+        deliver = functools.partial(outlet.deliver, frame)
+        self.fleet.network.send(self.node, source.node, ("outcome", peer), deliver)
+
+    def wait(self, seconds: float) -> None:
+        """Turns are events here."""
+
+    def ring(self) -> None:
+        """See `Transfer.ring`."""
+        self.owner.turn_soon(0.0)
+
+    def close(self) -> None:
+        """See `Transfer.close`."""
+
+
+class SimOutlet:
+    """A channel to one standby."""
+
+    def __init__(self, transfer: SimTransfer, address: str, name: bytes) -> None:
+        self.transfer = transfer
+        self.name = name
+        self._address = address
+        self._on_way = 0
+        self._answers: deque[bytes] = deque()
+
+    def send(self, header: bytes, data: memoryview) -> bool:
+        """See `Outlet.send`."""
+        fleet, node = self.transfer.fleet, self.transfer.node
+        target = fleet.node_at(self._address)
+        if self._on_way >= CHANNEL_PLACES or target is None or target.replicator is None:
+            return False
+        self._on_way += 1
+        arrival = Arrival(self.name, header, memoryview(bytes(data)))
+        deliver = functools.partial(target.replicator.deliver, arrival, self)
+        fleet.network.send(node, target, ("copy", self.name), deliver)
+        return True
+
+    def received(self) -> None:
+        """The standby has taken a copy out of the channel."""
+        self._on_way -= 1
+
+    def deliver(self, frame: bytes) -> None:
+        """An answer has arrived."""
+        self._answers.append(frame)
+        self.transfer.ring()
+
+    def receive(self) -> bytes | None:
+        """See `Outlet.receive`."""
+        return self._answers.popleft() if self._answers else None
+
+    def close(self) -> None:
+        """See `Outlet.close`."""
+
+
+class SimReplicator:
+    """See the module's text. The face is that of `node.replicator.Replicator`."""
+
+    def __init__(self, fleet: Fleet, node: Node, kv: ToyKv) -> None:
+        shape = fleet.plan.shape
+        self._fleet = fleet
+        self._node = node
+        self._transfer = SimTransfer(fleet, self, node)
+        bounds = Bounds(shape.pipelines, shape.blocks, shape.block_size, kv.block_bytes)
+        self._block_size, self._interval = shape.block_size, shape.interval
+        self.store = StandbyStore(shape.standby_blocks * kv.block_bytes, kv.block_bytes)
+        self._standby = Standby(node.member, node.stage, self.store, bounds)
+        self._source = Source(node.member, node.stage, kv, UNLIMITED_BYTES_PER_SECOND, self._outcome)
+        self._outcomes: deque[steps.Replicated] = deque()
+        self._turns_at = float("inf")
+        kv.before_read = self._let_a_step_run
+
+    # ---- what `LaneReplicas` asks for
+
+    def lane(self, pipeline: PipelineId, first_block: int) -> LaneReplication:
+        """See `Replicator.lane`."""
+        queue = ReplicationQueue(self._block_size, self._interval)
+        return self._source.lane(pipeline, first_block, queue)
+
+    def leave(self, pipeline: PipelineId) -> None:
+        """See `Replicator.leave`."""
+        self._source.leave(pipeline)
+
+    def assign(self, lane: LaneReplication, standby: NodeInfo | None) -> None:
+        """See `Replicator.assign`."""
+        if self._source.assign(lane, standby):
+            self.ring()
+
+    def ring(self) -> None:
+        """See `Replicator.ring`."""
+        self.turn_soon(0.0)
+
+    def take_outcomes(self) -> Iterator[steps.Replicated]:
+        """See `Replicator.take_outcomes`."""
+        while self._outcomes:
+            yield self._outcomes.popleft()
+
+    # ---- turns
+
+    def turn_soon(self, seconds: float) -> None:
+        """Take a turn after so long, or earlier if one is due already."""
+        seconds += self._fleet.plan.shape.step * self._fleet.rng.random()
+        due = self._fleet.timeline.now + seconds
+        if due < self._turns_at:
+            self._turns_at = due
+            self._node.after(seconds, self._turn)
+
+    def _turn(self) -> None:
+        now = self._fleet.timeline.now
+        if now < self._turns_at:
+            return
+        self._turns_at = float("inf")
+        wait = self._source.turn(self._transfer, now)
+        if wait < 1.0:
+            self.turn_soon(wait)
+
+    def _let_a_step_run(self) -> None:
+        if self._fleet.rng.random() < OVERTAKEN:
+            self._node.hurry()
+
+    def deliver(self, arrival: Arrival, outlet: SimOutlet) -> None:
+        """A copy has arrived."""
+        outlet.received()
+        self._transfer.outlets[arrival.peer] = outlet
+        self._standby.take(arrival, self._transfer)
+        if self.store.used_bytes > self.store.limit_bytes:
+            raise Unbounded(f"{self._node} keeps {self.store.used_bytes} bytes of {self.store.limit_bytes}")
+
+    def _outcome(self, outcome: steps.Replicated) -> None:
+        self._outcomes.append(outcome)
+        self._fleet.counts["copies answered"] += 1
+        self._node.look()

@@ -1,0 +1,396 @@
+"""A simulated engine: the real `recovery.pipeline` between a toy of vLLM's scheduler and simulated channels.
+
+It follows `engine.session` and `engine.scheduler`: orders of the controller wait in a mailbox until somebody holds the
+door, a step is scheduled first and issued a moment later, and a step without a result ends every request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from kevlarflow.recovery import pipeline_events as core
+from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.ledger import LedgerEntry, Step, StepResult
+from kevlarflow.recovery.pipeline import Phase, Pipeline
+from kevlarflow.recovery.recompute import Limits
+from kevlarflow.sim.errors import NoReason, NotFenced, Unbounded
+from kevlarflow.sim.network import Process
+from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler
+from kevlarflow.types import Epoch, LaneCoverage, Member, NodeInfo, PipelineId, Stage
+from kevlarflow.wire import messages, steps
+
+if TYPE_CHECKING:
+    from kevlarflow.sim.fleet import Fleet
+    from kevlarflow.sim.node import Node
+
+Order = messages.Form | messages.Suspend | messages.Standbys | messages.Hasten
+
+STEPS_OF_A_LIFE = 1_000_000
+"""No engine uses a step's number again, not even a later one: see `engine.executor`."""
+RECOMPUTED_REQUESTS = 3
+MAX_IN_FLIGHT = 64
+"""Steps that an engine may have issued and not completed: as many as stages, and what only says who has ended."""
+
+
+class Engine(Process):
+    """The engine of one pipeline, in one of its lives."""
+
+    kind = "engine"
+
+    def __init__(self, fleet: Fleet, pipeline: PipelineId, life: int, pid: int) -> None:
+        super().__init__(fleet.timeline, f"engine-{pipeline}#{life}")
+        self.fleet = fleet
+        self.pipeline = pipeline
+        self.life = life
+        self.pid = pid
+        shape = fleet.plan.shape
+        self.core = Pipeline(Limits(shape.budget, RECOMPUTED_REQUESTS, shape.block_size, shape.stages))
+        self.scheduler = ToyScheduler(
+            fleet.rng,
+            Blocks(shape.blocks, shape.block_size),
+            shape.budget,
+            shape.max_running,
+            first_step=life * STEPS_OF_A_LIFE,
+        )
+        self.started = False
+        """Whether it has been formed once, and so has a scheduler."""
+        self.may_abandon = False
+        """Whether a suspension or a failed step gave it a reason to end its requests."""
+        self._lines: dict[Member, str] = {}
+        """The open channels to nodes."""
+        self._mailbox: deque[Order] = deque()
+        self._inputs: deque[tuple[str, Request]] = deque()
+        self._steps: dict[int, tuple[Step, dict[str, list[int]]]] = {}
+        self._outputs: dict[int, dict[str, list[int]]] = {}
+        self._finished: dict[int, dict[str, list[int]] | str] = {}
+        """Steps whose futures are done: their tokens, or why there are none."""
+        self._waits_for: deque[int] = deque()
+        self._scheduled: Step | None = None
+        """Scheduled, and not issued yet."""
+        self._evict: frozenset[int] | None = None
+        self._abandonment = ""
+        self._turn_due = False
+
+    # ---- the controller
+
+    def introduce(self) -> None:
+        """Say who it is and what it serves."""
+        members = tuple(node.member for node in self.core.nodes)
+        self._tell(messages.EngineAttached(self.pipeline, self.pid, Epoch(self.core.epoch), members))
+
+    def _tell(self, message: messages.AnyMessage) -> None:
+        controller = self.fleet.controller
+        deliver = functools.partial(controller.take, self, message)
+        self.fleet.network.send(self, controller, ("control", self.name), deliver)
+
+    def report(self) -> None:
+        """Tell its load."""
+        running, waiting = len(self.scheduler.running), len(self.scheduler.waiting) + len(self._inputs)
+        blocks = self.fleet.plan.shape.blocks if self.started else 0
+        self._tell(
+            messages.EngineReport(
+                self.pipeline,
+                running,
+                waiting,
+                blocks,
+                len(self.core.in_flight),
+                self._replication(),
+                Epoch(self.core.epoch),
+            )
+        )
+
+    def _replication(self) -> tuple[LaneCoverage, ...]:
+        reports = []
+        for stage in range(len(self.core.nodes)):
+            standby, tokens, covered = self.core.coverage_of(Stage(stage))
+            reports.append(LaneCoverage(Stage(stage), standby.member if standby else None, tokens, covered))
+        return tuple(reports)
+
+    def post(self, order: Order) -> None:
+        """Leave an order in the mailbox: it is carried out at once, or when a step is issued, or a little later."""
+        self._mailbox.append(order)
+        if self.fleet.rng.random() < 0.5:
+            self._take_orders()
+        else:
+            self.after(self.fleet.rng.random() * self.fleet.plan.shape.step * 2, self._take_orders)
+
+    def _take_orders(self) -> None:
+        while self._mailbox:
+            order = self._mailbox.popleft()
+            if isinstance(order, messages.Form):
+                self._handle(core.FormationOrdered(order.epoch, order.nodes, order.released, order.cause.is_planned))
+            elif isinstance(order, messages.Hasten):
+                if order.epoch == self.core.epoch:
+                    for stage in order.stages:
+                        self._send(self.core.nodes[stage], steps.Hasten(self.pipeline, order.epoch))
+            elif isinstance(order, messages.Suspend):
+                self.may_abandon = True
+                self._handle(core.SuspensionOrdered(order.epoch, order.reason))
+            else:
+                self._handle(core.StandbysAssigned(order.standbys))
+
+    def _use(self, nodes: tuple[NodeInfo, ...]) -> None:
+        """Channels to nodes that are not used any more are closed; one that is opened anew keeps no order with it."""
+        fresh = {each.member: f"{self.name} {self.fleet.network.sent} {each.member}" for each in nodes}
+        self._lines = {member: self._lines.get(member, line) for member, line in fresh.items()}
+
+    # ---- the engine thread
+
+    def add(self, request: Request) -> None:
+        """A client asks."""
+        self._inputs.append(("add", request))
+        self.poke()
+
+    def abort(self, request: Request) -> None:
+        """A client has gone."""
+        self._inputs.append(("abort", request))
+        self.poke()
+
+    def poke(self) -> None:
+        """There may be something to do."""
+        if not self._turn_due and self.started:
+            self._turn_due = True
+            self.after(self.fleet.plan.shape.step * 0.1 * self.fleet.rng.random(), self._turn)
+
+    def _turn(self) -> None:
+        self._turn_due = False
+        if self._scheduled is not None:
+            self._issue(self._scheduled)
+        else:
+            self._take_inputs()
+            choices = []
+            if self._waits_for and self._waits_for[0] in self._finished:
+                choices.append(self._update)
+            if self.scheduler.has_work and len(self._waits_for) < self.fleet.plan.shape.stages:
+                choices.append(self._schedule)
+            if not choices:
+                return
+            if not self.fleet.rng.choice(choices)():
+                return
+        self.poke()
+
+    def _take_inputs(self) -> None:
+        while self._inputs:
+            what, request = self._inputs.popleft()
+            if what == "add":
+                self.scheduler.waiting.append(request)
+            elif request in self.scheduler.running or request in self.scheduler.waiting:
+                self.scheduler.abort(request)
+                self.scheduler.ended.clear()
+
+    def _schedule(self) -> bool:
+        keep, self._evict = self._evict, None
+        reason, self._abandonment = self._abandonment or self.suspended_reason, ""
+        if reason:
+            self._end_all(reason)
+        if keep is not None:
+            self.scheduler.blocks.evict_unheld(keep)
+        step, known = self.scheduler.schedule(self.core.formations)
+        says_something = bool(step.scheduled or step.finished or step.preempted)
+        if not says_something and self.fleet.rng.random() < 0.8:
+            return bool(self._waits_for and self._waits_for[0] in self._finished)
+        self._steps[step.sequence] = (step, known)
+        self._scheduled = step
+        return True
+
+    def _issue(self, step: Step) -> None:
+        self._scheduled = None
+        self._take_orders()
+        if step.scheduled:
+            self._waits_for.append(step.sequence)
+        self._handle(core.StepIssued(step))
+        if len(self.core.in_flight) > MAX_IN_FLIGHT:
+            raise Unbounded(f"{self} has {len(self.core.in_flight)} steps in flight")
+
+    def _update(self) -> bool:
+        sequence = self._waits_for.popleft()
+        step, _ = self._steps.pop(sequence)
+        result = self._finished.pop(sequence)
+        if isinstance(result, str):
+            self._end_all(result)
+            return True
+        self.scheduler.update(step, result)
+        for request in [*self.scheduler.running, *self.scheduler.waiting, *self.scheduler.ended]:
+            if request.name in step.scheduled:
+                self.fleet.check_tokens(request)
+        for request in self.scheduler.ended:
+            self.fleet.end(request, "")
+        self.scheduler.ended.clear()
+        return True
+
+    def _end_all(self, reason: str) -> None:
+        if not self.may_abandon or not reason:
+            raise NoReason(f"{self} ends all its requests without a suspension or a failed step: {reason!r}")
+        scheduler = self.scheduler
+        for request in [*scheduler.running, *scheduler.waiting]:
+            scheduler.abort(request)
+            self.fleet.end(request, reason)
+        scheduler.ended.clear()
+
+    @property
+    def suspended_reason(self) -> str:
+        """Why it cannot generate; empty when it can."""
+        return self.core.reason if self.core.phase is Phase.SUSPENDED else ""
+
+    @property
+    def in_flight(self) -> int:
+        """Steps that are not over for the scheduler."""
+        return len(self._waits_for) + len(self._steps) + len(self._inputs)
+
+    # ---- answers of nodes
+
+    def take(self, source: Node, header: steps.AnyStepMessage, payload: Any) -> None:
+        """A message of a node has arrived; channels to nodes that are not used any more are closed."""
+        if all(node.member != source.member for node in self.core.nodes):
+            return
+        event = self._event_of(header, payload)
+        if event is None:
+            assert isinstance(header, steps.Refused)
+            if header.epoch == self.core.epoch:
+                self._member_failed(source.member, header.reason)
+        elif isinstance(event, core.ReplicasConfirmed):
+            self._handle(event)
+        else:
+            self._take_answer(source, event)
+
+    @staticmethod
+    def _event_of(header: steps.AnyStepMessage, payload: Any) -> Any:
+        match header:
+            case steps.Executed(epoch=epoch, sequence=sequence):
+                return core.StepExecuted(epoch, sequence, StepResult(tokens=payload, generators={}))
+            case steps.StepFailed(epoch=epoch, sequence=sequence, stage=stage, reason=reason):
+                return core.StepBroken(epoch, sequence, stage, reason)
+            case steps.Replicated(stage=stage, source=source, standby=standby):
+                return core.ReplicasConfirmed(
+                    stage, source, standby, _replicas(header.stored), _replicas(header.dropped)
+                )
+            case steps.Joined(epoch=epoch, stage=stage):
+                return core.StageJoined(epoch, stage)
+            case steps.Recomputed(epoch=epoch, sequence=sequence):
+                return core.ChunkRecomputed(epoch, -sequence)
+            case steps.Restored(epoch=epoch, stage=stage):
+                return core.StageRestored(epoch, stage)
+            case steps.Placed(epoch=epoch, stage=stage, missing=missing):
+                return core.ReplicasPlaced(epoch, stage, _replicas(missing))
+        return None
+
+    def _take_answer(self, source: Node, event: Any) -> None:
+        """Nothing of an old epoch may have an effect, nor anything of a member that does not serve in this one."""
+        current = event.epoch == self.core.epoch
+        if current and isinstance(event, core.StepExecuted):
+            self._outputs[event.sequence] = {name: list(each) for name, each in event.result.tokens.items()}
+        if current and isinstance(event, core.StepBroken):
+            self.may_abandon = True
+        before, epoch = self.core.in_flight, self.core.epoch
+        commands = self.core.handle(event, self.timeline.now)
+        if self.core.epoch != epoch and self.core.phase is Phase.FORMING:
+            self._use(self.core.nodes)
+        if not current and (commands or before != self.core.in_flight):
+            raise NotFenced(f"{self} believes {event} of {source} in epoch {self.core.epoch}")
+        self._carry_out_all(commands)
+
+    # ---- commands of the core
+
+    def _handle(self, event: core.Event) -> None:
+        epoch = self.core.epoch
+        commands = self.core.handle(event, self.timeline.now)
+        if self.core.epoch != epoch and self.core.phase is Phase.FORMING:
+            self._use(self.core.nodes)
+        self._carry_out_all(commands)
+
+    def _carry_out_all(self, commands: list[core.Command]) -> None:
+        for command in commands:
+            self._carry_out(command)
+
+    def _carry_out(self, command: core.Command) -> None:
+        match command:
+            case core.Execute(sequence, has_tokens, written):
+                writes = tuple((each.block, each.generation, each.filled, each.depth) for each in written)
+                header = steps.Execute(self.pipeline, self.core.epoch, sequence, has_tokens, writes)
+                self.fleet.counts["steps sent"] += 1
+                self._send_to(len(self.core.nodes), header, self._steps[sequence])
+            case core.Deliver(sequence):
+                self._finish(sequence, self._outputs.pop(sequence, {}))
+            case core.Abandon(sequence, reason):
+                self._outputs.pop(sequence, None)
+                self._finish(sequence, reason)
+            case core.AbandonEverything(reason):
+                self._abandonment = reason
+                self.fleet.counts["abandonments"] += 1
+                self.poke()
+            case core.EvictPrefixCache(keep):
+                self._evict = keep if self._evict is None else keep & self._evict
+            case core.FormationDone(epoch, seconds, requests, tokens):
+                self._formed(messages.Formed(self.pipeline, epoch, seconds, requests, 0, tokens))
+            case core.RequestFormation(stage, reason):
+                self._member_failed(self.core.nodes[stage].member, reason)
+            case _:
+                self._form(command)
+
+    def _finish(self, sequence: int, result: dict[str, list[int]] | str) -> None:
+        if sequence in self._waits_for:
+            self._finished[sequence] = result
+        else:
+            del self._steps[sequence]
+            if isinstance(result, str):
+                self._abandonment = self._abandonment or result
+        self.poke()
+
+    def _formed(self, message: messages.Formed) -> None:
+        self.fleet.counts["formations"] += 1
+        self.fleet.counts["tokens recomputed"] += message.recomputed_tokens
+        self.fleet.counts["requests carried over"] += message.requests
+        if not self.started:
+            self.started = True
+            self._tell(messages.EngineReady(self.pipeline, self.fleet.plan.shape.blocks))
+        self._tell(message)
+        self.poke()
+
+    def _form(self, command: core.FormingCommand) -> None:
+        pipeline, epoch, nodes = self.pipeline, self.core.epoch, self.core.nodes
+        match command:
+            case core.Join(stage):
+                following = nodes[stage + 1].activation_address if stage + 1 < len(nodes) else ""
+                self._send(nodes[stage], steps.Join(pipeline, epoch, stage, following))
+            case core.Leave(node):
+                self._send(node, steps.Leave(pipeline, epoch), once=True)
+            case core.Recompute(sequence, chunk):
+                header = steps.Recompute(pipeline, epoch, -sequence, chunk.through)
+                self._send_to(chunk.through + 1, header, (chunk,))
+            case core.Restore(entries, held):
+                self._send_to(len(nodes), steps.Restore(pipeline, epoch), (_as_sent(entries), held))
+            case core.AssignStandby(stage, standby):
+                self._send(nodes[stage], steps.AssignStandby(pipeline, epoch, standby))
+            case core.Place(stage, now, later):
+                self._send(nodes[stage], steps.Place(pipeline, epoch), (now, later))
+            case core.PlaceRest(stage):
+                self._send(nodes[stage], steps.PlaceRest(pipeline, epoch))
+
+    def _send_to(self, stages: int, header: steps.AnyStepMessage, payload: Any) -> None:
+        for node in self.core.nodes[:stages]:
+            self._send(node, header, payload)
+
+    def _send(self, info: NodeInfo, header: steps.AnyStepMessage, payload: Any = (), *, once: bool = False) -> None:
+        """`once`: over a channel of its own, which keeps no order with others."""
+        node = self.fleet.node_at(info.step_address)
+        if node is not None:
+            line = f"once {self.fleet.network.sent}" if once else self._lines[info.member]
+            self.fleet.network.send(self, node, line, functools.partial(node.deliver, self, header, payload))
+
+    def _member_failed(self, member: Member, reason: str) -> None:
+        self._tell(messages.MemberFailed(self.pipeline, member, reason, self.core.epoch))
+
+
+def _replicas(tags: tuple[tuple[int, int, int], ...]) -> tuple[Replica, ...]:
+    return tuple(Replica(*tag) for tag in tags)
+
+
+def _as_sent(entries: tuple[LedgerEntry, ...]) -> tuple[LedgerEntry, ...]:
+    """What pickling makes of the ledger: a copy that nobody changes any more."""
+    return tuple(
+        dataclasses.replace(each, prompt=list(each.prompt), output=list(each.output), blocks=list(each.blocks))
+        for each in entries
+    )

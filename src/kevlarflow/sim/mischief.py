@@ -1,0 +1,185 @@
+"""Carries out the faults of a plan, and ends them."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from kevlarflow.recovery.pipeline import Phase
+from kevlarflow.sim.network import Cut, Process
+from kevlarflow.sim.node import Node
+from kevlarflow.sim.plan import Fault
+from kevlarflow.types import PipelineId
+from kevlarflow.wire import steps
+
+if TYPE_CHECKING:
+    from kevlarflow.sim.fleet import Fleet
+
+PHASE_OF: dict[type, str] = {
+    steps.Join: "join",
+    steps.Place: "place",
+    steps.Recompute: "recompute",
+    steps.Restore: "restore",
+    steps.Execute: "reissue",
+}
+UNRECEIVED_SECONDS = 0.01
+"""What a process sent so shortly before its death may be lost."""
+MAX_FAILED_STARTS = 2
+"""Starts of one place that fail in a row: one that is given up would not heal."""
+
+
+class Mischief:
+    """See the module's text."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._armed: dict[str, list[Fault]] = {}
+        self._over = False
+
+    def begin(self, fault: Fault) -> None:
+        """Do it."""
+        fleet = self._fleet
+        if self._over:
+            return
+        node = self._target(fault)
+        fleet.tell(fault.name, f"{fault}: {node}")
+        match fault.kind:
+            case "crash" | "crash in a phase":
+                if fault.detail:
+                    self._armed.setdefault(fault.detail, []).append(fault)
+                self._crash(node)
+            case "engine":
+                fleet.end_process(fleet.engines[fault.pipeline], self._loses())
+            case "controller" | "forgetful controller":
+                self._crash_controller(fault)
+            case "delay":
+                fleet.network.slowness = 2 + 20 * fault.strength
+                self._later(fault, functools.partial(setattr, fleet.network, "slowness", 1.0))
+            case "echo":
+                fleet.network.echo = fault.strength
+                self._later(fault, functools.partial(setattr, fleet.network, "echo", 0.0))
+            case _ if node is not None:
+                self._trouble(fault, node)
+
+    def _trouble(self, fault: Fault, node: Node) -> None:
+        match fault.kind:
+            case "freeze":
+                node.freeze()
+                node.hard_to_kill = fault.detail == "hard to kill"
+                self._later(fault, functools.partial(self._thaw, node))
+            case "slow":
+                node.pace = 2 + 30 * fault.strength
+                self._later(fault, functools.partial(setattr, node, "pace", 1.0))
+            case "raise":
+                node.raises = True
+            case "partition":
+                kinds = frozenset(fault.detail.split())
+                cut = Cut(node, kinds, inward=fault.strength < 0.7, outward=fault.strength > 0.3)
+                self._fleet.network.cuts.append(cut)
+                self._later(fault, functools.partial(self._mend, cut))
+
+    def end_all(self) -> None:
+        """Heal everything; whatever would still begin does not."""
+        fleet = self._fleet
+        self._over = True
+        self._armed.clear()
+        fleet.network.slowness, fleet.network.echo = 1.0, 0.0
+        fleet.network.cuts.clear()
+        for node in fleet.living_nodes():
+            node.pace, node.raises = 1.0, False
+            self._thaw(node)
+        for engine in fleet.engines:
+            if not engine.alive:
+                fleet.start_engine(engine.pipeline)
+        if not fleet.controller.alive:
+            fleet.controller.start()
+        fleet.network.release()
+
+    def trigger(self, header: steps.AnyStepMessage, node: Node) -> bool:
+        """A node takes a message: the phase of a recovery in which something was to happen may have come.
+
+        Returns whether the node is gone before it could do anything about the message.
+        """
+        phase = PHASE_OF.get(type(header), "")
+        if phase not in self._armed:
+            return False
+        pipeline: PipelineId = header.pipeline  # type: ignore[union-attr]
+        engine = self._fleet.engines[pipeline]
+        if phase == "reissue" and engine.core.phase is not Phase.FORMING:
+            return False
+        fault = self._armed[phase].pop()
+        if not self._armed[phase]:
+            del self._armed[phase]
+        victim: Process = node
+        others = [each for each in self._fleet.living_nodes() if each is not node]
+        if fault.strength > 0.9:
+            victim = engine
+        elif fault.strength > 0.8:
+            self._crash_controller(fault)
+            return False
+        elif fault.strength > 0.5 and others:
+            victim = self._fleet.rng.choice(others)
+        self._fleet.tell(fault.name, f"{victim} dies as {node} takes {type(header).__name__}")
+        self._fleet.counts["crashes in a phase"] += 1
+        if self._fleet.rng.random() < 0.5:
+            self._fleet.timeline.after(
+                self._fleet.plan.shape.step * self._fleet.rng.random(), functools.partial(self._crash, victim)
+            )
+            return False
+        self._crash(victim)
+        return not node.alive
+
+    # ---- deeds
+
+    def _target(self, fault: Fault) -> Node | None:
+        fleet = self._fleet
+        pipeline = fleet.controller.cluster.pipelines[fault.pipeline]
+        member = pipeline.members[fault.stage]
+        if fault.whose == "standby" and len(pipeline.standbys) > fault.stage:
+            standby = pipeline.standbys[fault.stage]
+            member = standby.member if standby is not None else None
+        if fault.whose != "own" and member is not None and member in fleet.nodes and fleet.nodes[member].alive:
+            return fleet.nodes[member]
+        own = f"node-{fault.pipeline}-{fault.stage}"
+        return next((each for each in fleet.living_nodes() if each.member.node == own), None)
+
+    def _crash(self, victim: Process | None) -> None:
+        if victim is None or not victim.alive or self._over:
+            return
+        if isinstance(victim, Node):
+            slot = self._fleet.controller.cluster.slots[victim.member.node]
+            if not victim.ready and slot.failed_starts >= MAX_FAILED_STARTS:
+                return
+        self._fleet.end_process(victim, self._loses())
+
+    def _crash_controller(self, fault: Fault) -> None:
+        controller = self._fleet.controller
+        if not controller.alive:
+            return
+        self._fleet.counts["controller crashes"] += 1
+        controller.die(self._loses())
+        remembers = fault.kind != "forgetful controller"
+        self._fleet.timeline.after(fault.seconds, functools.partial(self._restart_controller, remembers))
+
+    def _restart_controller(self, remembers: bool) -> None:
+        if not self._fleet.controller.alive:
+            self._fleet.controller.start(remembers=remembers)
+
+    def _loses(self) -> float:
+        """Since when what a dying process has sent, and nobody has received, is lost."""
+        fleet = self._fleet
+        return fleet.timeline.now - fleet.rng.choice([0.0, 0.0, UNRECEIVED_SECONDS * fleet.rng.random()])
+
+    def _later(self, fault: Fault, action: functools.partial[None]) -> None:
+        self._fleet.timeline.after(fault.seconds, action)
+
+    def _thaw(self, node: Node) -> None:
+        node.hard_to_kill = False
+        if node.frozen:
+            node.thaw()
+            self._fleet.network.release()
+
+    def _mend(self, cut: Cut) -> None:
+        if cut in self._fleet.network.cuts:
+            self._fleet.network.cuts.remove(cut)
+            self._fleet.network.release()

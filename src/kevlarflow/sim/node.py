@@ -1,0 +1,286 @@
+"""A simulated node: the real `node.lanes` and `node.lane_replicas`, over toy stages.
+
+It follows `node.main` message by message: one thread that takes what has arrived, then runs one piece of work. Beside
+it, replication copies one block at a time (`sim.copies`), and its copies may be overtaken by a step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
+
+from kevlarflow.node.lane_replicas import LaneReplicas
+from kevlarflow.node.lanes import Header, Lane, Lanes, Work
+from kevlarflow.recovery.coverage import Replica
+from kevlarflow.sim.copies import SimReplicator, ToyKv, content_of
+from kevlarflow.sim.errors import NotFenced, Unbounded
+from kevlarflow.sim.network import Process
+from kevlarflow.sim.stage import Memory, ToyStage
+from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
+from kevlarflow.wire import messages, steps
+
+if TYPE_CHECKING:
+    from kevlarflow.sim.engine import Engine
+    from kevlarflow.sim.fleet import Fleet
+
+MAX_QUEUED = 300
+"""Work, or activations, that a toy run could ever have waiting on one node."""
+
+
+class Node(Process):
+    """One member. `ready` is whether it has loaded."""
+
+    kind = "node"
+
+    def __init__(self, fleet: Fleet, member: Member, stage: Stage, pid: int) -> None:
+        super().__init__(fleet.timeline, str(member))
+        self.fleet = fleet
+        self.member = member
+        self.stage = stage
+        self.pid = pid
+        self.ready = False
+        self.pace = 1.0
+        """How much slower than it should be."""
+        self.hard_to_kill = False
+        self.raises = False
+        """Whether its next step fails."""
+        shape = fleet.plan.shape
+        self.info = NodeInfo(
+            member,
+            stage,
+            "sim",
+            pid,
+            (pid,),
+            f"steps {member}",
+            f"activations {member}",
+            shape.reserve_lanes + 1,
+            f"replicas {member}" if shape.replicates else "",
+        )
+        is_last = stage == shape.stages - 1
+        memories = [Memory(stage, shape.block_size) for _ in range(shape.reserve_lanes + 1)]
+        runners: list[Any] = [ToyStage(memory, is_last, fleet.cancelled) for memory in memories]
+        self.lanes = Lanes(runners, is_first_stage=stage == 0)
+        self.replicator: SimReplicator | None = None
+        self.replicas: LaneReplicas | None = None
+        if shape.replicates:
+            kv = ToyKv(memories, shape.blocks)
+            self.replicator = SimReplicator(fleet, self, kv)
+            self.replicas = LaneReplicas(self.replicator, kv, shape.blocks)  # type: ignore[arg-type]
+        self._next_addresses: dict[PipelineId, str] = {}
+        self._engines: dict[PipelineId, Engine] = {}
+        self._inbox: deque[tuple[Engine, steps.AnyStepMessage, Any]] = deque()
+        self._busy = False
+        self._finishing: Callable[[], None] | None = None
+        """What ends the work that runs."""
+        self._works = 0
+
+    # ---- what it says to the controller
+
+    def introduce(self) -> None:
+        """Say who it is."""
+        if self.ready:
+            self._tell(messages.NodeReady(self.info, dict(self.lanes.epochs)))
+        else:
+            self._tell(messages.NodeStarting(self.member, self.stage, "sim", (self.pid,)))
+
+    def become_ready(self) -> None:
+        """Its weights are loaded."""
+        self.ready = True
+        self.introduce()
+
+    def _tell(self, message: messages.AnyMessage) -> None:
+        controller = self.fleet.controller
+        self._send(controller, ("control", self.name), functools.partial(controller.take, self, message))
+
+    def _send(self, target: Process, line: Hashable, deliver: Any) -> None:
+        self.fleet.network.send(self, target, line, deliver)
+
+    # ---- coming in
+
+    def deliver(self, engine: Engine, header: steps.AnyStepMessage, payload: Any) -> None:
+        """A message of an engine has arrived."""
+        self._inbox.append((engine, header, payload))
+        self.look()
+
+    def deliver_activations(self, pipeline: PipelineId, epoch: Epoch, sequence: int) -> None:
+        """The stage before is done with a step."""
+        self.lanes.add_activations(pipeline, epoch, sequence, {"epoch": epoch})
+        self.look()
+
+    def look(self) -> None:
+        """Take what has arrived, then run what can run; nothing of it in the middle of other work."""
+        if self._busy:
+            return
+        for outcome in self.replicas.outcomes() if self.replicas is not None else ():
+            lane = self.lanes.current(outcome.pipeline)
+            if lane is not None:
+                self._answer(self._engines[lane.pipeline], outcome)
+        while self._inbox and self.alive:
+            self._take(*self._inbox.popleft())
+        ready = self.lanes.next_work() if self.alive else None
+        if ready is not None:
+            self._begin(*ready)
+
+    def _take(self, engine: Engine, header: steps.AnyStepMessage, payload: Any) -> None:
+        if self.fleet.trigger(header, self):
+            return
+        if isinstance(header, steps.Execute | steps.Recompute | steps.Restore | steps.PlaceRest):
+            self._queue(engine, header, payload)
+            return
+        self.fleet.tell(self, header, payload)
+        match header:
+            case steps.Join():
+                self._join(engine, header)
+            case steps.Leave(pipeline, epoch):
+                left = self.lanes.leave(pipeline, epoch)
+                if left is not None and self.replicas is not None:
+                    self.replicas.close(left)
+            case steps.AssignStandby() | steps.Hasten():
+                self._take_about_replicas(header)
+            case steps.Place(pipeline, epoch):
+                self._place(engine, pipeline, epoch, *payload)
+
+    def _take_about_replicas(self, header: steps.AssignStandby | steps.Hasten) -> None:
+        lane = self.lanes.current(header.pipeline, header.epoch)
+        if lane is None or self.replicas is None:
+            return
+        if isinstance(header, steps.AssignStandby):
+            self.replicas.assign(lane, header.standby)
+        else:
+            self.replicas.hasten(lane)
+
+    def _queue(self, engine: Engine, header: Header, payload: Any) -> None:
+        self.lanes.add_work(Work(str(engine).encode(), header, payload))
+        lane = self.lanes.current(header.pipeline)
+        if lane is not None and len(lane.queue) > MAX_QUEUED:
+            raise Unbounded(f"{self} has {len(lane.queue)} pieces of work queued in lane {lane.pipeline}")
+
+    def _join(self, engine: Engine, join: steps.Join) -> None:
+        lane = self.lanes.open(join.pipeline, join.epoch) if join.stage == self.stage else None
+        if lane is None:
+            self._answer(engine, steps.Refused(join.pipeline, join.epoch, join.stage, f"{self} has no lane"))
+            return
+        slots = [each.slot for each in self.lanes]
+        if len(set(slots)) < len(slots):
+            raise NotFenced(f"{self} serves {[each.pipeline for each in self.lanes]} in KV memory {slots}")
+        lane.engine = str(engine).encode()
+        self._engines[lane.pipeline] = engine
+        self._next_addresses[lane.pipeline] = join.next_address
+        if self.replicas is not None:
+            self.replicas.open(lane)
+        self._answer(engine, steps.Joined(join.pipeline, join.epoch, join.stage, self.member))
+
+    # ---- running
+
+    def _begin(self, lane: Lane, work: Work, activations: Any) -> None:
+        header = work.header
+        if work.engine != lane.engine or header.epoch != lane.epoch:
+            raise NotFenced(f"{self} runs {header} of {work.engine!r} in a lane that {lane.engine!r} holds: {lane}")
+        if activations is not None and activations["epoch"] != header.epoch:
+            raise NotFenced(f"{self} runs {header} with activations of epoch {activations['epoch']}")
+        self._busy = True
+        self.fleet.tell(self, header, work.payload if not isinstance(header, steps.Execute) else ())
+        engine = self._engines[lane.pipeline]
+        shape = self.fleet.plan.shape
+        seconds = shape.step * self.pace * (0.2 + self.fleet.rng.random())
+        if self.raises and isinstance(header, steps.Execute):
+            self.raises = False
+            self._end_after(seconds, functools.partial(self._fail, engine, lane, header))
+            return
+        written: tuple[Replica, ...] = ()
+        if isinstance(header, steps.Execute):
+            written = tuple(Replica(*each) for each in header.writes)
+            if self.replicas is not None:
+                self.replicas.begin(lane, written)
+        sampled = self._run(lane, work)
+        self._end_after(seconds, functools.partial(self._finish, lane, engine, header, written, sampled))
+
+    def _end_after(self, seconds: float, finish: Callable[[], None]) -> None:
+        self._works += 1
+        self._finishing = finish
+        self.after(seconds, functools.partial(self._end, self._works))
+
+    def _end(self, work: int) -> None:
+        finish = self._finishing
+        if finish is not None and work == self._works:
+            self._finishing = None
+            finish()
+            self._busy = False
+            self.look()
+
+    def hurry(self) -> None:
+        """End the work that runs now, and begin the next: another thread of the node is in the middle of something."""
+        self._end(self._works)
+
+    def _run(self, lane: Lane, work: Work) -> Any:
+        runner: Any = lane.runner
+        payload: Any = work.payload
+        match work.header:
+            case steps.Restore():
+                runner.restore(payload[0])
+                if self.replicas is not None:
+                    self.replicas.hold(lane, payload[1])
+            case steps.Recompute():
+                runner.recompute(payload[0])
+            case steps.PlaceRest() if self.replicas is not None:
+                for replica, data in lane.rest:
+                    self.fleet.check_copy(lane.pipeline, self.stage, replica, content_of(data))
+                self.replicas.place_rest(lane)
+            case steps.Execute():
+                return runner.execute(*payload)
+        return None
+
+    def _finish(self, lane: Lane, engine: Engine, header: Any, written: tuple[Replica, ...], sampled: Any) -> None:
+        pipeline, epoch = header.pipeline, header.epoch
+        match header:
+            case steps.Restore():
+                self._answer(engine, steps.Restored(pipeline, epoch, self.stage))
+            case steps.PlaceRest():
+                self._answer(engine, steps.Placed(pipeline, epoch, self.stage, ()))
+            case steps.Recompute(through=through) if self.stage == through:
+                self._answer(engine, steps.Recomputed(pipeline, epoch, header.sequence))
+            case steps.Execute(has_tokens=True) if self.stage == self.fleet.plan.shape.stages - 1:
+                self._answer(engine, steps.Executed(pipeline, epoch, header.sequence), sampled)
+            case steps.Recompute() | steps.Execute(has_tokens=True):
+                self._forward(lane, header.sequence)
+        if written and self.replicas is not None:
+            self.fleet.note_written(lane, self.stage, written)
+            self.replicas.end(lane, written)
+
+    def _fail(self, engine: Engine, lane: Lane, header: steps.Execute) -> None:
+        self.lanes.break_off(lane)
+        reason = "a drawn error"
+        self._answer(engine, steps.StepFailed(header.pipeline, header.epoch, header.sequence, self.stage, reason))
+
+    def _forward(self, lane: Lane, sequence: int) -> None:
+        target = self.fleet.node_at(self._next_addresses[lane.pipeline])
+        if target is not None:
+            deliver = functools.partial(target.deliver_activations, lane.pipeline, lane.epoch, sequence)
+            self._send(target, ("activations", self.name, lane.pipeline, lane.epoch), deliver)
+
+    def _answer(self, engine: Engine, header: steps.AnyStepMessage, payload: Any = None) -> None:
+        self._send(engine, ("answers", self.name, engine.name), functools.partial(engine.take, self, header, payload))
+
+    # ---- replicas
+
+    def _place(
+        self,
+        engine: Engine,
+        pipeline: PipelineId,
+        epoch: Epoch,
+        now: tuple[Replica, ...],
+        later: tuple[Replica, ...],
+    ) -> None:
+        lane = self.lanes.current(pipeline, epoch)
+        if lane is None:
+            return
+        missing = [*now, *later]
+        if self.replicas is not None and self.replicator is not None:
+            missing = self.replicas.place(lane, now, later)
+            found, _ = self.replicator.store.find(pipeline, [*now, *later])
+            for replica, data in found:
+                self.fleet.check_copy(pipeline, self.stage, replica, content_of(data))
+        tags = tuple((replica.block, replica.generation, replica.filled) for replica in missing)
+        self._answer(engine, steps.Placed(pipeline, epoch, self.stage, tags))

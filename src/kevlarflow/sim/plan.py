@@ -1,0 +1,198 @@
+"""What is drawn for one run: a fleet, what its clients want, and what befalls it.
+
+A plan follows from its seed alone. Each request and each fault has a name and a source of chance of its own, so one of
+them can be left out (`without`) and the others stay what they were: that is how a failing run is made smaller.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from kevlarflow.sim.stage import VOCABULARY, next_token
+
+LOAD_SECONDS = 0.8
+"""Requests arrive, and faults begin, within this time."""
+PHASES = ("join", "place", "recompute", "restore", "reissue")
+KINDS = {
+    "crash": 10,
+    "crash in a phase": 8,
+    "freeze": 4,
+    "slow": 2,
+    "partition": 4,
+    "delay": 1,
+    "echo": 1,
+    "raise": 1,
+    "engine": 1,
+    "controller": 3,
+    "forgetful controller": 1,
+}
+"""Kinds of faults, with how often each is drawn."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The fleet, and how fast it is. Times are seconds."""
+
+    stages: int
+    pipelines: int
+    reserve_lanes: int
+    blocks: int
+    block_size: int
+    budget: int
+    """Tokens of a step."""
+    max_running: int
+    replicates: bool
+    standby_blocks: int
+    """What a standby has memory for."""
+    interval: int
+    """Tokens between copies of a partly filled block; 0: full ones only."""
+    latency: float
+    step: float
+    start: float
+    """What a node takes to load."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one client wants."""
+
+    name: str
+    at: float
+    pipeline: int
+    prompt: tuple[int, ...]
+    expected: tuple[int, ...]
+    """Prompt and output of a run without failure."""
+    cancelled_after: float | None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What befalls whom: of a stage, the pipeline's own node, the one that serves it, or the one that stands by."""
+
+    name: str
+    at: float
+    kind: str
+    pipeline: int
+    stage: int
+    whose: str
+    seconds: float
+    """How long it lasts, or how long until the process is started again."""
+    detail: str = ""
+    """The phase of a crash; the peers of a partition."""
+    strength: float = 0.0
+
+    def __str__(self) -> str:
+        what = f" ({self.detail})" if self.detail else ""
+        return f"{self.name}: {self.kind}{what} of {self.whose} {self.pipeline}-{self.stage} for {self.seconds:.3f} s"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module's text."""
+
+    seed: int
+    shape: Shape
+    demands: tuple[Demand, ...]
+    faults: tuple[Fault, ...]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of all that can be left out, the most telling first."""
+        nodes = [f"p{index}" for index in range(self.shape.pipelines - 1, 0, -1)]
+        nodes += [f"s{index}" for index in range(self.shape.stages - 1, 0, -1)]
+        return (*(each.name for each in self.faults), *(each.name for each in self.demands), *nodes)
+
+
+def draw(seed: int, without: frozenset[str] = frozenset()) -> Plan:
+    """The plan of a seed, without the named requests, faults, pipelines and stages."""
+    shape = _shape(random.Random(f"{seed} shape"), without)
+    demands = _demands(seed, shape)
+    faults = _faults(seed, shape, demands)
+    kept = tuple(each for each in demands if each.name not in without)
+    return Plan(seed, shape, kept, tuple(each for each in faults if each.name not in without))
+
+
+def _shape(rng: random.Random, without: frozenset[str]) -> Shape:
+    stages = rng.choice([1, 2, 2, 2, 3])
+    pipelines = rng.choice([1, 2, 2, 2, 3, 3, 3, 4])
+    block_size = rng.choice([2, 4])
+    return Shape(
+        stages=stages - sum(f"s{index}" in without for index in range(1, stages)),
+        pipelines=pipelines - sum(f"p{index}" in without for index in range(1, pipelines)),
+        reserve_lanes=rng.choice([0, 1, 1, 1, 2, 2, 3, 3]),
+        blocks=rng.choice([9, 9, 11, 14, 24]),
+        block_size=block_size,
+        budget=rng.choice([4, 6, 16]),
+        max_running=rng.choice([2, 4, 6]),
+        replicates=rng.random() < 0.75,
+        standby_blocks=rng.choice([8, 24, 100]),
+        interval=rng.choice([0, 1, 2]),
+        latency=rng.choice([0.0005, 0.002, 0.01]),
+        step=rng.choice([0.002, 0.005, 0.01]),
+        start=rng.choice([0.1, 0.3, 1.0]),
+    )
+
+
+def _demands(seed: int, shape: Shape) -> tuple[Demand, ...]:
+    rng = random.Random(f"{seed} demands")
+    longest = (shape.blocks - 1) * shape.block_size - 1
+    common = [rng.randrange(VOCABULARY) for _ in range(longest)]
+    names = [f"r{index}" for index in range(rng.choice([2, 4, 8]) + shape.pipelines)]
+    burst = rng.random() < 0.5
+    return tuple(_demand(random.Random(f"{seed} {name}"), name, shape, common, burst) for name in names)
+
+
+def _demand(rng: random.Random, name: str, shape: Shape, common: list[int], burst: bool) -> Demand:
+    longest = len(common)
+    length = rng.randint(1, max(1, min(20, longest // 2)))
+    shared = rng.randint(0, length)
+    tokens = common[:shared] + [rng.randrange(VOCABULARY) for _ in range(length - shared)]
+    prompt = tuple(tokens)
+    for _ in range(rng.randint(1, max(1, min(30, longest - length)))):
+        tokens.append(next_token(tokens))
+    return Demand(
+        name=name,
+        at=rng.random() * (0.02 if burst else LOAD_SECONDS),
+        pipeline=rng.randrange(shape.pipelines),
+        prompt=prompt,
+        expected=tuple(tokens),
+        cancelled_after=rng.random() * 0.2 if rng.random() < 0.1 else None,
+    )
+
+
+def _faults(seed: int, shape: Shape, demands: tuple[Demand, ...]) -> tuple[Fault, ...]:
+    """Most faults begin while some request is under way; often several at once."""
+    rng = random.Random(f"{seed} faults")
+    count = rng.choice([1, 2, 3, 3, 4, 6])
+    moments = [_moment(rng, shape, demands) for _ in range(1 if rng.random() < 0.3 else count)]
+    spread = rng.choice([0.0, 0.002, 0.05])
+    names = (f"f{index}" for index in range(count))
+    return tuple(_fault(random.Random(f"{seed} {name}"), name, shape, moments, spread) for name in names)
+
+
+def _moment(rng: random.Random, shape: Shape, demands: tuple[Demand, ...]) -> tuple[float, int]:
+    """A time at which some request may be under way, and its pipeline."""
+    demand = rng.choice(demands)
+    return demand.at + 6 * shape.stages * shape.step * rng.random(), demand.pipeline
+
+
+def _fault(rng: random.Random, name: str, shape: Shape, moments: list[tuple[float, int]], spread: float) -> Fault:
+    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    details = {
+        "crash in a phase": PHASES,
+        "partition": ("controller", "engine", "node", "controller engine node"),
+        "freeze": ("", "", "hard to kill"),
+    }
+    at, busy = rng.choice(moments)
+    return Fault(
+        name=name,
+        at=at + rng.random() * spread,
+        kind=kind,
+        pipeline=busy if rng.random() < 0.7 else rng.randrange(shape.pipelines),
+        stage=rng.randrange(shape.stages),
+        whose=rng.choice(["own", "serving", "serving", "standby"]),
+        seconds=rng.choice([0.01, 0.1, 0.4, 1.0]) * (0.5 + rng.random()),
+        detail=rng.choice(details.get(kind, ("",))),
+        strength=rng.random(),
+    )

@@ -1,0 +1,79 @@
+"""The fleet under drawn faults: fixed seeds hold every invariant, and what is told of a failing one can be repeated."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kevlarflow.sim import fleet, plan
+from kevlarflow.sim.errors import WrongKv
+from kevlarflow.sim.many import run_many
+from kevlarflow.sim.scheduler import Blocks
+from kevlarflow.sim.shrink import failure_of, shrink, story_of
+
+FIXED_SEEDS = 2_000
+
+
+def simulate(*arguments: str, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+    command = [sys.executable, "-m", "kevlarflow.sim", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.timeout(900)
+def test_fixed_schedules_hold_every_invariant() -> None:
+    done = simulate("--seeds", str(FIXED_SEEDS), "--jobs", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{FIXED_SEEDS:,} schedules" in done.stdout
+
+
+def test_what_is_drawn_happens() -> None:
+    counts = run_many(range(60), processes=1, quiet=True).counts
+    for what in (
+        "recoveries",
+        "crashes in a phase",
+        "controller crashes",
+        "deaths of a engine",
+        "preemptions",
+        "blocks restored",
+        "tokens recomputed",
+        "requests cancelled",
+        "requests carried over",
+    ):
+        assert counts[what], f"no {what}"
+
+
+def test_a_seed_is_the_same_run_every_time() -> None:
+    here = run_many(range(6), processes=1, quiet=True).counts
+    there = simulate("--seeds", "6", "--jobs", "1", hash_seed="1").stdout
+    for what, count in here.items():
+        assert f"{count:,} {what}" in there
+
+
+def test_a_failing_seed_shrinks_and_tells_its_story(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Blocks, "evict_unheld", lambda *_: None)
+    seed = next(seed for seed in range(300) if isinstance(failure_of(seed), WrongKv))
+    without = shrink(seed)
+    assert isinstance(failure_of(seed, without), WrongKv)
+    whole, small = plan.draw(seed), plan.draw(seed, without)
+    assert len(small.faults) + len(small.demands) < len(whole.faults) + len(whole.demands)
+    story = story_of(seed, without, lines=30)
+    assert "WrongKv: " in story
+    assert len(story.splitlines()) <= 33
+
+
+def test_leaving_a_part_out_leaves_the_others_as_they_were() -> None:
+    whole = plan.draw(3)
+    less = plan.draw(3, frozenset({whole.faults[0].name, whole.demands[0].name}))
+    assert less.faults == whole.faults[1:]
+    assert less.demands == whole.demands[1:]
+
+
+def test_the_end_is_only_well_when_every_request_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "HEAL_SECONDS", 1.0)
+    monkeypatch.setattr("kevlarflow.sim.engine.Engine.poke", lambda _: None)
+    with pytest.raises(fleet.Stuck, match="has not ended"):
+        fleet.run(plan.draw(0))

@@ -1,0 +1,63 @@
+"""A journal of a controller replays in the simulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kevlarflow.control.journal import Journal
+from kevlarflow.errors import UsageError
+from kevlarflow.recovery.invariants import Violated
+from kevlarflow.sim import fleet, plan
+from kevlarflow.sim.__main__ import main
+from kevlarflow.sim.controller import Controller
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the controller of a run with a crash has gone through."""
+    path = tmp_path / "journal.jsonl"
+    written = Journal(str(path))
+    begin, handle = Controller.start, Controller.handle
+
+    def start(self: Controller, *, remembers: bool = True) -> None:
+        written.start(self.timeline.now, config=self.config, unix_offset=0.0)
+        begin(self, remembers=remembers)
+
+    def note(self: Controller, event: object) -> None:
+        written.add(self.timeline.now, event)  # type: ignore[arg-type]
+        handle(self, event)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Controller, "start", start)
+    monkeypatch.setattr(Controller, "handle", note)
+    assert fleet.run(plan.draw(next(s for s in range(99) if "controller" in kinds(s)))).counts["controller crashes"]
+    written.close()
+    return path
+
+
+def kinds(seed: int) -> set[str]:
+    return {fault.kind for fault in plan.draw(seed).faults}
+
+
+def test_it_repeats_the_run_and_tells_it(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--journal", str(journal)]) == 0
+    told = capsys.readouterr().out
+    assert told.count("the controller starts") > 1
+    assert "NodeReady" in told
+    assert "-> [Form(" in told
+
+
+def test_an_invariant_that_does_not_hold_ends_it(
+    journal: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kevlarflow.recovery.invariants.CHECKS", (lambda _: iter([("pipeline 0", "is odd")]),))
+    assert main(["--journal", str(journal)]) == 1
+    assert f"{Violated.__name__}: pipeline 0 is odd" in capsys.readouterr().err
+
+
+def test_what_is_no_journal_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_text("{}\n")
+    assert main(["--journal", str(path)]) == 1
+    assert f"{UsageError.__name__}: line 1 is no line of a journal" in capsys.readouterr().err
