@@ -60,6 +60,8 @@ class Stream(msgspec.Struct):
     finish_reason: str | None = None
     done: bool = False
     """Whether the end mark arrived."""
+    ended_at: float | None = None
+    """When nothing more would come, for whatever reason."""
     failure: str | None = None
 
     @property
@@ -150,6 +152,7 @@ async def send(
         stream.failure = f"no end after {timeout_seconds:.0f} s"
     except (OSError, EOFError, ValueError, msgspec.DecodeError, asyncio.LimitOverrunError) as error:
         stream.failure = f"{type(error).__name__}: {error}"
+    stream.ended_at = time.monotonic()
     return stream
 
 

@@ -41,6 +41,14 @@ class RequestRecord(msgspec.Struct, frozen=True):
     """CRC of its text."""
     defect: str | None
     """Why it is not whole."""
+    ended: float | None = None
+    """When its stream ended; a lost one ends after its last token."""
+
+    @property
+    def until(self) -> float:
+        """Until when it was under way."""
+        known = self.last if self.ended is None and self.defect is None else self.ended
+        return math.inf if known is None else known
 
     @property
     def latency(self) -> float:
@@ -138,12 +146,13 @@ def record(planned: Planned, stream: Stream, begun: float) -> RequestRecord:
         pipeline=stream.pipeline,
         digest=zlib.crc32(stream.text.encode()),
         defect=stream.defect(planned.output_tokens),
+        ended=None if stream.ended_at is None else stream.ended_at - begun,
     )
 
 
 def window(records: Iterable[RequestRecord], begin: float, end: float = math.inf) -> Window:
     """The requests that were under way or came between `begin` and `end`."""
-    inside = [each for each in records if each.sent < end and (each.last is None or each.last >= begin)]
+    inside = [each for each in records if each.sent < end and each.until >= begin]
     whole = [each for each in inside if each.defect is None]
     first = [each.ttft for each in inside if each.first is not None and each.first >= begin]
     latencies = [each.latency for each in whole]

@@ -20,7 +20,10 @@ def cell(system, fault="one-middle"):
 
 
 def requests(ttft, latency, digest=1, defect=None):
-    return [RequestRecord(f"r{n}", n * 1.0, 10, 10, n + ttft, n + latency, 0, digest, defect) for n in range(160)]
+    return [
+        RequestRecord(f"r{n}", n * 1.0, 10, 10, n + ttft, n + latency, 0, digest, defect, n + latency)
+        for n in range(160)
+    ]
 
 
 def result(system, mttr, ttft, latency, **more):

@@ -33,6 +33,12 @@ def test_a_window_counts_who_was_under_way_or_came_in_it():
     assert seen.ttft_mean == pytest.approx((3.0 + 1.0) / 2)
 
 
+def test_a_lost_request_is_under_way_until_its_stream_ends():
+    lost = RequestRecord("lost", 5.0, 10, 4, 6.0, 9.9, 0, 0, "HTTP 500", ended=12.0)
+    assert outcome.window([lost], 10.0).lost == 1
+    assert outcome.window([lost], 13.0).lost == 0
+
+
 def test_a_request_that_never_had_a_token_is_lost():
     seen = outcome.window([request("refused", 1.0, None, None, tokens=0, defect="HTTP 503")], 0.0)
     assert (seen.lost, seen.lost_tokens) == (1, 10)
