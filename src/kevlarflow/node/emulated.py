@@ -9,11 +9,12 @@ vLLM's model runner, which both of them use:
   on what is there; the other heads hold that head's keys and values again, so that a block is written in full;
 * readers of vLLM's shared-memory queues sleep at once, where they would spin for a second: there are more
   processes here than cores;
-* the processes go before the machine's other work, where that is allowed: a device does not wait for a core.
+* once they have work, workers and engines go before the machine's other work, where that is allowed: a device does
+  not wait for a core, and a server that starts beside it is, in the cluster that is emulated, on another machine.
 
 Non-public names of vLLM, all used in this module only: `GPUModelRunner.execute_model` and `sample_tokens`,
 `Attention.get_kv_cache_spec`, `CPUAttentionBackendImpl.forward`, `CPUAttentionMetadataBuilder.num_kv_heads`,
-`SpinCondition.busy_loop_s`.
+`SpinCondition.busy_loop_s`, `EngineCore.add_request`.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ def install() -> None:
     _hook_runner(GPUModelRunner, profile)
     _hook_kv(profile)
     _hook_queues()
+    _hook_engine()
+
+
+def go_first() -> None:
+    """Let this thread go before others, where that is allowed."""
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
 
@@ -73,6 +79,7 @@ class StepClock:
             self._emulated += self._profile.transfer_seconds(tokens)
         if self._counts is None or self._counts.pid != os.getpid():
             self._counts = StepCounts(os.getpid(), stage)
+            go_first()
 
     def add_sampling(self, requests: int) -> None:
         """The step is not over: it samples."""
@@ -211,3 +218,17 @@ def _hook_queues() -> None:
         self.busy_loop_s = 0
 
     SpinCondition.__init__ = sleeping
+
+
+def _hook_engine() -> None:
+    from vllm.v1.engine.core import EngineCore
+
+    add = EngineCore.add_request
+
+    def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self, MARK):
+            setattr(self, MARK, True)
+            go_first()
+        return add(self, *args, **kwargs)
+
+    EngineCore.add_request = add_request

@@ -53,6 +53,8 @@ def test_a_layer_gets_the_heads_that_hold_its_stage():
 
 def test_a_step_takes_its_emulated_time_and_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv(REPORTS_VARIABLE, str(tmp_path))
+    went_first = []
+    monkeypatch.setattr(emulated, "go_first", lambda: went_first.append(True))
     profile = Profile(device=Device(memory_bytes_per_second=1e15, flops=1e18, overhead_seconds=0.05))
     clock = emulated.StepClock(profile)
     begun = time.monotonic()
@@ -64,6 +66,7 @@ def test_a_step_takes_its_emulated_time_and_says_so(monkeypatch, tmp_path):
     assert (counts.steps, counts.stage) == (1, 0)
     assert counts.emulated_seconds == pytest.approx(0.05, rel=0.01)
     assert counts.host_seconds < 0.04
+    assert went_first == [True]
 
 
 def test_without_a_profile_nothing_is_hooked(monkeypatch):

@@ -60,7 +60,8 @@ def _lines(results: Sequence[CellResult], found: Sequence[Row], drawn: Sequence[
 def _how(results: Sequence[CellResult]) -> Iterator[str]:
     here = machine.describe()
     first, last = min(each.begun for each in results), max(each.begun for each in results)
-    yield f"`kevlarflow bench run`, cells begun {first} to {last}. Machine: {here.processor}, {here.cores} cores, "
+    yield "Each cell is `kevlarflow bench run --cell NAME`, or part of a suite; this page is `kevlarflow bench report`."
+    yield f"Cells begun {first} to {last}. Machine: {here.processor}, {here.cores} cores, "
     yield f"{here.memory_gib} GiB; Python {here.python}, vLLM {here.vllm}, torch {here.torch}, "
     yield f"KevlarFlow {here.kevlarflow}."
     yield from ("", "| system | what it is |", "|---|---|")
