@@ -105,10 +105,9 @@ async def _measure(
     except FaultDidNotHappen:
         load.cancel()
         raise
-    streams = await load
     try:
+        streams, _ = await asyncio.gather(load, _until_restarted(system, begun + workload.seconds))
         system.require_alive()
-        await _until_restarted(system)
     except SystemFailed as error:
         if not struck:
             raise
@@ -142,8 +141,9 @@ async def _one(each: Strike, due: float, system: Contender, begun: float, say: S
     return StrikeRecord(struck.at - begun, each.pipeline, each.stage, target.name)
 
 
-async def _until_restarted(system: Contender) -> None:
-    """Wait a while until what was restarted has made a token; the load is over, so ask for one each time."""
+async def _until_restarted(system: Contender, load_ends_at: float) -> None:
+    """After the load, wait a while until what was restarted has made a token; nobody else asks for one any more."""
+    await asyncio.sleep(max(0.0, load_ends_at - time.monotonic()))
     deadline = time.monotonic() + SETTLE_SECONDS
     while any(life.first_token_at is None for life in system.lives()) and time.monotonic() < deadline:
         await _ask(system, "is it back", 1, 1)
