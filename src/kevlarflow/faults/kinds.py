@@ -30,6 +30,8 @@ StatusDocument = dict[str, Any]
 class FaultDidNotHappen(KevlarFlowError):
     """A fault was asked for and did not take place: whatever was measured after it means nothing."""
 
+    exit_status = 3
+
 
 class Target(msgspec.Struct, frozen=True):
     """The processes that a fault is aimed at."""
@@ -93,15 +95,15 @@ class KillProcesses(Fault, frozen=True):
 AnyFault = KillServing | KillNode | KillProcesses
 
 
-def strike(target: Target) -> Struck:
-    """Inject: SIGKILL to every process of the target, which must all be alive."""
+def strike(target: Target, number: signal.Signals = signal.SIGKILL) -> Struck:
+    """Inject: a signal to every process of the target, which must all be alive."""
     for process in target.processes:
         if not is_alive(process):
             raise FaultDidNotHappen(f"{target.name}: process {process.pid} was gone before the fault")
     at = time.monotonic()
     for process in target.processes:
         try:
-            os.kill(process.pid, signal.SIGKILL)
+            os.kill(process.pid, number)
         except ProcessLookupError as error:
             raise FaultDidNotHappen(f"{target.name}: process {process.pid} left by itself") from error
     return Struck(target, at)

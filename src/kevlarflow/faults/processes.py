@@ -13,6 +13,7 @@ import msgspec
 _STATE_FIELD = 0
 _START_TIME_FIELD = 19
 _DEAD_STATES = ("Z", "X", "x")
+_STOPPED_STATE = "T"
 
 
 class ProcessIdentity(msgspec.Struct, frozen=True):
@@ -33,6 +34,12 @@ def identify(pid: int) -> ProcessIdentity | None:
 def is_alive(process: ProcessIdentity) -> bool:
     """Whether this very process still runs (or could: a stopped one is alive)."""
     return identify(process.pid) == process
+
+
+def is_stopped(process: ProcessIdentity) -> bool:
+    """Whether this very process is stopped, by SIGSTOP or alike."""
+    fields = _stat(process.pid)
+    return fields is not None and fields[_STATE_FIELD] == _STOPPED_STATE and is_alive(process)
 
 
 def with_environment(name: str, value: str) -> list[int]:

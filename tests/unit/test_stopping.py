@@ -1,0 +1,135 @@
+"""Standing still, slowing down and cutting off, done to real processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kevlarflow.faults import FaultDidNotHappen, KillProcesses, Target
+from kevlarflow.faults.cutting import Cut
+from kevlarflow.faults.processes import is_alive, is_stopped
+from kevlarflow.faults.stopping import Slowdown, stop, thaw, verify_stopped
+
+SPIN = "print('ready', flush=True)\nwhile True: pass"
+CONNECT = """
+import socket, sys
+def connect():
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(sys.argv[1])
+    return client
+client = connect()
+a, b = socket.socketpair()
+while client.recv(10):
+    client.send(b'x')
+a.send(b'pair')
+assert b.recv(4) == b'pair'
+print('cut', flush=True)
+connect().recv(10)
+print('cut again', flush=True)
+"""
+PATIENCE_SECONDS = 20.0
+
+
+@pytest.fixture
+def spinner() -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen([sys.executable, "-c", SPIN], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def aim(process: subprocess.Popen[str]) -> Target:
+    return KillProcesses("it", (process.pid,)).aim({})
+
+
+def cpu_ticks(process: subprocess.Popen[str]) -> int:
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def wait(condition: object) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_stopped_process_is_seen_and_can_be_thawed(spinner: subprocess.Popen[str]) -> None:
+    target = aim(spinner)
+    verify_stopped(stop(target))
+    assert is_stopped(target.processes[0])
+    assert is_alive(target.processes[0])
+    assert thaw(target) == 1
+    wait(lambda: not is_stopped(target.processes[0]))
+
+
+def test_a_process_that_runs_on_voids_the_fault(spinner: subprocess.Popen[str]) -> None:
+    struck = stop(aim(spinner))
+    verify_stopped(struck)
+    thaw(struck.target)
+    wait(lambda: not is_stopped(struck.target.processes[0]))
+    with pytest.raises(FaultDidNotHappen, match="not seen stopped"):
+        verify_stopped(struck, timeout=0.0)
+
+
+def test_a_corpse_was_not_seen_stopped_and_thaws_without_harm(spinner: subprocess.Popen[str]) -> None:
+    struck = stop(aim(spinner))
+    spinner.kill()
+    spinner.wait()
+    with pytest.raises(FaultDidNotHappen, match="not seen stopped"):
+        verify_stopped(struck)
+    assert thaw(struck.target) == 0
+
+
+def test_a_slowdown_takes_turns_and_ends(spinner: subprocess.Popen[str]) -> None:
+    target = aim(spinner)
+    slowdown = Slowdown(target, share=0.5, period_seconds=0.04)
+    verify_stopped(slowdown.start())
+    try:
+        before = cpu_ticks(spinner)
+        wait(lambda: cpu_ticks(spinner) > before)
+        wait(lambda: is_stopped(target.processes[0]))
+    finally:
+        slowdown.close()
+    wait(lambda: not is_stopped(target.processes[0]))
+    after = cpu_ticks(spinner)
+    wait(lambda: cpu_ticks(spinner) > after + 1)
+
+
+def test_a_cut_breaks_named_connections_until_it_ends(tmp_path: Path) -> None:
+    address = os.path.relpath(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        command = [sys.executable, "-c", CONNECT, address]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            connection, _ = listener.accept()
+            connection.send(b"a")
+            assert connection.recv(1) == b"x"
+            cut = Cut(aim(process))
+            cut.start()
+            try:
+                assert process.stdout.readline() == "cut\n"
+                assert connection.recv(1) == b""
+                connection.close()
+                again, _ = listener.accept()
+                assert process.stdout.readline() == "cut again\n"
+                again.close()
+            finally:
+                cut.close()
+                process.kill()
+
+
+def test_a_process_without_connections_cannot_be_cut_off(spinner: subprocess.Popen[str]) -> None:
+    with pytest.raises(FaultDidNotHappen, match="no connection"):
+        Cut(aim(spinner)).start()
