@@ -2,7 +2,7 @@
 # ARGS reaches the command: make test ARGS='-k ledger -x'
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup default-model demo test check sim mutants bench bench-quick clean
+.PHONY: help setup default-model demo test check sim mutants chaos soak bench bench-quick clean
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,12 @@ sim: setup ## the protocol under drawn faults, in a simulator; make sim SEED=7 r
 
 mutants: setup ## plant protocol bugs and see that each is found
 	.venv/bin/python scripts/mutants.py $(ARGS)
+
+chaos: default-model ## hurt real clusters as the shipped scenarios say, and check what has to hold
+	.venv/bin/kevlarflow chaos --all $(ARGS)
+
+soak: default-model ## kill a node and let it rejoin, FAULTS times over; writes a report
+	.venv/bin/kevlarflow soak --faults $(or $(FAULTS),20) $(ARGS)
 
 bench: default-model ## measure against stock vLLM, side by side
 	.venv/bin/kevlarflow bench $(ARGS)

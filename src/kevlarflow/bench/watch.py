@@ -40,6 +40,8 @@ class Watcher:
     def __init__(self, run_folder: Path) -> None:
         self.latest: StatusDocument | None = None
         """The newest status document."""
+        self.latest_at = 0.0
+        """`time.monotonic()` when it arrived."""
         self.news: deque[News] = deque(maxlen=NEWS_KEPT)
         self._path = run_folder / "controller.sock"
         self._closing = threading.Event()
@@ -84,7 +86,7 @@ class Watcher:
         except msgspec.DecodeError:
             return
         if isinstance(message, Status):
-            self.latest = msgspec.json.decode(message.document)
+            self.latest, self.latest_at = msgspec.json.decode(message.document), time.monotonic()
         elif isinstance(message, Narration):
             self.news.append(News(message.time, message.text))
 

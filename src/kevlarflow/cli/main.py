@@ -18,6 +18,8 @@ COMMANDS = {
     "drain": ("kevlarflow.cli.drain", "have a node give its work away and leave, for maintenance"),
     "node": ("kevlarflow.cli.node", "start a node by hand in an empty place"),
     "demo": ("kevlarflow.cli.demo", "kill a node in mid-stream and watch the streams go on"),
+    "chaos": ("kevlarflow.cli.chaos", "hurt a cluster as a scenario says, and check what has to hold"),
+    "soak": ("kevlarflow.cli.soak", "kill nodes one after the other for long, and look for leaks"),
     "bench": ("kevlarflow.cli.bench", "measure against stock vLLM, side by side"),
 }
 INTERRUPTED = 130

@@ -1,0 +1,126 @@
+"""Judgement: pure functions from what was observed to what holds. No clock, no cluster.
+
+A check that could not be observed has not held: it says so instead of passing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from kevlarflow.bench.chaos.load import Answer
+from kevlarflow.bench.chaos.scenario import Checks
+
+
+class Happened(msgspec.Struct):
+    """A fault that was verified."""
+
+    name: str
+    """What was done to whom."""
+    at: float
+    """`time.monotonic()` of the first signal."""
+    proof: str
+    """How it was seen to have happened."""
+    is_to_be_detected: bool = False
+    detected_seconds: float | None = None
+    """From the first signal until the cluster had decided that the node is lost."""
+
+
+class Observed(msgspec.Struct):
+    """What a run has shown."""
+
+    faults: list[Happened] = []
+    answers: list[Answer] = []
+    reference: list[Answer] | None = None
+    """The answers to the same requests without faults."""
+    lane_back_seconds: float | None = None
+    recoveries: list[dict[str, Any]] = []
+    """The cluster's own records, from before the run without faults on."""
+    left_behind: list[str] | None = None
+    """None when the cluster is not ours to stop."""
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """One check."""
+
+    check: str
+    wanted: str
+    found: str
+    holds: bool
+
+
+def judge(checks: Checks, seen: Observed) -> list[Verdict]:
+    """A verdict for each check that is asked for."""
+    verdicts = []
+    if checks.lost_requests is not None:
+        lost = [defect for answer in seen.answers if (defect := answer.defect())]
+        found = f"{len(lost)} of {len(seen.answers)}" + (f" ({lost[0]})" if lost else "")
+        wanted = f"at most {checks.lost_requests}"
+        verdicts.append(Verdict("requests lost", wanted, found, len(lost) <= checks.lost_requests))
+    if checks.identical:
+        verdicts.append(_identical(seen))
+    since = min((fault.at for fault in seen.faults), default=0.0)
+    detected = [fault.detected_seconds for fault in seen.faults if fault.is_to_be_detected]
+    limits = (
+        ("largest gap", checks.largest_gap_seconds, largest_gap(seen.answers, since)),
+        ("detected within", checks.detected_seconds, _slowest(detected)),
+        ("lane back within", checks.lane_back_seconds, seen.lane_back_seconds),
+    )
+    verdicts += [_limited(name, limit, value) for name, limit, value in limits if limit is not None]
+    if checks.left_behind is not None and seen.left_behind is not None:
+        found = f"{len(seen.left_behind)}" + (f" ({seen.left_behind[0]})" if seen.left_behind else "")
+        holds = len(seen.left_behind) <= checks.left_behind
+        verdicts.append(Verdict("left behind", f"at most {checks.left_behind}", found, holds))
+    return verdicts
+
+
+def largest_gap(answers: Sequence[Answer], since: float) -> float | None:
+    """The longest wait between two tokens of a stream that ended after `since`; None when no token came after it."""
+    waits = [
+        later - earlier
+        for answer in answers
+        for earlier, later in itertools.pairwise(answer.stream.times)
+        if later > since
+    ]
+    return max(waits, default=None)
+
+
+def differences(answers: Sequence[Answer], reference: Sequence[Answer]) -> list[str]:
+    """Names of the requests that got another text than without faults. Lost ones are counted elsewhere."""
+    expected = {answer.stream.name: answer for answer in reference}
+    return [
+        answer.stream.name
+        for answer in answers
+        if answer.defect() is None and not _same(answer, expected[answer.stream.name])
+    ]
+
+
+def _same(one: Answer, other: Answer) -> bool:
+    if one.was_cancelled and other.was_cancelled:
+        # Where exactly a client hung up is an accident of how tokens share events.
+        length = min(len(one.stream.text), len(other.stream.text))
+        return one.stream.text[:length] == other.stream.text[:length]
+    mine, theirs = one.stream, other.stream
+    return (mine.text, mine.tokens, mine.finish_reason) == (theirs.text, theirs.tokens, theirs.finish_reason)
+
+
+def _identical(seen: Observed) -> Verdict:
+    if seen.reference is None:
+        return Verdict("texts identical", "all", "there is no run without faults", holds=False)
+    different = differences(seen.answers, seen.reference)
+    found = f"{len(different)} differ ({different[0]})" if different else "all"
+    return Verdict("texts identical", "all", found, not different)
+
+
+def _slowest(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known and len(known) == len(values) else None
+
+
+def _limited(name: str, limit: float, value: float | None) -> Verdict:
+    if value is None:
+        return Verdict(name, f"at most {limit:g} s", "never", holds=False)
+    return Verdict(name, f"at most {limit:g} s", f"{value:.3f} s", value <= limit)

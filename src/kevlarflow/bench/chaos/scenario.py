@@ -1,0 +1,270 @@
+"""A scenario: which cluster, which load, which faults at which moments, and what has to hold. Read from YAML.
+
+Everything that can be wrong with the file is found here, and told with the line and the key it stands at, before any
+process is started.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from kevlarflow.errors import UsageError
+
+Count = Annotated[int, Meta(ge=1)]
+Index = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(gt=0, lt=1)]
+
+SHIPPED = resources.files("kevlarflow.bench.chaos") / "scenarios"
+
+
+class Role(enum.StrEnum):
+    """What a target is to its pipeline's stage when the fault strikes."""
+
+    NODE = "node"
+    """Whoever serves the stage."""
+    DONOR = "donor"
+    """Whoever serves the stage in place of its own node."""
+    STANDBY = "standby"
+    """Whoever keeps the copies of its KV."""
+    REPLACEMENT = "replacement"
+    """The node that is to take the stage back."""
+    ENGINE = "engine"
+    CONTROLLER = "controller"
+    API = "api"
+
+    @property
+    def is_node(self) -> bool:
+        """Whether it is a node's."""
+        return self in {Role.NODE, Role.DONOR, Role.STANDBY, Role.REPLACEMENT}
+
+
+class Phase(enum.StrEnum):
+    """What the status shows of a pipeline's stage."""
+
+    RECOVERING = "recovering"
+    """The pipeline is being put together again."""
+    WAITING = "waiting"
+    """A stage of it has no node."""
+    BORROWED = "borrowed"
+    """Another pipeline's node serves the stage."""
+    LOADING = "loading"
+    """The replacement loads its weights."""
+    MOVING = "moving"
+    """The stage goes back to its replacement."""
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of everything in a scenario: a key that nobody knows is an error."""
+
+
+class Cluster(Part, frozen=True, kw_only=True):
+    """How the cluster is started; float32, so that texts can be compared letter by letter."""
+
+    model: str | None = None
+    stages: Count = 2
+    pipelines: Count = 2
+    eager: bool = True
+    dtype: str = "float32"
+    max_model_len: Count = 1024
+    kv_cache_memory_bytes: Count = 128 * 2**20
+    flags: tuple[str, ...] = ()
+    """Further flags of `kevlarflow serve`."""
+
+
+class Kind(enum.StrEnum):
+    """Kinds of requests."""
+
+    GREEDY = "greedy"
+    SEEDED = "seeded"
+    JSON = "json"
+    LOGPROBS = "logprobs"
+    LONG = "long"
+    CANCELLED = "cancelled"
+    """The client hangs up after a third of the tokens."""
+
+
+class Load(Part, frozen=True, kw_only=True):
+    """What runs while the faults strike: clients that each send one request after the other."""
+
+    streams: Count = 16
+    """Clients at a time."""
+    requests: Count = 1
+    """Of each client."""
+    tokens: Annotated[int, Meta(ge=8)] = 96
+    """Output tokens of a request, at most."""
+    kinds: Annotated[tuple[Kind, ...], Meta(min_length=1)] = tuple(Kind)
+
+
+class Aim(Part, frozen=True, kw_only=True):
+    """Whom a fault is for."""
+
+    role: Role = Role.NODE
+    pipeline: Index = 0
+    stage: Index = 0
+
+
+class Moment(Part, frozen=True, kw_only=True):
+    """When a fault strikes: one of the three."""
+
+    seconds: Seconds | None = None
+    """After the load has begun."""
+    tokens: Count | None = None
+    """When so many tokens of all streams together have arrived."""
+    phase: Phase | None = None
+    """When the status shows the target's pipeline and stage in it."""
+
+    def __post_init__(self) -> None:
+        """Exactly one has to be given."""
+        if sum(each is not None for each in (self.seconds, self.tokens, self.phase)) != 1:
+            raise ValueError("Expected exactly one of `seconds`, `tokens` and `phase`")
+
+
+class Fault(Part, frozen=True, kw_only=True, tag_field="kind"):
+    """Base of the kinds of faults."""
+
+    at: Moment
+    target: Aim = Aim()
+
+
+class Crash(Fault, frozen=True, kw_only=True, tag="crash"):
+    """SIGKILL."""
+
+
+class Stop(Fault, frozen=True, kw_only=True, tag="stop"):
+    """SIGSTOP, and SIGCONT after a while if one is given."""
+
+    thaw_after_seconds: Seconds | None = None
+
+
+class Slow(Fault, frozen=True, kw_only=True, tag="slow"):
+    """It may run for a share of the time only."""
+
+    seconds: Seconds
+    """For how long."""
+    share: Share = 0.5
+    period_seconds: Annotated[float, Meta(gt=0)] = 0.1
+
+
+class Cut(Fault, frozen=True, kw_only=True, tag="cut"):
+    """Its connections break, again and again."""
+
+    seconds: Seconds
+    """For how long."""
+
+
+AnyFault = Crash | Stop | Slow | Cut
+
+
+class Checks(Part, frozen=True, kw_only=True):
+    """What has to hold. Limits are included; what is absent is not checked."""
+
+    lost_requests: Index | None = 0
+    identical: bool = True
+    """Each text is the one of the same run without faults."""
+    largest_gap_seconds: Seconds | None = None
+    """Of the waits between two tokens of a stream, from the first fault on."""
+    detected_seconds: Seconds | None = None
+    """From each crash or stop of a node to the cluster's decision that it is lost."""
+    lane_back_seconds: Seconds | None = None
+    """From the last fault until every node is there and serves its own lane."""
+    left_behind: Index | None = 0
+    """Processes, folders and shared memory that outlive the cluster."""
+
+
+class Scenario(Part, frozen=True, kw_only=True):
+    """One experiment."""
+
+    about: str
+    """One line for people."""
+    cluster: Cluster = Cluster()
+    load: Load = Load()
+    faults: Annotated[tuple[AnyFault, ...], Meta(min_length=1)]
+    checks: Checks = Checks()
+
+
+def shipped() -> list[str]:
+    """Names of the scenarios that come with the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in SHIPPED.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load(name: str) -> Scenario:
+    """The scenario in a file, or a shipped one by its name. Raises `UsageError` in one line."""
+    plain = name.removesuffix(".yaml")
+    try:
+        if plain in shipped() and not Path(name).exists():
+            return parse((SHIPPED / f"{plain}.yaml").read_text(), name)
+        return parse(Path(name).read_text(), name)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UsageError(f"{name} cannot be read ({reason}): name a file, or one of {', '.join(shipped())}") from error
+
+
+def parse(text: str, source: str) -> Scenario:
+    """The scenario in a text; `source` is what to call it in errors. Raises `UsageError` with line and key."""
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise UsageError(f"{source}{line}: this is not YAML: {getattr(error, 'problem', None) or error}") from error
+    if root is None:
+        raise UsageError(f"{source}: the file is empty")
+    try:
+        scenario: Scenario = msgspec.convert(data, Scenario)
+    except msgspec.ValidationError as error:
+        raise UsageError(_located(source, root, str(error))) from error
+    _require_places(scenario, source)
+    return scenario
+
+
+def _require_places(scenario: Scenario, source: str) -> None:
+    for number, fault in enumerate(scenario.faults):
+        aim, cluster = fault.target, scenario.cluster
+        if aim.pipeline >= cluster.pipelines or aim.stage >= cluster.stages:
+            place = f"pipeline {aim.pipeline}, stage {aim.stage}"
+            size = f"{cluster.pipelines} pipelines of {cluster.stages} stages"
+            raise UsageError(f"{source}: faults[{number}].target: there is no {place} in {size}")
+
+
+def _located(source: str, root: yaml.Node, message: str) -> str:
+    """msgspec's message with the line and the key that it is about."""
+    what, _, path = message.rpartition(" - at `$")
+    if not what:
+        what, path = message, ""
+    steps = re.findall(r"\.(\w+)|\[(\d+)\]", path.rstrip("`"))
+    unknown = re.search(r"unknown field `(\w+)`", what)
+    keys: list[str | int] = [key or int(index) for key, index in steps]
+    if unknown:
+        keys.append(unknown[1])
+    node = _at(root, keys)
+    where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
+    return f"{source}, line {node.start_mark.line + 1}{', ' * bool(where)}{where}: {what}"
+
+
+def _at(node: yaml.Node, keys: Sequence[str | int]) -> yaml.Node:
+    """The node at a path, or the last one on the way; for the end of the path the key, if it has one."""
+    for place, key in enumerate(keys):
+        if isinstance(node, yaml.SequenceNode) and isinstance(key, int):
+            node = node.value[key]
+        elif isinstance(node, yaml.MappingNode):
+            found = [(name, value) for name, value in node.value if name.value == key]
+            if not found:
+                return node
+            node = found[0][0] if place == len(keys) - 1 else found[0][1]
+    return node
+
+
+def as_data(scenario: Scenario) -> Any:
+    """The scenario as plain data, for JSON."""
+    return msgspec.to_builtins(scenario)

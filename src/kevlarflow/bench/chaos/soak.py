@@ -1,0 +1,217 @@
+"""The soak: node after node is killed on one cluster, each time under load and with a rejoin after it.
+
+Every round is a small scenario, drawn from the seed: a place of the grid, and a moment in the load. Between rounds,
+when all is calm, each process is looked at; what the survivors hold must not grow with the number of faults.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from kevlarflow.bench.chaos.judge import Verdict, differences, largest_gap
+from kevlarflow.bench.chaos.load import Answer
+from kevlarflow.bench.chaos.perform import Performance, Say
+from kevlarflow.bench.chaos.scenario import Aim, Cluster, Crash, Load, Moment, Scenario
+from kevlarflow.bench.chaos.stage import recipe_of, shared_memory_of, stop_clean
+from kevlarflow.bench.chaos.trends import Sample, Trend, trends
+from kevlarflow.bench.contestants import KEVLARFLOW, make
+from kevlarflow.bench.machine import Machine
+from kevlarflow.bench.systems import ServerProcess
+from kevlarflow.bench.watch import StatusDocument, Watcher
+from kevlarflow.config import run_folder_of
+from kevlarflow.faults import FaultDidNotHappen
+from kevlarflow.faults.processes import ProcessIdentity, command_line
+
+VOID_ROUNDS_ALLOWED = 20
+"""One in so many rounds may be void: its load had ended before its moment came, say. They are made up for."""
+LONGEST_NAME = 40
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What is done."""
+
+    faults: int
+    seed: int = 0
+    cluster: Cluster = Cluster()
+    load: Load = Load(streams=8, requests=2, tokens=64)
+
+
+class Round(msgspec.Struct, kw_only=True):
+    """One fault, and what it did."""
+
+    number: int
+    what: str
+    void: str = ""
+    proof: str = ""
+    detected_seconds: float | None = None
+    largest_gap_seconds: float | None = None
+    lane_back_seconds: float | None = None
+    requests: int = 0
+    tokens: int = 0
+    lost: list[str] = []
+    different: list[str] = []
+
+
+class Soak(msgspec.Struct, kw_only=True):
+    """What a soak has shown."""
+
+    plan: Plan
+    command: str = ""
+    machine: Machine | None = None
+    rounds: list[Round] = []
+    trends: list[Trend] = []
+    files: list[int] = []
+    """Files in the run folder and in shared memory, after each round."""
+    left_behind: list[str] | None = None
+
+    @property
+    def done(self) -> list[Round]:
+        """The rounds that count."""
+        return [each for each in self.rounds if not each.void]
+
+
+def drawn(plan: Plan, number: int) -> Scenario:
+    """The scenario of a round: the same for the same seed, whatever happened before."""
+    chance = random.Random(f"{plan.seed}/{number}")
+    place = Aim(pipeline=chance.randrange(plan.cluster.pipelines), stage=chance.randrange(plan.cluster.stages))
+    # Some requests end before their last token, so the last third may never come.
+    tokens = chance.randint(1, plan.load.streams * plan.load.requests * plan.load.tokens // 3)
+    fault = Crash(target=place, at=Moment(tokens=tokens))
+    return Scenario(about="a round of a soak", cluster=plan.cluster, load=plan.load, faults=(fault,))
+
+
+def run(soak: Soak, folder: Path, say: Say, save: Callable[[], object]) -> None:
+    """Perform all rounds on one cluster and fill `soak`. `save` is called whenever there is news in it."""
+    server = make(KEVLARFLOW, recipe_of(soak.plan.cluster), folder)
+    left: list[str] = []
+    try:
+        server.start()
+        say(f"the cluster is ready after {server.wait_ready():.1f} s")
+        with contextlib.closing(Watcher(run_folder_of(server.address.port))) as watcher:
+            watcher.start()
+            _Rounds(soak, server, watcher, say).run(save)
+    finally:
+        left += stop_clean(server)
+        soak.left_behind = left
+        save()
+
+
+class _Rounds:
+    def __init__(self, soak: Soak, server: ServerProcess, watcher: Watcher, say: Say) -> None:
+        self._soak = soak
+        self._server = server
+        self._watcher = watcher
+        self._say = say
+        self._reference: list[Answer] | None = None
+        self._samples: dict[ProcessIdentity, list[Sample]] = {}
+        self._names: dict[ProcessIdentity, str] = {}
+
+    def run(self, save: Callable[[], object]) -> None:
+        plan = self._soak.plan
+        most = plan.faults + max(1, plan.faults // VOID_ROUNDS_ALLOWED)
+        for number in range(1, most + 1):
+            self._server.require_alive()
+            self._round(number)
+            save()
+            if len(self._soak.done) == plan.faults:
+                return
+        raise FaultDidNotHappen(f"{most - len(self._soak.done)} of {most} rounds were void, see the report")
+
+    def _round(self, number: int) -> None:
+        scenario = drawn(self._soak.plan, number)
+        performance = Performance(scenario, self._server.address, self._watcher, lambda _: None, self._reference)
+        aim = scenario.faults[0].target
+        result = Round(number=number, what=f"pipeline {aim.pipeline}, stage {aim.stage}")
+        self._soak.rounds.append(result)
+        try:
+            asyncio.run(self._perform(performance, result))
+        except FaultDidNotHappen as error:
+            result.void = str(error)
+        self._reference = performance.seen.reference
+        self._say(told(result, self._soak.plan.faults))
+
+    async def _perform(self, performance: Performance, result: Round) -> None:
+        seen = await performance.perform()
+        (fault,) = seen.faults
+        result.what, result.proof, result.detected_seconds = fault.name, fault.proof, fault.detected_seconds
+        result.largest_gap_seconds = largest_gap(seen.answers, fault.at)
+        result.lane_back_seconds = seen.lane_back_seconds
+        result.requests = len(seen.answers)
+        result.tokens = sum(answer.stream.tokens for answer in seen.answers)
+        result.lost = [defect for answer in seen.answers if (defect := answer.defect())]
+        result.different = differences(seen.answers, seen.reference or [])
+        self._look(await performance.settle())
+
+    def _look(self, status: StatusDocument) -> None:
+        """Take a sample of each process, now that all is calm."""
+        alive = self._server.processes()
+        known = _names(status)
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                handle = psutil.Process(process.pid)
+                sample = Sample(handle.memory_info().rss, handle.num_fds(), handle.num_threads())
+                self._samples.setdefault(process, []).append(sample)
+                self._names[process] = known.get(process.pid, command_line(process.pid)[:LONGEST_NAME])
+        survivors = {process: self._samples[process] for process in alive if process in self._samples}
+        self._soak.trends = [
+            trend for process, samples in survivors.items() for trend in trends(self._names[process], samples)
+        ]
+        folder = run_folder_of(self._server.address.port)
+        self._soak.files.append(sum(1 for _ in folder.rglob("*")) + len(shared_memory_of(alive)))
+
+
+def _names(status: StatusDocument) -> dict[int, str]:
+    names = {status["main_pid"]: "main process"}
+    for engine in status["engines"]:
+        names[engine["pid"]] = engine["id"]
+        with contextlib.suppress(psutil.Error):
+            names[psutil.Process(engine["pid"]).ppid()] = "API server"
+    return names | {pid: f"{node['id']}#{node['incarnation']}" for node in status["nodes"] for pid in node["pids"]}
+
+
+def told(result: Round, faults: int) -> str:
+    """A round in one line."""
+    head = f"{result.number} of {faults}: {result.what}"
+    if result.void:
+        return f"{head}: void: {result.void}"
+    back = "not back" if result.lane_back_seconds is None else f"back after {result.lane_back_seconds:.1f} s"
+    gap = "none" if result.largest_gap_seconds is None else f"{result.largest_gap_seconds * 1e3:.0f} ms"
+    return f"{head}: {len(result.lost)} lost, {len(result.different)} different, largest gap {gap}, lane {back}"
+
+
+def judge(soak: Soak) -> list[Verdict]:
+    """What has to hold after a soak."""
+    done = soak.done
+    lost = [text for each in done for text in each.lost]
+    different = [f"round {each.number}, {name}" for each in done for name in each.different]
+    missing = [f"round {each.number}" for each in done if each.lane_back_seconds is None]
+    growing = [trend.told() for trend in soak.trends if trend.has_grown]
+    return [
+        Verdict("faults verified", str(soak.plan.faults), str(len(done)), len(done) == soak.plan.faults),
+        _none("requests lost", lost),
+        _none("texts that differ", different),
+        _none("lanes that did not come back", missing),
+        _none("survivors that grew", growing),
+        Verdict("files in use", "no more than in the first half", _ends(soak.files), not _has_grown(soak.files)),
+        _none("left behind", soak.left_behind if soak.left_behind is not None else ["the cluster was not stopped"]),
+    ]
+
+
+def _none(check: str, found: Sequence[str]) -> Verdict:
+    return Verdict(check, "0", f"{len(found)}" + (f" ({found[0]})" if found else ""), not found)
+
+
+def _ends(files: Sequence[int]) -> str:
+    return f"{files[0]} at first, {files[-1]} at last" if files else "never looked"
+
+
+def _has_grown(files: Sequence[int]) -> bool:
+    first = files[: max(1, len(files) // 2)]
+    return not files or files[-1] > max(first)

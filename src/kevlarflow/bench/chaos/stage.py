@@ -1,0 +1,84 @@
+"""Where a scenario is performed: a cluster of its own, which has to leave nothing behind, or one that runs already."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+from kevlarflow.bench.chaos.judge import Observed
+from kevlarflow.bench.chaos.perform import Performance
+from kevlarflow.bench.chaos.scenario import Cluster, Scenario
+from kevlarflow.bench.chaos.show import Screen
+from kevlarflow.bench.contestants import KEVLARFLOW, Recipe, make
+from kevlarflow.bench.streams import Address
+from kevlarflow.bench.systems import HOST, ServerProcess
+from kevlarflow.bench.watch import Watcher
+from kevlarflow.config import run_folder_of
+from kevlarflow.control.status import ask_status
+from kevlarflow.faults.processes import ProcessIdentity
+
+SHARED_MEMORY = "/dev/shm/"
+
+
+def on_own_cluster(scenario: Scenario, folder: Path, screen: Screen) -> Observed:
+    """Start the scenario's cluster, perform, stop it, and look for what it left. Logs go to `folder`."""
+    server = make(KEVLARFLOW, recipe_of(scenario.cluster), folder)
+    left: list[str] = []
+    try:
+        server.start()
+        screen.say(f"the cluster starts on port {server.address.port}")
+        screen.say(f"ready after {server.wait_ready():.1f} s")
+        seen = on_cluster(scenario, server.address, screen)
+    finally:
+        left += stop_clean(server)
+    seen.left_behind = left
+    return seen
+
+
+def on_cluster(scenario: Scenario, address: Address, screen: Screen) -> Observed:
+    """Perform on a cluster that runs. Raises `ClusterUnreachable` when there is none."""
+    folder = run_folder_of(address.port)
+    ask_status(folder, timeout_seconds=5.0)
+    with contextlib.closing(Watcher(folder)) as watcher, screen.showing():
+        watcher.start()
+        screen.performance = Performance(scenario, address, watcher, screen.say)
+        return asyncio.run(screen.performance.perform())
+
+
+def local(port: int) -> Address:
+    """The address of a cluster on this machine."""
+    return Address(HOST, port)
+
+
+def recipe_of(cluster: Cluster) -> Recipe:
+    """How to start a scenario's cluster."""
+    return Recipe(
+        model=cluster.model,
+        stages=cluster.stages,
+        pipelines=cluster.pipelines,
+        eager=cluster.eager,
+        dtype=cluster.dtype,
+        max_model_len=cluster.max_model_len,
+        kv_cache_memory_bytes=cluster.kv_cache_memory_bytes,
+        ours=cluster.flags,
+    )
+
+
+def stop_clean(server: ServerProcess) -> list[str]:
+    """Stop a server; return the processes, folders and shared memory that it left behind."""
+    processes = server.processes()
+    shared = shared_memory_of(processes)
+    left = server.stop()
+    folder = run_folder_of(server.address.port)
+    return left + [str(path) for path in (folder, *map(Path, sorted(shared))) if path.exists()]
+
+
+def shared_memory_of(processes: list[ProcessIdentity]) -> set[str]:
+    """Files in /dev/shm that processes have mapped."""
+    found: set[str] = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+            found |= {line.split(maxsplit=5)[5] for line in maps.splitlines() if SHARED_MEMORY in line}
+    return {name for name in found if not name.endswith(" (deleted)")}

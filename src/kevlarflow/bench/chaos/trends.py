@@ -1,0 +1,61 @@
+"""Whether a process holds more and more: pure functions of samples that were taken while nothing went on.
+
+A process grows while it warms up, and then it should not. So the end is compared with a plateau, the second quarter of
+its life, and only if it has lived long enough for quarters to mean something.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+FEWEST_SAMPLES = 8
+MEMORY_SHARE = 0.05
+"""What memory may have grown by since the plateau."""
+
+
+class Sample(NamedTuple):
+    """What a process holds."""
+
+    memory_bytes: int
+    """Resident memory, shared pages included."""
+    open_files: int
+    threads: int
+
+
+class Trend(msgspec.Struct, frozen=True):
+    """One thing that a process holds, over its life."""
+
+    process: str
+    what: str
+    samples: int
+    plateau: float
+    """Median of the second quarter of its samples."""
+    end: float
+    """Median of the last quarter."""
+    has_grown: bool
+
+    def told(self) -> str:
+        """In words."""
+        if self.what == "memory":
+            return f"{self.process}: memory from {self.plateau / 2**20:,.1f} to {self.end / 2**20:,.1f} MiB"
+        return f"{self.process}: {self.what} from {self.plateau:g} to {self.end:g}"
+
+
+def trends(process: str, samples: Sequence[Sample]) -> list[Trend]:
+    """The trends of a process; none when it is too young to have any."""
+    if len(samples) < FEWEST_SAMPLES:
+        return []
+    columns = zip(("memory", "open files", "threads"), zip(*samples, strict=True), strict=True)
+    return [_trend(process, what, values) for what, values in columns]
+
+
+def _trend(process: str, what: str, values: Sequence[int]) -> Trend:
+    quarter = len(values) // 4
+    plateau = float(statistics.median(values[quarter : 2 * quarter]))
+    end = float(statistics.median(values[-quarter:]))
+    limit = plateau * (1 + MEMORY_SHARE) if what == "memory" else plateau
+    return Trend(process, what, len(values), plateau, end, end > limit)

@@ -1,0 +1,136 @@
+"""``kevlarflow chaos``: hurts a cluster as a scenario says, and checks what has to hold."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kevlarflow.errors import KevlarFlowError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kevlarflow.bench.chaos.judge import Observed, Verdict
+    from kevlarflow.bench.chaos.scenario import Scenario
+    from kevlarflow.bench.chaos.show import Screen
+
+FAILED = 1
+FILE_WIDTH = 160
+"""Characters of a line where there is no terminal."""
+DESCRIPTION = """\
+Start a cluster, run a load without faults and again with them, and check what the scenario asks for.
+A SCENARIO is a YAML file, or the name of one that comes with KevlarFlow (--list).
+
+Exit status: 0 when every check holds, 1 when one does not, 2 for a bad scenario, and 3 when the run is
+void because a fault did not happen."""
+
+
+def run(arguments: list[str]) -> int:
+    """Perform the scenarios one after the other; return the worst exit status."""
+    from kevlarflow.bench.chaos import scenario as scenarios
+
+    options = _parse(arguments)
+    if options.list:
+        for name in scenarios.shipped():
+            print(f"{name:<14} {scenarios.load(name).about}")
+        return 0
+    names = options.scenarios or (scenarios.shipped() if options.all else [])
+    if not names:
+        raise UsageError(f"name a scenario, or use --all: {', '.join(scenarios.shipped())}")
+    # All are read before the first one starts: a typing error must not cost minutes.
+    chosen = [(name, scenarios.load(name)) for name in names]
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    reports = []
+    worst = 0
+    for name, scenario in chosen:
+        status, report = _perform(name, scenario, options)
+        worst = max(worst, status)
+        reports.append(report)
+    if options.json:
+        print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
+    return worst
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="kevlarflow chaos", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="a YAML file or a name of --list")
+    parser.add_argument("--list", action="store_true", help="list the scenarios that come with KevlarFlow")
+    parser.add_argument("--all", action="store_true", help="perform all of those")
+    parser.add_argument("--port", type=int, help="hurt the cluster that runs on this port, instead of a new one")
+    parser.add_argument("--plain", action="store_true", help="print plain lines even on a terminal")
+    parser.add_argument("--json", action="store_true", help="print a JSON report, and everything else to stderr")
+    return parser.parse_args(arguments)
+
+
+def _perform(name: str, scenario: Scenario, options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """One scenario: its exit status and its report."""
+    from rich.console import Console
+
+    from kevlarflow.bench.chaos import judge, show
+    from kevlarflow.bench.chaos.scenario import as_data
+    from kevlarflow.faults import FaultDidNotHappen
+
+    title = Path(name).stem
+    out = sys.stderr if options.json else sys.stdout
+    console = Console(file=out, highlight=False, force_terminal=False if options.plain else None)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    screen = show.Screen(console, f"{title}: {scenario.about}")
+    report: dict[str, Any] = {"scenario": title, "outcome": "void", "definition": as_data(scenario)}
+    try:
+        seen = _observe(scenario, options.port, screen, console)
+    except FaultDidNotHappen as error:
+        report["reason"] = str(error)
+        print(f"VOID {title}: {error}", file=out, flush=True)
+        return error.exit_status, report
+    verdicts = judge.judge(scenario.checks, seen)
+    console.print(show.verdicts(verdicts))
+    print(show.last_line(title, verdicts), file=out, flush=True)
+    holds = all(verdict.holds for verdict in verdicts)
+    return 0 if holds else FAILED, report | _account(seen, verdicts, holds=holds)
+
+
+def _observe(scenario: Scenario, port: int | None, screen: Screen, console: Console) -> Observed:
+    from kevlarflow.bench.chaos import stage
+    from kevlarflow.default_model import ensure_default_model
+
+    if port is not None:
+        return stage.on_cluster(scenario, stage.local(port), screen)
+    if scenario.cluster.model is None:
+        ensure_default_model()
+    folder = Path(tempfile.mkdtemp(prefix="kevlarflow-chaos-"))
+    keep_logs = False
+    try:
+        return stage.on_own_cluster(scenario, folder, screen)
+    except KevlarFlowError:
+        keep_logs = True
+        raise
+    finally:
+        if keep_logs:
+            console.print(f"the cluster's log is kept in {folder}", markup=False)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _account(seen: Observed, verdicts: list[Verdict], *, holds: bool) -> dict[str, Any]:
+    import msgspec
+
+    return {
+        "outcome": "passed" if holds else "failed",
+        "checks": msgspec.to_builtins(verdicts),
+        "faults": msgspec.to_builtins(seen.faults),
+        "requests": len(seen.answers),
+        "tokens": sum(answer.stream.tokens for answer in seen.answers),
+        "lane_back_seconds": seen.lane_back_seconds,
+        "recoveries": seen.recoveries,
+        "left_behind": seen.left_behind,
+    }

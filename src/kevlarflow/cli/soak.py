@@ -1,0 +1,72 @@
+"""``kevlarflow soak``: kills nodes one after the other for long, and looks for leaks."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+from kevlarflow.errors import KevlarFlowError, UsageError
+
+FAILED = 1
+DEFAULT_OUTPUT = Path("docs/benchmarks")
+DESCRIPTION = """\
+Kill a node under load and wait until its replacement has taken its lane back, again and again, on one cluster.
+Places and moments are drawn from the seed. No request may be lost, no text differ, and no surviving process may
+grow. The report is written after each round. Exit status: 0 when every check holds, 1 when one does not, 3 when
+too many rounds are void."""
+
+
+def run(arguments: list[str]) -> int:
+    """Soak; return the exit status."""
+    parser = argparse.ArgumentParser(prog="kevlarflow soak", description=DESCRIPTION)
+    parser.add_argument("--faults", type=int, default=20, help="how many (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of places and moments (%(default)s)")
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder of the report (%(default)s)")
+    options = parser.parse_args(arguments)
+    if options.faults < 1:
+        raise UsageError(f"--faults {options.faults}: there has to be at least 1")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    return _soak(options, shlex.join(["kevlarflow", "soak", *arguments]))
+
+
+def _soak(options: argparse.Namespace, command: str) -> int:
+    from rich.console import Console
+
+    from kevlarflow.bench import machine
+    from kevlarflow.bench.chaos import show, soak, soak_report
+    from kevlarflow.default_model import ensure_default_model
+
+    ensure_default_model()
+    console = Console(highlight=False, soft_wrap=True)
+    result = soak.Soak(
+        plan=soak.Plan(faults=options.faults, seed=options.seed), command=command, machine=machine.describe()
+    )
+    stem = f"{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}-soak"
+    folder = Path(tempfile.mkdtemp(prefix="kevlarflow-soak-"))
+    keep_logs = False
+    try:
+        soak.run(
+            result,
+            folder,
+            lambda line: console.print(line, markup=False),
+            lambda: soak_report.save(result, options.output, stem),
+        )
+    except KevlarFlowError:
+        keep_logs = True
+        raise
+    finally:
+        if keep_logs:
+            console.print(f"the cluster's log is kept in {folder}", markup=False)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    verdicts = soak.judge(result)
+    console.print(show.verdicts(verdicts))
+    console.print(f"saved {options.output / stem}.json and .md", markup=False)
+    print(show.last_line("soak", verdicts), flush=True)
+    return 0 if all(verdict.holds for verdict in verdicts) else FAILED

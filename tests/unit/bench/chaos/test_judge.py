@@ -1,0 +1,81 @@
+"""Judgement, from answers made by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from kevlarflow.bench.chaos.judge import Happened, Observed, differences, judge, largest_gap
+from kevlarflow.bench.chaos.load import Answer
+from kevlarflow.bench.chaos.scenario import Checks
+from kevlarflow.bench.chaos.show import last_line
+from kevlarflow.bench.streams import Stream
+
+
+def answer(name: str = "r", pieces: str = "abcd", *, cancelled: bool = False, **fields: Any) -> Answer:
+    times = [10.0 + index for index in range(len(pieces))]
+    whole = {"usage_tokens": len(pieces), "finish_reason": "length", "done": True} if not cancelled else {}
+    stream = Stream(name, 9.0, 0, times, [1] * len(pieces), list(pieces))
+    return Answer(msgspec.structs.replace(stream, **(whole | fields)), was_cancelled=cancelled)
+
+
+def found(checks: Checks, seen: Observed) -> dict[str, bool]:
+    return {verdict.check: verdict.holds for verdict in judge(checks, seen)}
+
+
+FAULT = Happened("crash node-0-1#1", 11.5, "gone", is_to_be_detected=True, detected_seconds=0.1)
+GOOD = Observed(
+    faults=[FAULT], answers=[answer()], reference=[answer()], lane_back_seconds=8.0, left_behind=[]
+)  # fmt: skip
+ALL = Checks(largest_gap_seconds=1, detected_seconds=0.1, lane_back_seconds=8)
+
+
+def test_all_checks_hold() -> None:
+    verdicts = judge(ALL, GOOD)
+    assert len(verdicts) == 6
+    assert all(verdict.holds for verdict in verdicts)
+    assert last_line("crash", verdicts).startswith("PASSED crash: requests lost: 0 of 1, texts identical: all")
+
+
+@pytest.mark.parametrize(
+    ("change", "broken"),
+    [
+        ({"answers": [answer(done=False)]}, "requests lost"),
+        ({"answers": [answer(failure="HTTP 503")]}, "requests lost"),
+        ({"answers": [answer(pieces="abXd")]}, "texts identical"),
+        ({"answers": [answer(finish_reason="stop")]}, "texts identical"),
+        ({"reference": None}, "texts identical"),
+        ({"answers": [answer(times=[10.0, 11.0, 12.5, 13.0])]}, "largest gap"),
+        ({"answers": [answer(times=[1.0, 2.0, 3.0, 4.0])]}, "largest gap"),
+        ({"faults": [msgspec.structs.replace(FAULT, detected_seconds=0.2)]}, "detected within"),
+        ({"faults": [FAULT, msgspec.structs.replace(FAULT, detected_seconds=None)]}, "detected within"),
+        ({"lane_back_seconds": 8.1}, "lane back within"),
+        ({"lane_back_seconds": None}, "lane back within"),
+        ({"left_behind": ["kevlarflow node"]}, "left behind"),
+    ],
+)
+def test_what_breaks_one_check_breaks_no_other(change: dict[str, Any], broken: str) -> None:
+    verdicts = judge(ALL, msgspec.structs.replace(GOOD, **change))
+    assert [verdict.check for verdict in verdicts if not verdict.holds] == [broken]
+    assert last_line("crash", verdicts).startswith(f"FAILED crash: {broken}: ")
+
+
+def test_only_what_is_asked_for_is_judged() -> None:
+    nothing = Checks(lost_requests=None, identical=False, left_behind=None)
+    assert judge(nothing, GOOD) == []
+    assert set(found(Checks(), msgspec.structs.replace(GOOD, left_behind=None))) == {"requests lost", "texts identical"}
+
+
+def test_gaps_count_from_the_first_fault_on() -> None:
+    answers = [answer(times=[0.0, 5.0, 6.0, 8.0])]
+    assert largest_gap(answers, since=5.5) == 2.0
+    assert largest_gap(answers, since=4.0) == 5.0
+    assert largest_gap(answers, since=8.0) is None
+
+
+def test_a_cancelled_request_is_compared_as_far_as_both_went() -> None:
+    assert differences([answer(pieces="abc", cancelled=True)], [answer(pieces="abcd", cancelled=True)]) == []
+    assert differences([answer(pieces="abX", cancelled=True)], [answer(pieces="abcd", cancelled=True)]) == ["r"]
+    assert answer(cancelled=True).defect() is None

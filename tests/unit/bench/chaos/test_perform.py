@@ -1,0 +1,181 @@
+"""A performance over stand-ins: the client, the faults and the processes are real, the server only says tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kevlarflow.bench.chaos.judge import Observed, judge
+from kevlarflow.bench.chaos.perform import Performance
+from kevlarflow.bench.chaos.scenario import parse
+from kevlarflow.bench.streams import Address
+from kevlarflow.faults import FaultDidNotHappen
+from kevlarflow.faults.processes import identify
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+TOKEN_SECONDS = 0.005
+BASE = """
+about: for a test
+cluster: {stages: 1, pipelines: 1}
+load: {streams: 3, tokens: 30, kinds: [greedy, cancelled]}
+"""
+CRASH = "faults: [{kind: crash, at: {tokens: 12}}]\n"
+
+
+class Standin:
+    """A cluster of one node: its status, told as a watcher would, and a server that streams numbers.
+
+    When its node is gone it has another one a moment later, unless `is_hopeless`.
+    """
+
+    def __init__(self, *, is_hopeless: bool = False, words: str = "word") -> None:
+        self.words = words
+        self.changes_words = False
+        self.served = 0
+        self.node = self._spawn()
+        self._is_hopeless = is_hopeless
+        self._incarnation = 1
+        self._recoveries: list[dict[str, Any]] = []
+
+    latest_at = property(lambda self: time.monotonic())
+
+    @property
+    def latest(self) -> dict[str, Any]:
+        identity = identify(self.node.pid)
+        if identity is None and not self._is_hopeless:
+            self._recoveries.append(self._record())
+            self.node, self._incarnation = self._spawn(), self._incarnation + 1
+        alive = identify(self.node.pid) is not None
+        node = {"id": "node-0-0", "incarnation": self._incarnation, "pids": [self.node.pid]}
+        return {
+            "model": "stand-in",
+            "pipelines": [{"id": 0, "state": "serving" if alive else "waiting", "nodes": ["node-0-0"]}],
+            "engines": [{"pipeline": 0, "pid": 1, "state": "ready", "running": 0, "waiting": 0}],
+            "nodes": [node | {"state": "ready" if alive else "dead"}],
+            "recoveries": self._recoveries,
+        }
+
+    def _record(self) -> dict[str, Any]:
+        place = {"pipeline": 0, "stage": 0, "from": "node-0-0", "to": "node-0-0"}
+        number = len(self._recoveries) + 1
+        return place | {
+            "id": number, "cause": "crash", "time": time.time(), "state": "done", "seconds": {"total": 0.25}
+        }  # fmt: skip
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].split()[0])
+        tokens = json.loads(await reader.readexactly(length))["max_tokens"]
+        self.served += 1
+        words = f"{self.words}{self.served}" if self.changes_words else self.words
+        writer.write(HEAD)
+        try:
+            for number in range(tokens):
+                finish = "length" if number == tokens - 1 else None
+                choice = {"text": words, "token_ids": [number], "finish_reason": finish}
+                self._say(writer, {"choices": [choice]})
+                await writer.drain()
+                await asyncio.sleep(TOKEN_SECONDS)
+            self._say(writer, {"choices": [], "usage": {"completion_tokens": tokens}})
+            writer.write(b"data: [DONE]\n\n")
+        except ConnectionError:
+            pass
+        writer.close()
+
+    def _say(self, writer: asyncio.StreamWriter, event: dict[str, Any]) -> None:
+        writer.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+
+
+@pytest.fixture
+def standin() -> Iterator[Standin]:
+    cluster = Standin()
+    yield cluster
+    cluster.node.kill()
+    cluster.node.wait()
+
+
+def perform(cluster: Standin, text: str, lines: list[str] | None = None) -> Observed:
+    scenario = parse(BASE + text, "s.yaml")
+
+    async def main() -> Observed:
+        async with await asyncio.start_server(cluster.serve, "127.0.0.1", 0) as server:
+            address = Address("127.0.0.1", server.sockets[0].getsockname()[1])
+            say = (lines if lines is not None else []).append
+            return await Performance(scenario, address, cluster, say).perform()
+
+    return asyncio.run(main())
+
+
+def broken(text: str, seen: Observed) -> list[str]:
+    return [verdict.check for verdict in judge(parse(BASE + text, "s.yaml").checks, seen) if not verdict.holds]
+
+
+def test_a_crash_is_done_proved_and_judged(standin: Standin) -> None:
+    victim = standin.node
+    text = CRASH + "checks: {detected_seconds: 10, lane_back_seconds: 10, largest_gap_seconds: 10}"
+    lines: list[str] = []
+    seen = perform(standin, text, lines)
+    assert victim.wait() == -signal.SIGKILL
+    assert broken(text, seen) == []
+    assert [answer.was_cancelled for answer in seen.answers] == [False, True, False]
+    assert seen.answers[1].stream.tokens == 10
+    assert [record["id"] for record in seen.recoveries] == [1]
+    assert "crash: pipeline 0, stage 0 from node-0-0 to node-0-0, done in 250 ms ()" in lines
+    assert any("crash node-0-0#1" in line and "gone after" in line for line in lines)
+
+
+def test_other_texts_than_without_faults_are_seen(standin: Standin) -> None:
+    standin.changes_words = True
+    assert broken(CRASH, perform(standin, CRASH)) == ["texts identical"]
+
+
+def test_a_limit_that_cannot_hold_does_not_hold(standin: Standin) -> None:
+    text = CRASH + "checks: {largest_gap_seconds: 0.0001}"
+    assert broken(text, perform(standin, text)) == ["largest gap"]
+
+
+def test_a_lane_that_does_not_come_back_is_waited_for_no_longer_than_allowed() -> None:
+    cluster = Standin(is_hopeless=True)
+    text = CRASH + "checks: {lane_back_seconds: 0.3}"
+    assert broken(text, perform(cluster, text)) == ["lane back within"]
+    cluster.node.wait()
+
+
+def test_a_frozen_process_is_thawed(standin: Standin) -> None:
+    text = "faults: [{kind: stop, thaw_after_seconds: 0.05, at: {seconds: 0.02}}]"
+    seen = perform(standin, text)
+    assert broken(text, seen) == []
+    assert "state T" in seen.faults[0].proof
+    assert standin.node.poll() is None
+
+
+@pytest.mark.parametrize("moment", ["{tokens: 100000}", "{seconds: 60}", "{phase: recovering}"])
+def test_a_moment_that_never_comes_voids_the_run(standin: Standin, moment: str) -> None:
+    with pytest.raises(FaultDidNotHappen, match="before the moment came"):
+        perform(standin, f"faults: [{{kind: crash, at: {moment}}}]")
+    assert standin.node.poll() is None
+
+
+def test_a_target_that_is_not_there_voids_the_run_and_the_others_are_undone(standin: Standin) -> None:
+    with pytest.raises(FaultDidNotHappen, match="no donor"):
+        perform(
+            standin,
+            """faults:
+  - {kind: stop, at: {tokens: 1}}
+  - {kind: crash, target: {role: donor}, at: {tokens: 20}}
+""",
+        )
+    standin.node.send_signal(signal.SIGTERM)
+    # A stopped process would not end by SIGTERM.
+    assert standin.node.wait(20) == -signal.SIGTERM

@@ -1,0 +1,100 @@
+"""Scenarios from YAML, and what people are told when one is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kevlarflow.bench.chaos import scenario as scenarios
+from kevlarflow.bench.chaos.scenario import Aim, Crash, Kind, Moment, Phase, Role, Slow, Stop, parse
+from kevlarflow.cli import main as command
+from kevlarflow.errors import UsageError
+
+WHOLE = """\
+about: two faults
+cluster: {stages: 3, flags: [--standby-memory-bytes=1M]}
+load:
+  streams: 2
+  kinds: [json, cancelled]
+faults:
+  - kind: stop
+    thaw_after_seconds: 1
+    target: {role: standby, pipeline: 1, stage: 2}
+    at: {phase: borrowed}
+  - kind: slow
+    seconds: 2
+    at: {seconds: 0.5}
+checks:
+  largest_gap_seconds: 2
+"""
+
+
+def test_a_scenario_is_read_with_its_defaults() -> None:
+    found = parse(WHOLE, "s.yaml")
+    stop, slow = found.faults
+    assert stop == Stop(
+        at=Moment(phase=Phase.BORROWED), target=Aim(role=Role.STANDBY, pipeline=1, stage=2), thaw_after_seconds=1.0
+    )
+    assert slow == Slow(at=Moment(seconds=0.5), seconds=2.0)
+    assert found.load.kinds == (Kind.JSON, Kind.CANCELLED)
+    assert (found.checks.lost_requests, found.checks.largest_gap_seconds) == (0, 2.0)
+    assert found.cluster.flags == ("--standby-memory-bytes=1M",)
+
+
+def test_every_shipped_scenario_can_be_read() -> None:
+    assert {"crash", "hang", "controller", "two-stages", "thaw"} <= set(scenarios.shipped())
+    for name in scenarios.shipped():
+        assert scenarios.load(name).about
+    assert scenarios.load("crash.yaml") == scenarios.load("crash")
+    assert isinstance(scenarios.load("crash").faults[0], Crash)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("  streams: 2", "  streams: many", "s.yaml, line 4, load.streams: Expected `int`, got `str`"),
+        ("  streams: 2", "  strems: 2", "s.yaml, line 4, load.strems: Object contains unknown field `strems`"),
+        ("stages: 3", "stages: 0", "s.yaml, line 2, cluster.stages: Expected `int` >= 1"),
+        ("kind: slow", "kind: explode", "s.yaml, line 11, faults[1].kind: Invalid value 'explode'"),
+        ("    seconds: 2\n", "", "s.yaml, line 11, faults[1]: Object missing required field `seconds`"),
+        ("phase: borrowed", "phase: lunch", "s.yaml, line 10, faults[0].at.phase: Invalid enum value 'lunch'"),
+        ("seconds: 0.5", "seconds: 1, tokens: 5", "s.yaml, line 13, faults[1].at: Expected exactly one of"),
+        ("stage: 2}", "stage: 3}", "faults[0].target: there is no pipeline 1, stage 3 in 2 pipelines of 3 stages"),
+        ("load:", "load: [", "s.yaml, line 5: this is not YAML"),
+        ("[json, cancelled]", "[json, poem]", "s.yaml, line 5, load.kinds[1]: Invalid enum value 'poem'"),
+    ],
+)
+def test_a_bad_scenario_is_told_with_line_and_key(old: str, new: str, complaint: str) -> None:
+    assert old in WHOLE
+    with pytest.raises(UsageError) as error:
+        parse(WHOLE.replace(old, new), "s.yaml")
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "7"])
+def test_what_is_no_scenario_at_all_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"s\.yaml"):
+        parse(text, "s.yaml")
+
+
+def test_the_scenario_of_the_readme_can_be_read() -> None:
+    readme = (Path(__file__).parents[4] / "README.md").read_text()
+    found = parse(readme.partition("```yaml\n")[2].partition("```")[0], "README.md")
+    assert [fault.target.role for fault in found.faults] == [Role.NODE, Role.DONOR]
+
+
+def test_a_missing_file_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["chaos", "no-such.yaml"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert "no-such.yaml cannot be read" in errors
+    assert "two-stages" in errors
+
+
+def test_the_list_tells_what_each_is_about(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["chaos", "--list"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == len(scenarios.shipped())
+    assert shown[0].split(maxsplit=1) == [scenarios.shipped()[0], scenarios.load(scenarios.shipped()[0]).about]
