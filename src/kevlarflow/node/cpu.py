@@ -9,7 +9,8 @@ Every lane has a model runner of its own (about 13 MB) over the same module and 
 `lanes` times the blocks. Memory that no lane has used yet costs nothing: the kernel backs a page when it is written.
 
 Non-public names of vLLM, all used in this module only: `parallel_state._PP`, the attributes of `GroupCoordinator`,
-`gpu_worker.init_worker_distributed_environment`, `CPUModelRunner.initialize_kv_cache_tensors`.
+`gpu_worker.init_worker_distributed_environment`, `CPUModelRunner.initialize_kv_cache_tensors`,
+`sampler.batched_count_greater_than`, `topk_topp_sampler.compiled_random_sample`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +35,8 @@ from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, resolve_kv_cache_block_sizes
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.sample import sampler
+from vllm.v1.sample.ops import topk_topp_sampler
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -52,6 +56,17 @@ def register_kernels() -> None:
     """Put vLLM's CPU kernels in place of Triton's. Takes 0.75 s, and holds for every process that is forked later."""
     if current_platform.is_cpu():
         current_platform.register_triton_kernel_overrides()
+        _sample_without_compiling()
+
+
+def _sample_without_compiling() -> None:
+    """Have vLLM's sampler run two small functions as they are written.
+
+    It compiles them at their first use: the first request for logprobs, or the first sampled one, would hold its step
+    up for seconds on every new last node, which looks like a node that is stuck.
+    """
+    sampler.batched_count_greater_than = inspect.unwrap(sampler.batched_count_greater_than)
+    topk_topp_sampler.compiled_random_sample = inspect.unwrap(topk_topp_sampler.compiled_random_sample)
 
 
 class LoneStageGroup(GroupCoordinator):
