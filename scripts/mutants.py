@@ -58,10 +58,10 @@ MUTANTS = (
         "tests/unit/node/test_lanes.py",
     ),
     Mutant(
-        "two engines share the memory of one lane",
-        "node/lanes.py",
-        "slot, runner = self._free.pop(0)",
-        "slot, runner = self._free[0]",
+        "two lanes are given the same physical block",
+        "node/block_map.py",
+        "        self._free.difference_update(table)\n",
+        "",
     ),
     Mutant(
         "the prefix cache is not evicted",
@@ -89,9 +89,9 @@ MUTANTS = (
     ),
     Mutant(
         "steps are issued again out of order",
-        "recovery/pipeline.py",
-        "commands += [self._execute(step) for step in steps]",
-        "commands += [self._execute(step) for step in reversed(steps)]",
+        "recovery/in_flight.py",
+        "        return due\n",
+        "        return due[::-1]\n",
     ),
     Mutant(
         "the ledger shares its block lists with the scheduler",
@@ -122,8 +122,8 @@ MUTANTS = (
     Mutant(
         "preempted requests keep their blocks in the ledger",
         "recovery/ledger.py",
-        "        for request in step.preempted:",
-        "        for request in ():",
+        "        self.preempt(step.preempted)\n",
+        "",
     ),
     Mutant(
         "prefix hits of steps in flight are forgotten",
@@ -164,9 +164,9 @@ MUTANTS = (
     ),
     Mutant(
         "a stage counts as whole before it is recomputed",
-        "recovery/pipeline.py",
-        " or forming.to_join or forming.to_restore or forming.chunks:",
-        " or forming.to_join:",
+        "recovery/forming.py",
+        "return not (self.to_place or self.to_join or self.to_restore or self.chunks)",
+        "return not (self.to_place or self.to_join)",
     ),
     Mutant(
         "a stage counts as whole before kept prefixes are in place",
@@ -178,8 +178,8 @@ MUTANTS = (
     Mutant(
         "confirmations of any source and standby are believed",
         "recovery/pipeline.py",
-        "if serves and standby is not None and standby.member == event.standby:",
-        "if standby is not None:",
+        "if serves and self._watermarks.is_standby(event.stage, event.standby):",
+        "if event.stage in self._watermarks.stages:",
         "tests/unit/recovery/test_pipeline.py",
     ),
     Mutant(
@@ -194,6 +194,42 @@ MUTANTS = (
         "recovery/pipeline.py",
         "            forming.placed[event.stage].pop(replica.block, None)\n",
         "            pass\n",
+    ),
+    Mutant(
+        "requests beyond a lane's share take part in steps in flight",
+        "recovery/giving_way.py",
+        "        self._in_flight.leave_out(found.requests, self._block_size)\n",
+        "",
+    ),
+    Mutant(
+        "who counts on a block that nobody fills is not set aside",
+        "recovery/capacity.py",
+        "return spoilt.isdisjoint(table) and (usable is None or usable.issuperset(table))",
+        "return usable is None or usable.issuperset(table)",
+    ),
+    Mutant(
+        "blocks that were given to requests set aside count as untouched",
+        "recovery/capacity.py",
+        "        void=step.void.union(*(_fresh(step, request, block_size) for request in requests)),\n",
+        "",
+    ),
+    Mutant(
+        "a step that was scheduled before a share changed is not looked at again",
+        "recovery/giving_way.py",
+        "        if step.formation >= self._changed_at:\n",
+        "        if True:\n",
+    ),
+    Mutant(
+        "a donor's own pipeline keeps all its blocks",
+        "recovery/formation.py",
+        "    if not waits and share == pipeline.shares:\n",
+        "    if not waits:\n",
+    ),
+    Mutant(
+        "a hole in a prefix hit is overlooked",
+        "recovery/recompute.py",
+        "            if sorted(in_step) != in_step:\n",
+        "            if False:\n",
     ),
     Mutant(
         "an engine that is introduced twice is taken over twice",

@@ -6,7 +6,7 @@ from kevlarflow.recovery import events
 from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.events import Form, Narrate, Suspend
 from kevlarflow.recovery.invariants import Invariants
-from kevlarflow.types import Epoch, LaneCoverage, Member, NodeId, Phases, PipelineId, Stage
+from kevlarflow.types import Cause, Epoch, LaneCoverage, Member, NodeId, Phases, PipelineId, Stage
 from toy_world import make_config, make_info
 
 
@@ -17,20 +17,29 @@ def member(node: str, incarnation: int = 1) -> Member:
 class Driver:
     """A cluster with a clock, and short words for what happens to it."""
 
-    def __init__(
-        self, stages: int = 2, pipelines: int = 2, reserve_lanes: int = 1, *, replication: bool = False
-    ) -> None:
-        self.config = make_config(stages, pipelines, reserve_lanes)
+    def __init__(self, stages: int = 2, pipelines: int = 2, lanes: int = 2, *, replication: bool = False) -> None:
+        self.config = make_config(stages, pipelines)
         self.cluster = Cluster(self.config, unix_offset=1_000_000.0)
         self.invariants = Invariants(self.cluster)
         self.now = 10.0
-        self.lanes = reserve_lanes + 1
+        self.lanes = lanes
         self.replication = replication
+        self.shares = {}
+        """Lanes that share the busiest node of each pipeline, as its engine was last told."""
 
     def do(self, event):
+        """Orders that only change how many lanes share a node are answered at once, and stand in `shares` alone."""
         commands = self.cluster.handle(event, self.now)
         self.invariants.check(commands)
-        return commands
+        others = []
+        for command in commands:
+            if isinstance(command, Form):
+                self.shares[command.pipeline] = command.shares
+            if isinstance(command, Form) and command.cause is Cause.SHARE:
+                others += self.formed(command.pipeline, command.epoch)
+            else:
+                others.append(command)
+        return others
 
     def info(self, node, incarnation=1):
         return make_info(node, incarnation, self.lanes, replication=self.replication)
@@ -82,7 +91,7 @@ class Driver:
             self.engine_ready(pipeline.id)
         return self
 
-    def form(self, pipeline, epoch, nodes, cause, released=(), lost=()):
+    def form(self, pipeline, epoch, nodes, cause, released=(), lost=(), orphans=()):
         return Form(
             pipeline=PipelineId(pipeline),
             epoch=Epoch(epoch),
@@ -90,6 +99,8 @@ class Driver:
             released=tuple(self.named(node) for node in released),
             cause=cause,
             lost_stages=tuple(Stage(stage) for stage in lost),
+            shares=self.shares.get(PipelineId(pipeline), 1),
+            orphans=tuple(orphans),
         )
 
     def named(self, node):

@@ -50,8 +50,7 @@ def be_node(config: ServeConfig, member: Member, stage: Stage) -> None:
     parent = os.getppid()
     while os.path.exists(config.path(f"hold-{member.node}")) and os.getppid() == parent:
         time.sleep(0.02)
-    lanes = config.reserve_lanes + 1
-    heartbeat.say_ready(NodeInfo(member, stage, "here", os.getpid(), pids, "ipc://steps", "ipc://activations", lanes))
+    heartbeat.say_ready(NodeInfo(member, stage, "here", os.getpid(), pids, "ipc://steps", "ipc://activations", 2, 50))
     pipeline = PipelineId(int(member.node.split("-")[1]))
     # A test that is killed must not leave nodes behind.
     while os.getppid() == parent:
@@ -167,7 +166,6 @@ class FakeCluster:
             stages=stages,
             pipelines=pipelines,
             kv_cache_memory_bytes=1,
-            reserve_lanes=1,
             timeouts=timeouts or Timeouts(),
             run_folder=str(folder),
         )

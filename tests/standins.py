@@ -31,7 +31,6 @@ def make_config(folder: Path, port: int) -> ServeConfig:
         stages=2,
         pipelines=2,
         kv_cache_memory_bytes=2**20,
-        reserve_lanes=1,
         timeouts=Timeouts(stop_grace_s=2, startup_timeout_s=120),
         run_folder=str(folder),
     )

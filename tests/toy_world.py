@@ -29,7 +29,7 @@ from kevlarflow.recovery.invariants import Invariants
 from kevlarflow.types import Epoch, Member, NodeId, NodeInfo, Phases, PipelineId, PipelineState, Stage
 
 
-def make_config(stages: int = 2, pipelines: int = 2, reserve_lanes: int = 1) -> ServeConfig:
+def make_config(stages: int = 2, pipelines: int = 2) -> ServeConfig:
     return ServeConfig(
         model="/models/none",
         served_model_name="none",
@@ -38,7 +38,6 @@ def make_config(stages: int = 2, pipelines: int = 2, reserve_lanes: int = 1) -> 
         stages=stages,
         pipelines=pipelines,
         kv_cache_memory_bytes=1,
-        reserve_lanes=reserve_lanes,
         run_folder="/run/8000",
     )
 
@@ -49,7 +48,7 @@ def make_info(node: str, incarnation: int = 1, lanes: int = 2, *, replication: b
     pid = pid_of(member)
     replicas = f"replicas of {member}" if replication else ""
     return NodeInfo(
-        member, stage, "here", pid, (pid,), f"steps of {member}", f"activations of {member}", lanes, replicas
+        member, stage, "here", pid, (pid,), f"steps of {member}", f"activations of {member}", lanes, 50, replicas
     )
 
 
@@ -72,8 +71,9 @@ class ToyEngine:
 
 
 class ToyWorld:
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, lanes_of_a_node: int = 2) -> None:
         self.config = config
+        self.lanes_of_a_node = lanes_of_a_node
         self.now = 100.0
         self.pids = itertools.count(50_000)
         self.processes: dict[Member, str] = {}
@@ -126,7 +126,7 @@ class ToyWorld:
 
     def make_ready(self, member: Member) -> None:
         self.processes[member] = "ready"
-        info = make_info(member.node, member.incarnation, self.config.reserve_lanes + 1)
+        info = make_info(member.node, member.incarnation, self.lanes_of_a_node)
         self.do(events.NodeStarting(member, "here", info.pids))
         self.do(events.NodeReady(info, dict(self.lanes.get(member, {}))))
 
@@ -175,7 +175,7 @@ class ToyWorld:
         for member in engine.members:
             if self.processes.get(member) == "ready":
                 lanes = self.lanes.setdefault(member, {})
-                if len(lanes.keys() | {pipeline}) > self.config.reserve_lanes + 1:
+                if len(lanes.keys() | {pipeline}) > self.lanes_of_a_node:
                     assert self.forgot, f"{member} has no memory for {lanes}"
                     self.do(events.MemberFailed(pipeline, order.epoch, member, "no lane is free"))
                     return
@@ -208,7 +208,7 @@ class ToyWorld:
         for member in self.those("starting"):
             self.do(events.NodeStarting(member, "here", (pid_of(member),)))
         for member in self.those("ready"):
-            info = make_info(member.node, member.incarnation, self.config.reserve_lanes + 1)
+            info = make_info(member.node, member.incarnation, self.lanes_of_a_node)
             self.do(events.NodeReady(info, dict(self.lanes.get(member, {}))))
         for pipeline, engine in self.engines.items():
             if engine is not None:

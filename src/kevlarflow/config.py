@@ -75,9 +75,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int = 1
     """T: `-tp`; 1 for now."""
     kv_cache_memory_bytes: int
-    """KV memory of one lane on one node, as vLLM's `--kv-cache-memory-bytes`."""
-    reserve_lanes: int
-    """Lanes that each node has KV memory for besides its own; each takes `kv_cache_memory_bytes`."""
+    """KV memory of one node, as vLLM's `--kv-cache-memory-bytes`; the pipelines that it serves share it."""
     standby_memory_bytes: int = 0
     """Host memory of each node for the replicas of other lanes; 0: no replication."""
     replication_interval_tokens: int = 32
@@ -116,8 +114,6 @@ def check(config: ServeConfig) -> None:
     for flag, value in (("-pp", config.stages), ("-dp", config.pipelines)):
         if value < 1:
             raise UsageError(f"{flag} {value} makes no pipeline: use {flag} 1 or more")
-    if config.reserve_lanes < 0:
-        raise UsageError(f"--reserve-lanes {config.reserve_lanes} is negative: use 0 (no failover) or more")
     if config.replication_bytes_per_second < 1:
         raise UsageError(
             f"--replication-bandwidth {config.replication_bytes_per_second} copies nothing: use 1M or more, or turn "

@@ -68,6 +68,7 @@ class Cause(enum.StrEnum):
     REJOIN = "rejoin"
     ATTACH = "attach"
     DRAIN = "drain"
+    SHARE = "share"
 
     @property
     def is_planned(self) -> bool:
@@ -100,7 +101,9 @@ class NodeInfo(msgspec.Struct, frozen=True):
     activation_address: str
     """Where the node of the stage before sends activations."""
     lanes: int
-    """How many lanes it has KV memory for: its own, and those it can take over."""
+    """How many pipelines it can serve at once; they share its KV memory."""
+    kv_blocks: int
+    """KV blocks that it has memory for, block 0 included, which vLLM never gives out."""
     replica_address: str = ""
     """Where nodes whose standby it is send copies of their KV blocks; empty when it keeps none."""
 

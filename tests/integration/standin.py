@@ -165,7 +165,6 @@ def _config(run_folder: Path) -> ServeConfig:
         stages=2,
         pipelines=1,
         kv_cache_memory_bytes=KV_TOKENS * LAYERS_PER_STAGE * BYTES_PER_TOKEN_AND_LAYER,
-        reserve_lanes=1,
         vllm_args=tuple(flag for flag in FLAGS if not flag.startswith("--kv-cache-memory-bytes")),
         run_folder=str(run_folder),
     )

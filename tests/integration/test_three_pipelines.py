@@ -22,7 +22,7 @@ STAGE = 1
 
 @pytest.fixture(scope="module")
 def three() -> Iterator[Cluster]:
-    flags = (*FLAGS, "--reserve-lanes=2")
+    flags = FLAGS
     with running_cluster(stages=2, pipelines=3, flags=flags, name="the 3 x 2 cluster") as cluster:
         yield cluster
 

@@ -118,7 +118,7 @@ def test_weights_in_memory(tmp_path: Path, stored: str, asked: str | None, facto
 
 # ---- memory
 
-SIZE = Size(stages=2, pipelines=2, reserve_lanes=1, weight_bytes=500 * MIB)
+SIZE = Size(stages=2, pipelines=2, weight_bytes=500 * MIB)
 
 
 def test_more_for_replicas_than_the_machine_has_is_refused_with_the_numbers() -> None:
@@ -135,9 +135,9 @@ def test_more_for_replicas_than_the_machine_has_is_refused_with_the_numbers() ->
 def test_all_that_is_chosen_fits_into_its_share() -> None:
     for available in (8 * GIB, 12 * GIB, 16 * GIB):
         kv_bytes = preflight.choose_kv_bytes(SIZE, available)
-        taken = SIZE.bytes_without_kv + SIZE.lanes * kv_bytes
+        taken = SIZE.bytes_without_kv + SIZE.nodes * kv_bytes
         assert taken <= preflight.DEFAULT_SHARE * available
-        assert taken > preflight.DEFAULT_SHARE * available - SIZE.lanes * MIB or kv_bytes == GIB
+        assert taken > preflight.DEFAULT_SHARE * available - SIZE.nodes * MIB or kv_bytes == GIB
 
 
 def test_a_large_machine_is_not_filled() -> None:
@@ -145,24 +145,21 @@ def test_a_large_machine_is_not_filled() -> None:
 
 
 def test_too_little_for_any_kv_memory() -> None:
-    with pytest.raises(
-        NotEnoughMemory, match=r"4 nodes with 2 KV lanes each need .* GiB of memory and 4\.0 GiB are free"
-    ):
+    with pytest.raises(NotEnoughMemory, match=r"4 nodes need .* GiB of memory and 4\.0 GiB are free"):
         preflight.choose_kv_bytes(SIZE, 4 * GIB)
 
 
 def test_too_little_for_what_was_asked() -> None:
-    preflight.check_memory(SIZE, GIB, SIZE.bytes_without_kv + 8 * GIB)
-    with pytest.raises(NotEnoughMemory, match="lower -dp, --reserve-lanes, --kv-cache-memory-bytes"):
-        preflight.check_memory(SIZE, GIB, SIZE.bytes_without_kv + 8 * GIB - 1)
+    preflight.check_memory(SIZE, GIB, SIZE.bytes_without_kv + 4 * GIB)
+    with pytest.raises(NotEnoughMemory, match="lower -dp, --kv-cache-memory-bytes"):
+        preflight.check_memory(SIZE, GIB, SIZE.bytes_without_kv + 4 * GIB - 1)
 
 
 def test_the_advice_names_only_what_can_be_lowered() -> None:
-    alone = Size(stages=2, pipelines=1, reserve_lanes=0, weight_bytes=0)
+    alone = Size(stages=2, pipelines=1, weight_bytes=0)
     with pytest.raises(NotEnoughMemory) as error:
         preflight.check_memory(alone, GIB, GIB)
-    assert "--reserve-lanes" not in str(error.value)
-    assert "1 KV lane each" in str(error.value)
+    assert "--standby-memory-bytes" not in str(error.value)
 
 
 def test_available_memory_is_plausible() -> None:

@@ -29,7 +29,6 @@ class ServeFlags(msgspec.Struct):
     host: str | None = None
     port: int = DEFAULT_PORT
     kv_cache_memory_bytes: int | None = None
-    reserve_lanes: int | None = None
     standby_memory_bytes: int | None = None
     replication_interval_tokens: int | None = None
     replication_bandwidth: int | None = None
@@ -63,7 +62,6 @@ _TAKEN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--host": ("host", str),
     "--port": ("port", _integer),
     "--kv-cache-memory-bytes": ("kv_cache_memory_bytes", _human_integer),
-    "--reserve-lanes": ("reserve_lanes", _integer),
     "--standby-memory-bytes": ("standby_memory_bytes", _human_integer),
     "--replication-interval-tokens": ("replication_interval_tokens", _integer),
     "--replication-bandwidth": ("replication_bandwidth", _human_integer),

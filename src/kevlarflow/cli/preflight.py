@@ -36,7 +36,6 @@ class Size(msgspec.Struct, frozen=True):
 
     stages: int
     pipelines: int
-    reserve_lanes: int
     weight_bytes: int
     """Of one whole pipeline, in the type it computes with."""
 
@@ -44,11 +43,6 @@ class Size(msgspec.Struct, frozen=True):
     def nodes(self) -> int:
         """How many nodes there are."""
         return self.stages * self.pipelines
-
-    @property
-    def lanes(self) -> int:
-        """How many lanes all nodes have KV memory for."""
-        return self.nodes * (1 + self.reserve_lanes)
 
     @property
     def bytes_without_kv(self) -> int:
@@ -75,16 +69,16 @@ def loaded_bytes(files: ModelFiles, dtype: str | None) -> int:
 def choose_kv_bytes(size: Size, available: int) -> int:
     """KV bytes of a lane when nobody asked for a size; raise `NotEnoughMemory` when there is too little for any."""
     budget = int(available * DEFAULT_SHARE) - size.bytes_without_kv
-    chosen = min(LARGEST_DEFAULT_KV_BYTES, budget // size.lanes) // MIB * MIB
+    chosen = min(LARGEST_DEFAULT_KV_BYTES, budget // size.nodes) // MIB * MIB
     if chosen < SMALLEST_DEFAULT_KV_BYTES:
-        needed = int((size.bytes_without_kv + size.lanes * SMALLEST_DEFAULT_KV_BYTES) / DEFAULT_SHARE)
+        needed = int((size.bytes_without_kv + size.nodes * SMALLEST_DEFAULT_KV_BYTES) / DEFAULT_SHARE)
         raise NotEnoughMemory(_too_little(size, needed, available))
     return chosen
 
 
 def check_memory(size: Size, kv_bytes: int, available: int, standby_bytes: int = 0) -> None:
     """Raise `NotEnoughMemory` when the cluster cannot fit. `standby_bytes` is each node's memory for replicas."""
-    without_standby = size.bytes_without_kv + size.lanes * kv_bytes
+    without_standby = size.bytes_without_kv + size.nodes * kv_bytes
     needed = without_standby + size.nodes * standby_bytes
     if needed > available >= without_standby:
         most = (available - without_standby) // size.nodes
@@ -100,20 +94,16 @@ def check_memory(size: Size, kv_bytes: int, available: int, standby_bytes: int =
 def choose_standby_bytes(size: Size, kv_bytes: int, available: int) -> int:
     """Memory of a node for replicas when nobody asked for a size: a lane's worth, or less where there is less; 0: none.
 
-    Without a reserved lane nobody could take over, so there is nothing to replicate for.
+    With one pipeline nobody could take over, so there is nothing to replicate for.
     """
-    if not size.reserve_lanes:
+    if size.pipelines == 1:
         return 0
-    left = available - size.bytes_without_kv - size.lanes * kv_bytes
+    left = available - size.bytes_without_kv - size.nodes * kv_bytes
     return max(0, min(kv_bytes, left // (2 * size.nodes))) // MIB * MIB
 
 
 def _too_little(size: Size, needed: int, available: int) -> str:
-    lanes = 1 + size.reserve_lanes
-    return (
-        f"{size.nodes} nodes with {lanes} KV lane{'s' * (lanes > 1)} each need {gib(needed)} of memory and "
-        f"{gib(available)} are free: lower -dp" + (", --reserve-lanes" if size.reserve_lanes else "")
-    )
+    return f"{size.nodes} nodes need {gib(needed)} of memory and {gib(available)} are free: lower -dp"
 
 
 def available_memory() -> int:

@@ -33,9 +33,8 @@ Runs in the foreground until Ctrl-C or SIGTERM.
   -tp, --tensor-parallel-size T     1 for now
   --host HOST                  address to listen on (all of them)
   --port P                     port to listen on ({DEFAULT_PORT}); also names the cluster for `kevlarflow status`
-  --kv-cache-memory-bytes N    KV memory of a pipeline on one node, such as 512M or 2G (what fits, up to 1 GiB)
-  --reserve-lanes N            pipelines that a node has KV memory for besides its own, so that it can take over
-                               for dead nodes (R - 1: the last node of a stage serves all)
+  --kv-cache-memory-bytes N    KV memory of a node, such as 512M or 2G (what fits, up to 1 GiB); pipelines share it
+                               while a node serves several
   --standby-memory-bytes N     host memory of a node for copies of other nodes' KV blocks, so that a failure costs
                                the same however long the contexts are (as much as a lane has); 0: no replication
   --replication-interval-tokens N   copy a partly filled block again after N tokens (32); 0: full blocks only
@@ -67,7 +66,6 @@ def run(arguments: list[str]) -> int:
         pipelines=flags.pipelines,
         ranks=flags.ranks,
         kv_cache_memory_bytes=kv_bytes,
-        reserve_lanes=size.reserve_lanes,
         standby_memory_bytes=standby,
         replication_interval_tokens=_interval(flags),
         replication_bytes_per_second=_bandwidth(flags),
@@ -94,8 +92,6 @@ def _check_flags(flags: ServeFlags) -> None:
     for flag, value in (("-pp", flags.stages), ("-dp", flags.pipelines)):
         if value < 1:
             raise UsageError(f"{flag} {value} makes no pipeline: use {flag} 1 or more")
-    if flags.reserve_lanes is not None and flags.reserve_lanes < 0:
-        raise UsageError(f"--reserve-lanes {flags.reserve_lanes} is negative: use 0 (no failover) or more")
 
 
 def _model(flags: ServeFlags) -> tuple[str, ModelFiles]:
@@ -110,12 +106,10 @@ def _model(flags: ServeFlags) -> tuple[str, ModelFiles]:
 
 def _size(flags: ServeFlags, files: ModelFiles) -> Size:
     preflight.check_layers(flags.stages, files)
-    reserve = flags.pipelines - 1 if flags.reserve_lanes is None else flags.reserve_lanes
     dtype = value_given(flags.vllm_args, "--dtype")
     return Size(
         stages=flags.stages,
         pipelines=flags.pipelines,
-        reserve_lanes=min(reserve, flags.pipelines - 1),
         weight_bytes=preflight.loaded_bytes(files, dtype),
     )
 
@@ -142,7 +136,7 @@ def _standby_bytes(flags: ServeFlags, size: Size, kv_bytes: int, free: int) -> i
     if asked < 0:
         raise UsageError(f"--standby-memory-bytes {asked} is negative: use 0 (no replication) or more")
     preflight.check_memory(size, kv_bytes, free, asked)
-    return asked if size.reserve_lanes else 0
+    return asked if size.pipelines > 1 else 0
 
 
 def _interval(flags: ServeFlags) -> int:
@@ -180,19 +174,16 @@ def _supervise(config: ServeConfig) -> int:
 def introduction(config: ServeConfig) -> list[str]:
     """What is about to be started, for a person."""
     nodes = config.pipelines * config.stages
-    lanes = 1 + config.reserve_lanes
-    most = gib(nodes * lanes * config.kv_cache_memory_bytes)
     lines = [
         f"serving {config.served_model_name} on {nodes} nodes: "
         f"{config.pipelines} pipelines (-dp) x {config.stages} stages (-pp)",
-        f"KV memory: {gib(config.kv_cache_memory_bytes)} a lane (--kv-cache-memory-bytes), {lanes} a node of which "
-        f"{config.reserve_lanes} in reserve (--reserve-lanes): up to {most}, as it is used",
+        f"KV memory: {gib(config.kv_cache_memory_bytes)} a node (--kv-cache-memory-bytes), shared among the pipelines "
+        "that it serves",
         _about_replication(config),
         f"logs: {config.log_folder} (kept if a process fails)",
     ]
-    if config.reserve_lanes == 0:
-        why = "with -dp 1 there is nothing to borrow" if config.pipelines == 1 else "--reserve-lanes is 0"
-        lines.append(f"note: {why}: when a node dies, its pipeline waits for a replacement")
+    if config.pipelines == 1:
+        lines.append("note: with -dp 1 there is nothing to borrow: a pipeline waits for a dead node's replacement")
     return lines
 
 

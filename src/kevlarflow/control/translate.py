@@ -26,8 +26,8 @@ def event_of(message: FromPeer) -> events.AnyEvent:
             return events.NodeReady(info, epochs)
         case messages.NodeFailed(member=member, reason=reason):
             return events.NodeFailed(member, reason)
-        case messages.EngineAttached(pipeline=pipeline, pid=pid, epoch=epoch, members=members):
-            return events.EngineAttached(pipeline, pid, epoch, members)
+        case messages.EngineAttached(pipeline=pipeline, pid=pid, epoch=epoch, members=members, shares=shares):
+            return events.EngineAttached(pipeline, pid, epoch, members, shares)
         case messages.EngineReady(pipeline=pipeline, kv_blocks=kv_blocks):
             return events.EngineReady(pipeline, kv_blocks)
         case messages.EngineReport():
@@ -70,4 +70,6 @@ def order_of(
         released=command.released,
         cause=command.cause,
         lost_stages=command.lost_stages,
+        shares=command.shares,
+        orphans=command.orphans,
     )

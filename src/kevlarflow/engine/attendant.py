@@ -105,7 +105,8 @@ class Attendant(threading.Thread):
 
     def _introduce(self, controller: zmq.Socket[bytes]) -> None:
         session = self._session
-        self._send(controller, EngineAttached(session.pipeline, os.getpid(), Epoch(session.epoch), session.members))
+        epoch = Epoch(session.epoch)
+        self._send(controller, EngineAttached(session.pipeline, os.getpid(), epoch, session.members, session.shares))
 
     def _report_load(self, controller: zmq.Socket[bytes]) -> None:
         session = self._session

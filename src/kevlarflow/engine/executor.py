@@ -7,7 +7,6 @@ start-up is answered from the descriptions that the nodes gave: the nodes have l
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable
@@ -16,13 +15,14 @@ from typing import Any
 
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.abstract import Executor
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from kevlarflow import config as configuration
 from kevlarflow.engine.attendant import Attendant
+from kevlarflow.engine.orders import SchedulerOrders
 from kevlarflow.engine.session import Session
-from kevlarflow.engine.translate import has_news, result_of, step_of
+from kevlarflow.engine.translate import has_news, step_of
 from kevlarflow.errors import StartupFailed
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.types import PipelineId
@@ -31,17 +31,6 @@ from kevlarflow.wire.messages import EngineReady
 RECOMPUTE_TOKENS = 128
 """Tokens that are recomputed in one forward pass. Short passes let the donor serve its own pipeline in between, and let
 the stages up to the lost one work on different passes at the same time; much shorter ones waste time in overhead."""
-
-
-@dataclasses.dataclass
-class AbandonedOutput(ModelRunnerOutput):
-    """Stands for the output of a step that will never have one; the scheduler hook ends its requests."""
-
-    reason: str = ""
-
-
-def _abandoned(reason: str) -> AbandonedOutput:
-    return AbandonedOutput(req_ids=[], req_id_to_index={}, reason=reason)
 
 
 class KevlarExecutor(Executor):
@@ -59,7 +48,7 @@ class KevlarExecutor(Executor):
             block_size=self.cache_config.block_size,
             stages=self.parallel_config.pipeline_parallel_size,
         )
-        self.session = Session(pipeline, limits, result_of, _abandoned)
+        self.session = Session(pipeline, limits)
         self._attendant = Attendant(config, self.session)
         self._attendant.start()
         self._descriptions = self.session.wait_formed(config.timeouts.startup_timeout_s)
@@ -72,14 +61,10 @@ class KevlarExecutor(Executor):
 
     # ---- the scheduler hook
 
-    def begin_scheduling(self) -> tuple[frozenset[int] | None, str]:
-        """Called before the scheduler makes a step.
-
-        Returns (the blocks it may keep when it has to evict its prefix cache, else None; why it has to end all
-        requests, or "").
-        """
-        self._formation, keep, reason = self.session.begin_scheduling()
-        return keep, reason
+    def begin_scheduling(self) -> SchedulerOrders:
+        """Called before the scheduler makes a step; returns what it has to do first."""
+        self._formation, orders = self.session.begin_scheduling()
+        return orders
 
     def scheduler_ready(self, load: Callable[[], tuple[int, int, int]]) -> None:
         """The scheduler exists and can be asked for its load."""

@@ -1,15 +1,19 @@
 """A hook in vLLM's scheduler: before each step it learns what a failure took, and it ends what cannot go on.
 
-Two things only a scheduler can do. Cached prefix blocks that a new node does not hold are evicted before anything can
-hit them. And requests that cannot be saved end through the scheduler, with an error for the client, so that the
-engine goes on.
+Only a scheduler can do these things. Cached prefix blocks that a new node does not hold are evicted before anything can
+hit them. Blocks are withheld while the nodes share their memory with another pipeline, and requests that have no room
+are preempted, or wait until there is more. And requests that cannot be saved end through the scheduler, with an error
+for the client, so that the engine goes on.
 
-Non-public names of vLLM, used in this module only: `Scheduler.kv_cache_manager.block_pool`, and of a block `block_id`,
-`block_hash`, `ref_cnt`, `is_null`.
+Non-public names of vLLM, used in this module only: `Scheduler.kv_cache_manager.block_pool`, its `free_block_queue`, and
+of a block `block_id`, `block_hash`, `ref_cnt`, `is_null`; `Scheduler._preempt_request`, `prev_step_scheduled_req_ids`.
 """
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Iterable
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -18,7 +22,15 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from kevlarflow.engine.executor import AbandonedOutput, KevlarExecutor
+from kevlarflow.engine.executor import KevlarExecutor
+from kevlarflow.engine.orders import SchedulerOrders
+from kevlarflow.engine.translate import AbandonedOutput
+from kevlarflow.recovery.pipeline_events import Aside
+
+log = logging.getLogger("kevlarflow.engine")
+
+HELD_PAUSE_SECONDS = 0.01
+"""How long to rest when every request there is waits for more memory."""
 
 
 class KevlarScheduler(Scheduler):
@@ -30,19 +42,24 @@ class KevlarScheduler(Scheduler):
         self._executor = KevlarExecutor.current
         self._ended: list[tuple[Request, str]] = []
         """Requests that were ended, with the reason for the client."""
+        self._withheld: dict[int, Any] = {}
+        """Blocks that may not be given out for now."""
+        self._held: list[Request] = []
+        """Requests that are longer than all blocks that may be given out, oldest first."""
         self._executor.scheduler_ready(self._load)
 
     def _load(self) -> tuple[int, int, int]:
         running, waiting = self.get_request_counts()
         return running, waiting, self.kv_cache_config.num_blocks
 
+    # ---- vLLM's steps
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Make the next step, after what a failure demands."""
-        keep, reason = self._executor.begin_scheduling()
-        if reason:
-            self._end(list(self.requests), reason)
-        if keep is not None:
-            self._evict_unheld_blocks(keep)
+        self._obey(self._executor.begin_scheduling())
+        self._hold_back()
+        if self._held and not self.running and not self.waiting:
+            time.sleep(HELD_PAUSE_SECONDS)
         return super().schedule(*args, **kwargs)
 
     def update_from_output(
@@ -55,6 +72,78 @@ class KevlarScheduler(Scheduler):
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         self._tell_clients(outputs)
         return outputs
+
+    def get_request_counts(self) -> tuple[int, int]:
+        """(running, waiting) requests."""
+        running, waiting = super().get_request_counts()
+        return running, waiting + len(self._held)
+
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        """End requests from outside."""
+        finished: list[Request] = super().finish_requests(request_ids, finished_status)
+        self._held = [request for request in self._held if request not in finished]
+        return finished
+
+    # ---- what a failure demands
+
+    def _obey(self, orders: SchedulerOrders) -> None:
+        if orders.end_all:
+            self._end(list(self.requests), orders.end_all)
+        for aside in orders.aside:
+            self._set_aside(aside)
+        pool = self.kv_cache_manager.block_pool
+        if orders.spoilt:
+            pool.evict_blocks(orders.spoilt)
+        for usable in orders.usable:
+            self._use_blocks(usable)
+        if orders.keep is not None:
+            self._evict_unheld_blocks(orders.keep)
+
+    def _set_aside(self, aside: Aside) -> None:
+        """End a request, or preempt it; the tokens that it had in flight will not come."""
+        request = self.requests.get(aside.request)
+        if request is None:
+            return
+        if aside.reason:
+            self._end([aside.request], aside.reason)
+            return
+        if request.status == RequestStatus.RUNNING:
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic())
+            self.prev_step_scheduled_req_ids.discard(aside.request)
+        if not aside.known and request.status == RequestStatus.PREEMPTED:
+            # No node has ever heard of it: it has to be introduced like a new one.
+            request.status = RequestStatus.WAITING
+
+    def _use_blocks(self, usable: frozenset[int] | None) -> None:
+        """Give out these blocks only."""
+        pool = self.kv_cache_manager.block_pool
+        for block_id in [b for b in self._withheld if usable is None or b in usable]:
+            pool.free_block_queue.append(self._withheld.pop(block_id))
+        if usable is not None:
+            surplus = [
+                b for b in pool.blocks if not (b.is_null or b.block_id in usable or b.block_id in self._withheld)
+            ]
+            if strays := [block.block_id for block in surplus if block.ref_cnt]:
+                raise AssertionError(f"blocks {strays} are in use and beyond this pipeline's share")
+            # A prefix is of no use without its beginning, so all that nobody holds goes.
+            self._evict_unheld_blocks(frozenset())
+            for block in surplus:
+                pool.free_block_queue.remove(block)
+                self._withheld[block.block_id] = block
+        for request in reversed(self._held):
+            self.waiting.prepend_request(request)
+        self._held.clear()
+
+    def _hold_back(self) -> None:
+        """Take requests out of the queue that no preemption can make room for."""
+        if not self._withheld:
+            return
+        room = (self.kv_cache_config.num_blocks - 1 - len(self._withheld)) * self.cache_config.block_size
+        too_long = [request for request in self.waiting if request.num_tokens >= room]
+        if too_long:
+            self.waiting.remove_requests(too_long)
+            self._held += too_long
 
     def _evict_unheld_blocks(self, keep: frozenset[int]) -> None:
         """Forget cached blocks that no live request holds, but `keep`, which came back from replicas."""

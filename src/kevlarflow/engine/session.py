@@ -21,16 +21,19 @@ from typing import Any
 
 import msgspec
 
+from kevlarflow.engine import translate
 from kevlarflow.engine.links import NodeLinks
+from kevlarflow.engine.orders import SchedulerOrders
 from kevlarflow.errors import StartupFailed
 from kevlarflow.recovery import pipeline_events as core
 from kevlarflow.recovery.coverage import Replica
-from kevlarflow.recovery.ledger import Step, StepResult
+from kevlarflow.recovery.ledger import Step
 from kevlarflow.recovery.pipeline import Phase, Pipeline
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.types import LaneCoverage, Member, PipelineId, Stage
 from kevlarflow.wire import steps
 from kevlarflow.wire.messages import AnyMessage, Form, Formed, Hasten, MemberFailed, Standbys, Suspend
+from kevlarflow.wire.orders import formation_ordered
 
 log = logging.getLogger("kevlarflow.engine")
 
@@ -54,17 +57,11 @@ class StepFuture(Future[Any]):
 
 
 class Session:
-    """See the module's text.
+    """See the module's text."""
 
-    `translate` turns a node's (output, generators) into what the ledger has to know; `abandoned` makes the value
-    that a step's future gets, given the reason, when the step will never have a result.
-    """
-
-    def __init__(self, pipeline: PipelineId, limits: Limits, translate: Any, abandoned: Any) -> None:
+    def __init__(self, pipeline: PipelineId, limits: Limits) -> None:
         self.pipeline = pipeline
         self._core = Pipeline(limits)
-        self._translate = translate
-        self._abandoned = abandoned
         self._door = threading.Lock()
         self._mailbox: collections.deque[Form | Suspend | Standbys | Hasten] = collections.deque(maxlen=MAX_ORDERS)
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -74,9 +71,10 @@ class Session:
         self._payloads: dict[int, tuple[bytes, bytes]] = {}
         self._outputs: dict[int, Any] = {}
         self._descriptions: list[bytes] = []
-        self._evict: frozenset[int] | None = None
-        self._abandonment = ""
-        """Why all requests have to end; until the scheduler has heard of it."""
+        self._orders = SchedulerOrders()
+        """What the scheduler has yet to hear."""
+        self.shares = 1
+        """Lanes that share the KV memory of the busiest node, as the last order said."""
         self._replicated_last: dict[Stage, steps.Replicated] = {}
         self._dropped_replicas: collections.Counter[Stage] = collections.Counter()
         self._lost_requests = 0
@@ -87,15 +85,12 @@ class Session:
 
     # ---- the engine thread
 
-    def begin_scheduling(self) -> tuple[int, frozenset[int] | None, str]:
-        """Called before the scheduler makes a step.
-
-        Returns (formation count, blocks to keep when it has to evict or None, why all requests have to end or "").
-        """
+    def begin_scheduling(self) -> tuple[int, SchedulerOrders]:
+        """Called before the scheduler makes a step; returns (formation count, what to do first)."""
         with self._door:
-            keep, self._evict = self._evict, None
-            reason, self._abandonment = self._abandonment or self.suspended_reason, ""
-            return self._core.formations, keep, reason
+            orders, self._orders = self._orders, SchedulerOrders()
+            orders.end_all = orders.end_all or self.suspended_reason
+            return self._core.formations, orders
 
     def issue(self, step: Step, scheduled: Any, grammar: Any) -> StepFuture:
         """Send a step to the pipeline."""
@@ -138,7 +133,7 @@ class Session:
     @property
     def members(self) -> tuple[Member, ...]:
         """The current members, in stage order."""
-        return tuple(node.member for node in self._core.nodes)
+        return self._core.members
 
     # ---- start-up
 
@@ -202,8 +197,8 @@ class Session:
         while self._mailbox:
             order = self._mailbox.popleft()
             if isinstance(order, Form):
-                planned = order.cause.is_planned
-                self._handle(core.FormationOrdered(order.epoch, order.nodes, order.released, planned))
+                formation, self.shares = formation_ordered(order, self.shares), order.shares
+                self._handle(formation)
             elif isinstance(order, Suspend):
                 self._handle(core.SuspensionOrdered(order.epoch, order.reason))
             elif isinstance(order, Hasten):
@@ -222,7 +217,7 @@ class Session:
                 if epoch == self._core.epoch:
                     output, generators = pickle.loads(payload[0])
                     self._outputs[sequence] = output
-                    result: StepResult = self._translate(output, generators)
+                    result = translate.result_of(output, generators)
                     self._handle(core.StepExecuted(epoch, sequence, result))
             case steps.StepFailed(epoch=epoch, sequence=sequence, stage=stage, reason=reason):
                 log.error("step %d failed at stage %d: %s", sequence, stage, reason)
@@ -299,14 +294,14 @@ class Session:
         match command:
             case core.Execute():
                 self._execute(command)
-            case core.Deliver(sequence):
-                self._finish(sequence, self._outputs.pop(sequence, None))
+            case core.Deliver(sequence, left_out):
+                self._finish(sequence, translate.completed(self._outputs.pop(sequence, None), left_out))
             case core.Abandon(sequence, reason):
-                self._finish(sequence, self._abandoned(reason))
+                self._finish(sequence, translate.abandoned(reason))
             case core.AbandonEverything(reason):
-                self._abandonment = reason
-            case core.EvictPrefixCache(keep):
-                self._evict = keep if self._evict is None else keep & self._evict
+                self._orders.end_all = reason
+            case core.SetAside() | core.UseBlocks() | core.EvictPrefixCache():
+                self._orders.add(command)
             case core.FormationDone(epoch, seconds, requests, tokens):
                 lost, self._lost_requests = self._lost_requests, 0
                 self._report(Formed(self.pipeline, epoch, seconds, requests, lost, tokens))
@@ -318,9 +313,10 @@ class Session:
     def _form(self, command: core.FormingCommand) -> None:
         pipeline, epoch, nodes = self.pipeline, self._core.epoch, self._core.nodes
         match command:
-            case core.Join(stage):
+            case core.Join(stage, usable, orphans):
                 following = nodes[stage + 1].activation_address if stage + 1 < len(nodes) else ""
-                self._links.send(stage, steps.Join(pipeline, epoch, stage, following))
+                payload = pickle.dumps(usable, pickle.HIGHEST_PROTOCOL)
+                self._links.send(stage, steps.Join(pipeline, epoch, stage, following, orphans), payload)
             case core.Leave(node):
                 self._links.send_once(node.step_address, steps.Leave(pipeline, epoch))
             case core.Recompute(sequence, chunk):
@@ -345,7 +341,8 @@ class Session:
             self._links.send(Stage(stage), header, payload)
 
     def _execute(self, command: core.Execute) -> None:
-        scheduled, grammar = self._payloads[command.sequence]
+        payload = self._payloads[command.sequence]
+        scheduled, grammar = translate.leave_out(payload, command.left_out) if command.left_out else payload
         writes = tuple((each.block, each.generation, each.filled, each.depth) for each in command.writes)
         header = steps.Execute(self.pipeline, self._core.epoch, command.sequence, command.has_tokens, writes)
         last = len(self._core.nodes) - 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
 from collections.abc import Sequence
 
-from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, NewRequestData, SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from kevlarflow.errors import ProtocolViolation
@@ -47,6 +49,58 @@ def has_news(output: SchedulerOutput) -> bool:
 def result_of(output: ModelRunnerOutput, generators: dict[str, bytes]) -> StepResult:
     """What the ledger has to know of a `ModelRunnerOutput`."""
     return StepResult(tokens=dict(zip(output.req_ids, output.sampled_token_ids, strict=True)), generators=generators)
+
+
+@dataclasses.dataclass
+class AbandonedOutput(ModelRunnerOutput):
+    """Stands for the output of a step that will never have one; the scheduler hook ends its requests."""
+
+    reason: str = ""
+
+
+def abandoned(reason: str) -> AbandonedOutput:
+    """What vLLM gets for a step that will never have an output."""
+    return AbandonedOutput(req_ids=[], req_id_to_index={}, reason=reason)
+
+
+def completed(output: ModelRunnerOutput | None, left_out: frozenset[str]) -> ModelRunnerOutput | None:
+    """The output for vLLM, in which requests that were left out of the step have sampled nothing."""
+    if not left_out:
+        return output
+    output = output or ModelRunnerOutput(req_ids=[], req_id_to_index={})
+    for request in sorted(left_out - output.req_id_to_index.keys()):
+        output.req_id_to_index[request] = len(output.req_ids)
+        output.req_ids.append(request)
+        output.sampled_token_ids.append([])
+    return output
+
+
+def leave_out(payload: tuple[bytes, bytes], requests: frozenset[str]) -> tuple[bytes, bytes]:
+    """A pickled step, (`SchedulerOutput`, `GrammarOutput` or None), as if these requests were not in it."""
+    step: SchedulerOutput = pickle.loads(payload[0])
+    grammar: GrammarOutput | None = pickle.loads(payload[1])
+    step.scheduled_new_reqs = [new for new in step.scheduled_new_reqs if new.req_id not in requests]
+    step.scheduled_cached_reqs = _cached_without(step.scheduled_cached_reqs, requests)
+    step.num_scheduled_tokens = {r: n for r, n in step.num_scheduled_tokens.items() if r not in requests}
+    step.total_num_scheduled_tokens = sum(step.num_scheduled_tokens.values())
+    if grammar is not None:
+        rows = [row for row, r in enumerate(grammar.structured_output_request_ids) if r not in requests]
+        ids = [grammar.structured_output_request_ids[row] for row in rows]
+        grammar = GrammarOutput(ids, grammar.grammar_bitmask[rows]) if rows else None
+    return pickle.dumps(step, pickle.HIGHEST_PROTOCOL), pickle.dumps(grammar, pickle.HIGHEST_PROTOCOL)
+
+
+def _cached_without(cached: CachedRequestData, requests: frozenset[str]) -> CachedRequestData:
+    kept = [index for index, request in enumerate(cached.req_ids) if request not in requests]
+    return CachedRequestData(
+        req_ids=[cached.req_ids[index] for index in kept],
+        resumed_req_ids=cached.resumed_req_ids - requests,
+        new_token_ids=[cached.new_token_ids[index] for index in kept] if cached.new_token_ids else [],
+        all_token_ids={r: tokens for r, tokens in cached.all_token_ids.items() if r not in requests},
+        new_block_ids=[cached.new_block_ids[index] for index in kept],
+        num_computed_tokens=[cached.num_computed_tokens[index] for index in kept],
+        num_output_tokens=[cached.num_output_tokens[index] for index in kept],
+    )
 
 
 def _admission(new: NewRequestData) -> Admission:

@@ -5,8 +5,8 @@ which opens no port, and then puts `LoneStageGroup` where vLLM keeps its pipelin
 refuses to communicate. That is all that model code asks of it; activations travel outside of torch
 (`kevlarflow.node.lanes`).
 
-Every lane has a model runner of its own (about 13 MB) over the same module and the same KV tensors, which hold
-`lanes` times the blocks. Memory that no lane has used yet costs nothing: the kernel backs a page when it is written.
+Every lane has a model runner of its own (about 13 MB) over the same module and the same KV tensors, which have room for
+one lane; `node.block_map` says which of their blocks are whose.
 
 Non-public names of vLLM, all used in this module only: `parallel_state._PP`, the attributes of `GroupCoordinator`,
 `gpu_worker.init_worker_distributed_environment`, `CPUModelRunner.initialize_kv_cache_tensors`,
@@ -16,7 +16,6 @@ Non-public names of vLLM, all used in this module only: `parallel_state._PP`, th
 from __future__ import annotations
 
 import collections
-import copy
 import functools
 import inspect
 from collections.abc import Iterator
@@ -43,7 +42,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from kevlarflow.errors import StartupFailed
 from kevlarflow.node.compiled import load_or_compile
 from kevlarflow.node.kv_blocks import HostKvBlocks
-from kevlarflow.node.stage import StageDescription
+from kevlarflow.node.stage import LaneRunner, StageDescription
 from kevlarflow.node.v1_runner import V1LaneRunner
 from kevlarflow.replication.memory import map_memory
 
@@ -105,8 +104,8 @@ class LoneStageGroup(GroupCoordinator):
 class _FirstModelRunner(CPUModelRunner):
     """The runner that owns the KV tensors, in memory that the kernel backs page by page as it is written.
 
-    vLLM allocates them with `torch.zeros`, which writes every page: seconds for each GiB, and all of the reserved
-    lanes at once. Mapped memory reads as zero and costs nothing until it is used.
+    vLLM allocates them with `torch.zeros`, which writes every page: seconds for each GiB, before the node is ready.
+    Mapped memory reads as zero and costs nothing until it is used.
     """
 
     compile_lock: Path
@@ -193,7 +192,7 @@ def _no_listening() -> Iterator[None]:
 class CpuStage:
     """`StageDevice` for vLLM's CPU build.
 
-    `lanes` is how many lanes the KV memory is made for; `compile_lock` is a file that nodes of the same stage share,
+    `lanes` is how many lanes can share the KV memory; `compile_lock` is a file that nodes of the same stage share,
     so that one of them compiles and the others load that.
     """
 
@@ -223,9 +222,9 @@ class CpuStage:
         assert self._description is not None, "load() comes first"
         return self._description
 
-    def lane(self, slot: int) -> V1LaneRunner:
-        """See `StageDevice.lane`."""
-        return self._runners[slot]
+    def runners(self) -> list[LaneRunner]:
+        """See `StageDevice.runners`."""
+        return list(self._runners)
 
     def kv_blocks(self) -> HostKvBlocks:
         """See `StageDevice.kv_blocks`."""
@@ -248,44 +247,30 @@ class CpuStage:
         worker.set_kv_cache_layout(layout.name)
         available = worker.determine_available_memory()
         try:
-            one_lane = get_kv_cache_configs(self._config, [spec], [available])[0]
+            kv_cache = get_kv_cache_configs(self._config, [spec], [available])[0]
         except ValueError as error:
             raise StartupFailed(str(error).splitlines()[0]) from error
-        one_lane.kv_cache_layout = layout.name
-        one_lane.hash_block_size = resolve_kv_cache_block_sizes(one_lane, self._config)[1]
-        all_lanes = _times(one_lane, self._lanes)
-        worker.initialize_from_config(all_lanes)
+        kv_cache.kv_cache_layout = layout.name
+        kv_cache.hash_block_size = resolve_kv_cache_block_sizes(kv_cache, self._config)[1]
+        worker.initialize_from_config(kv_cache)
         times = worker.compile_or_warm_up_model()
-        self._make_lanes(worker.model_runner, all_lanes, one_lane.num_blocks)
+        self._make_runners(worker.model_runner, kv_cache)
         self._description = StageDescription(
             kv_cache_spec=spec,
             kv_cache_layouts=layouts,
             available_memory=available,
-            num_blocks=one_lane.num_blocks,
+            num_blocks=kv_cache.num_blocks,
             block_size=next(iter(spec.values())).block_size,
             supported_tasks=tuple(worker.get_supported_tasks()),
             compilation_seconds=times.language_model,
         )
 
-    def _make_lanes(self, first: CPUModelRunner, all_lanes: KVCacheConfig, blocks_per_lane: int) -> None:
+    def _make_runners(self, first: CPUModelRunner, kv_cache: KVCacheConfig) -> None:
         self._kv_blocks = HostKvBlocks(first.kv_caches)
         runners = [first]
         for _ in range(1, self._lanes):
             runner = _LaneModelRunner(self._config, first)
-            runner.initialize_kv_cache(all_lanes)
+            runner.initialize_kv_cache(kv_cache)
             self._prepare_activations(runner)
             runners.append(runner)
-        self._runners = [V1LaneRunner(r, slot * blocks_per_lane) for slot, r in enumerate(runners)]
-
-
-def _times(config: KVCacheConfig, lanes: int) -> KVCacheConfig:
-    """The same KV cache with `lanes` times the blocks, in vLLM's layer-outermost layout."""
-    larger = copy.deepcopy(config)
-    larger.num_blocks *= lanes
-    for tensor in larger.kv_cache_tensors:
-        if len(tensor.layers) > 1 and tensor.layer_stride != tensor.block_stride * config.num_blocks:
-            raise StartupFailed("the KV cache layout is not layer-outermost: KevlarFlow cannot split it into lanes")
-        tensor.size *= lanes
-        tensor.layer_stride *= lanes
-        tensor.offset *= lanes
-    return larger
+        self._runners = [V1LaneRunner(runner) for runner in runners]

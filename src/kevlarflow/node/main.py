@@ -33,7 +33,7 @@ from kevlarflow.node.stage import Activations, Sampled, StageDevice
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.replication.standby import Bounds
 from kevlarflow.replication.zmq_transfer import ZmqTransfer
-from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
+from kevlarflow.types import Member, NodeInfo, Stage
 from kevlarflow.wire import steps
 from kevlarflow.wire.messages import NodeStarting
 
@@ -83,7 +83,7 @@ class NodeServer:
         self._member = member
         self._stage = stage
         self._progress = progress
-        self._lanes = Lanes([], is_first_stage=stage == 0)
+        self._lanes = Lanes([], 0, is_first_stage=stage == 0)
         self._description = b""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         name = f"{member.node}-{member.incarnation}"
@@ -110,9 +110,8 @@ class NodeServer:
 
     def attach(self, device: StageDevice) -> NodeInfo:
         """Take over a loaded device; returns what the node says of itself."""
-        count = self._config.reserve_lanes + 1
-        self._lanes = Lanes([device.lane(slot) for slot in range(count)], is_first_stage=self._stage == 0)
-        description = device.description()
+        description, runners = device.description(), device.runners()
+        self._lanes = Lanes(runners, description.num_blocks, is_first_stage=self._stage == 0)
         self._description = pickle.dumps(description)
         replica_address = self._replicate(device) if self._config.standby_memory_bytes else ""
         return NodeInfo(
@@ -123,7 +122,8 @@ class NodeServer:
             pids=(os.getpid(),),
             step_address=f"ipc://{self._step_path}",
             activation_address=f"ipc://{self._activation_path}",
-            lanes=count,
+            lanes=len(runners),
+            kv_blocks=description.num_blocks,
             replica_address=replica_address,
         )
 
@@ -133,11 +133,9 @@ class NodeServer:
         address = f"ipc://{config.path(f'{self._member.node}-{self._member.incarnation}.kv')}"
         bounds = Bounds(config.pipelines, description.num_blocks, description.block_size, kv.block_bytes)
         transfer = ZmqTransfer(address, kv.block_bytes, config.pipelines)
-        # The node's own lane has the first slot; the next one is for the first lane that it takes over.
-        reserve = description.num_blocks if config.reserve_lanes else None
-        replicator = Replicator(config, self._member, self._stage, kv, bounds, transfer, reserve)
+        replicator = Replicator(config, self._member, self._stage, kv, bounds, transfer)
         replicator.start()
-        self._replicas = LaneReplicas(replicator, kv, description.num_blocks)
+        self._replicas = LaneReplicas(replicator, kv)
         return address
 
     def serve(self) -> None:
@@ -175,14 +173,12 @@ class NodeServer:
             case steps.Describe():
                 self._answer(engine, steps.Description(), self._description)
             case steps.Join():
-                self._join(engine, header)
+                self._join(engine, header, payload)
             case steps.Leave():
                 self._leave(header)
             case steps.AssignStandby() | steps.Hasten():
                 self._take_from_engine_about_replicas(header)
-            case steps.Place(pipeline, epoch):
-                self._place(engine, pipeline, epoch, payload)
-            case steps.Execute() | steps.Recompute() | steps.Restore() | steps.PlaceRest():
+            case steps.Execute() | steps.Recompute() | steps.Restore() | steps.Place() | steps.PlaceRest():
                 if not self._lanes.add_work(Work(engine, header, payload)):
                     self.dropped += 1
             case _:
@@ -204,7 +200,9 @@ class NodeServer:
             if self._replicas:
                 self._replicas.close(left)
 
-    def _join(self, engine: bytes, join: steps.Join) -> None:
+    def _join(self, engine: bytes, join: steps.Join, payload: list[bytes]) -> None:
+        for orphan in join.orphans:
+            self._leave(steps.Leave(*orphan))
         lane = self._lanes.open(join.pipeline, join.epoch) if join.stage == self._stage else None
         if lane is None:
             reason = f"{self._member} serves stage {self._stage} and has no lane for epoch {join.epoch}"
@@ -214,22 +212,13 @@ class NodeServer:
         lane.engine = engine
         if self._replicas:
             self._replicas.open(lane)
+        self._lanes.share(lane, pickle.loads(payload[0]))
         if join.next_address:
             lane.link = self._context.socket(zmq.PUSH)
             lane.link.setsockopt(zmq.LINGER, 0)
             lane.link.setsockopt(zmq.SNDHWM, MAX_WAITING_MESSAGES)
             lane.link.connect(join.next_address)
         self._answer(engine, steps.Joined(join.pipeline, join.epoch, join.stage, self._member))
-
-    def _place(self, engine: bytes, pipeline: PipelineId, epoch: Epoch, payload: list[bytes]) -> None:
-        lane = self._lanes.current(pipeline, epoch)
-        if lane is None:
-            self.dropped += 1
-            return
-        now, later = pickle.loads(payload[0])
-        missing = self._replicas.place(lane, now, later) if self._replicas else (*now, *later)
-        tags = tuple((replica.block, replica.generation, replica.filled) for replica in missing)
-        self._answer(engine, steps.Placed(pipeline, epoch, self._stage, tags))
 
     def _pass_on_outcomes(self) -> None:
         """Tell engines what the standbys have confirmed."""
@@ -284,12 +273,20 @@ class NodeServer:
                     self._answer(work.engine, steps.Recomputed(pipeline, epoch, sequence))
                 elif output is not None:
                     self._forward(lane, sequence, output)
+            case steps.Place():
+                self._place(lane, work)
             case steps.PlaceRest(pipeline, epoch):
                 if self._replicas:
                     self._replicas.place_rest(lane)
                 self._answer(work.engine, steps.Placed(pipeline, epoch, self._stage, ()))
             case steps.Execute():
                 self._execute(lane, work, work.header, activations)
+
+    def _place(self, lane: Lane, work: Work) -> None:
+        now, later = pickle.loads(work.payload[0])
+        missing = self._replicas.place(lane, now, later) if self._replicas else (*now, *later)
+        tags = tuple((replica.block, replica.generation, replica.filled) for replica in missing)
+        self._answer(work.engine, steps.Placed(lane.pipeline, lane.epoch, self._stage, tags))
 
     def _execute(self, lane: Lane, work: Work, step: steps.Execute, activations: Activations | None) -> None:
         written = [Replica(*each) for each in step.writes]

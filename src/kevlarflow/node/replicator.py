@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kevlarflow.config import ServeConfig
 from kevlarflow.replication.blocks import KvBlocks
@@ -36,7 +36,7 @@ AFTER_FAILURE_SECONDS = 0.1
 
 
 class Replicator(threading.Thread):
-    """See the module's text. `reserve` is the first block of the memory that a lost lane would be put into, if any."""
+    """See the module's text."""
 
     def __init__(
         self,
@@ -46,7 +46,6 @@ class Replicator(threading.Thread):
         blocks: KvBlocks,
         bounds: Bounds,
         transfer: Transfer,
-        reserve: int | None = None,
     ) -> None:
         super().__init__(name="replicator", daemon=True)
         self._config = config
@@ -54,7 +53,6 @@ class Replicator(threading.Thread):
         self._blocks = blocks
         self._bounds = bounds
         self._transfer = transfer
-        self._reserve = reserve
         self._backed: set[int] = set()
         self.store = StandbyStore(config.standby_memory_bytes, blocks.block_bytes)
         self._standby = Standby(member, stage, self.store, bounds)
@@ -65,10 +63,10 @@ class Replicator(threading.Thread):
 
     # ---- the main thread
 
-    def lane(self, pipeline: PipelineId, first_block: int) -> LaneReplication:
-        """Begin to replicate a lane."""
+    def lane(self, pipeline: PipelineId, table: Sequence[int]) -> LaneReplication:
+        """Begin to replicate a lane whose block b is at physical block `table[b]`."""
         queue = ReplicationQueue(self._bounds.block_size, self._config.replication_interval_tokens)
-        return self._source.lane(pipeline, first_block, queue)
+        return self._source.lane(pipeline, table, queue)
 
     def leave(self, pipeline: PipelineId) -> None:
         """The lane is not served here any more."""
@@ -124,9 +122,10 @@ class Replicator(threading.Thread):
         return self._source.turn(self._transfer, time.monotonic())
 
     def _back(self, block: int) -> None:
-        if self._reserve is not None and block not in self._backed:
+        """Back one more of the blocks that a lost lane would get: the block map gives away the last ones first."""
+        if block not in self._backed:
             self._backed.add(block)
-            self._blocks.populate(self._reserve + block)
+            self._blocks.populate(self._bounds.blocks - len(self._backed))
 
     def _report(self, outcome: steps.Replicated) -> None:
         self.outcomes.append(outcome)

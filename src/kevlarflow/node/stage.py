@@ -57,6 +57,9 @@ class LaneRunner(Protocol):
     def recompute(self, chunk: Chunk, activations: Activations | None) -> Activations | None:
         """Write the KV of a chunk without sampling; the last stage gathers owed prompt log-probabilities."""
 
+    def use_blocks(self, table: Sequence[int]) -> None:
+        """Find block b of every step at physical block `table[b]`, from now on."""
+
     def reset(self) -> None:
         """Forget all requests; the KV memory stays as it is."""
 
@@ -73,8 +76,8 @@ class StageDevice(Protocol):
     def description(self) -> StageDescription:
         """See `StageDescription`; after `load`."""
 
-    def lane(self, slot: int) -> LaneRunner:
-        """The runner of KV slot `slot`, 0 to lanes - 1."""
+    def runners(self) -> list[LaneRunner]:
+        """A runner for each lane that there can be, over the same weights and KV memory."""
 
     def kv_blocks(self) -> KvBlocks:
         """KV memory of all lanes; lane `slot` begins at block `slot * num_blocks`."""

@@ -1,8 +1,8 @@
 """Runner state over vLLM's V1 model runner: the only module that knows how that runner keeps requests.
 
-A lane is a runner of its own over shared weights and shared KV tensors. The KV tensors hold `lanes` times the blocks
-of one lane, and lane `slot` sees block `b` of its scheduler at `slot * blocks_per_lane + b`; the shift happens here,
-on the way in, so neither the scheduler nor the kernels know of it.
+A lane is a runner of its own over shared weights and shared KV tensors. Where block `b` of its scheduler is in those
+tensors says the lane's block table (`node.block_map`); ids are translated here, on the way in, so neither the scheduler
+nor the kernels know of it.
 
 Non-public names of vLLM that are used, all checked by `check_runner`: `requests`, `input_batch`,
 `num_prompt_logprobs`, `execute_model_state`, `discard_request_mask`, `_get_prompt_logprobs_dict`,
@@ -51,18 +51,22 @@ def check_runner(runner: Any) -> None:
 class V1LaneRunner:
     """`LaneRunner` over a V1 `GPUModelRunner` or one of its subclasses."""
 
-    def __init__(self, runner: Any, first_block: int) -> None:
+    def __init__(self, runner: Any) -> None:
         check_runner(runner)
         self._runner = runner
-        self._first_block = first_block
+        self._table: Sequence[int] = ()
         self._gathered: dict[str, Any] = {}
         """Prompt log-probabilities that recompute chunks have gathered so far."""
+
+    def use_blocks(self, table: Sequence[int]) -> None:
+        """See `LaneRunner.use_blocks`."""
+        self._table = table
 
     # ---- running
 
     def execute(self, step: Any, activations: Activations | None, grammar: Any) -> Activations | Sampled | None:
         """See `LaneRunner.execute`."""
-        shift_blocks(step, self._first_block)
+        translate_blocks(step, self._table)
         with torch.inference_mode():
             output = self._runner.execute_model(step, _wrap(activations))
             if isinstance(output, IntermediateTensors):
@@ -122,7 +126,7 @@ class V1LaneRunner:
             mm_features=[],
             sampling_params=SamplingParams(temperature=0.0),
             pooling_params=None,
-            block_ids=([block + self._first_block for block in span.blocks],),
+            block_ids=([self._table[block] for block in span.blocks],),
             num_computed_tokens=span.start,
             lora_request=None,
         )
@@ -165,7 +169,7 @@ class V1LaneRunner:
                 mm_features=[],
                 sampling_params=entry.sampling,
                 generator=self._generator(entry),
-                block_ids=([block + self._first_block for block in entry.blocks],),
+                block_ids=([self._table[block] for block in entry.blocks],),
                 num_computed_tokens=entry.computed,
                 output_token_ids=list(entry.output),
                 in_progress_prompt_logprobs_cpu=self._gathered.pop(entry.request, None),
@@ -192,19 +196,15 @@ def _wrap(activations: Activations | None) -> IntermediateTensors | None:
     return None if activations is None else IntermediateTensors(dict(activations))
 
 
-def shift_blocks(step: SchedulerOutput, first_block: int) -> None:
-    """Move every block id of a step, in place, to the lane's part of the KV memory."""
-    if not first_block:
-        return
+def translate_blocks(step: SchedulerOutput, table: Sequence[int]) -> None:
+    """Put the physical block in place of every block id of a step."""
     for new in step.scheduled_new_reqs:
-        new.block_ids = _shifted(new.block_ids, first_block)
+        new.block_ids = _translated(new.block_ids, table)
     cached: CachedRequestData = step.scheduled_cached_reqs
-    cached.new_block_ids = [
-        None if blocks is None else _shifted(blocks, first_block) for blocks in cached.new_block_ids
-    ]
+    cached.new_block_ids = [None if blocks is None else _translated(blocks, table) for blocks in cached.new_block_ids]
     if step.new_block_ids_to_zero:
-        step.new_block_ids_to_zero = [block + first_block for block in step.new_block_ids_to_zero]
+        step.new_block_ids_to_zero = [table[block] for block in step.new_block_ids_to_zero]
 
 
-def _shifted(blocks: tuple[list[int], ...], first_block: int) -> tuple[list[int], ...]:
-    return tuple([block + first_block for block in group] for group in blocks)
+def _translated(blocks: tuple[list[int], ...], table: Sequence[int]) -> tuple[list[int], ...]:
+    return tuple([table[block] for block in group] for group in blocks)

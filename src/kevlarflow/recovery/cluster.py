@@ -118,6 +118,9 @@ class Cluster(Grid):
             if pipeline.news:
                 self.narrate(pipeline.news)
                 pipeline.news = ""
+        for pipeline in self.pipelines:
+            if self.aborted is None:
+                formation.balance(self, pipeline)
         return self.commands
 
     def snapshot(self) -> Snapshot:

@@ -67,7 +67,7 @@ def tables(step: Step) -> Iterable[tuple[str, Sequence[int], int]]:
 
 def allocated(step: Step, block_size: int) -> set[int]:
     """Blocks that the step takes for new tokens; those of a prefix hit keep their content."""
-    taken: set[int] = set()
+    taken = set(step.void)
     for _, blocks, hit in tables(step):
         taken.update(blocks[hit // block_size :])
     for going_on in step.continuations:
@@ -76,38 +76,62 @@ def allocated(step: Step, block_size: int) -> set[int]:
     return taken
 
 
+def advance(tables: dict[str, list[int]], step: Step) -> None:
+    """Fold a step into block tables, in place."""
+    for request in step.finished | step.preempted:
+        tables.pop(request, None)
+    for admission in step.admissions:
+        tables[admission.request] = list(admission.blocks)
+    for going_on in step.continuations:
+        table = tables.setdefault(going_on.request, [])
+        if going_on.resumed:
+            table.clear()
+        table.extend(going_on.new_blocks)
+
+
+def written_blocks(tables: Mapping[str, Sequence[int]], step: Step, block_size: int) -> dict[str, Sequence[int]]:
+    """Blocks that each request of a step writes, given the tables as of that step."""
+    starts = _starts(step)
+    return {
+        request: tables[request][starts[request] // block_size : -(-(starts[request] + count) // block_size)]
+        for request, count in step.scheduled.items()
+    }
+
+
+def _starts(step: Step) -> dict[str, int]:
+    """Tokens that each request has computed before the step."""
+    starts = {admission.request: admission.computed for admission in step.admissions}
+    starts.update((going_on.request, going_on.computed) for going_on in step.continuations)
+    return starts
+
+
 class IssuedTables:
     """Block tables as of the last issued step (the ledger's are as of the last completed one)."""
 
     def __init__(self) -> None:
-        self._tables: dict[str, list[int]] = {}
+        self.tables: dict[str, list[int]] = {}
 
     def clear(self) -> None:
         """Forget all requests."""
-        self._tables.clear()
+        self.tables.clear()
 
-    def issue(self, step: Step, generations: Generations, block_size: int) -> tuple[Replica, ...]:
-        """Fold a step in; returns what each block that it writes holds after it."""
-        for request in step.finished | step.preempted:
-            self._tables.pop(request, None)
-        starts: dict[str, int] = {}
-        for admission in step.admissions:
-            self._tables[admission.request] = list(admission.blocks)
-            starts[admission.request] = admission.computed
-        for going_on in step.continuations:
-            table = self._tables.setdefault(going_on.request, [])
-            if going_on.resumed:
-                table.clear()
-            table.extend(going_on.new_blocks)
-            starts[going_on.request] = going_on.computed
-        written = []
-        for request, count in step.scheduled.items():
-            start, end = starts[request], starts[request] + count
-            for index in range(start // block_size, -(-end // block_size)):
-                block = self._tables[request][index]
-                filled = min(block_size, end - index * block_size)
-                written.append(Replica(block, generations[block], filled, depth=index))
-        return tuple(written)
+    def forget(self, requests: Iterable[str]) -> None:
+        """These have lost their blocks."""
+        for request in requests:
+            self.tables.pop(request, None)
+
+    def issue(self, step: Step, generations: Generations, block_size: int) -> dict[str, tuple[Replica, ...]]:
+        """Fold a step in; returns what each block that it writes holds after it, by request."""
+        advance(self.tables, step)
+        starts = _starts(step)
+        written = {}
+        for request, blocks in written_blocks(self.tables, step, block_size).items():
+            first, end = starts[request] // block_size, starts[request] + step.scheduled[request]
+            written[request] = tuple(
+                Replica(block, generations[block], min(block_size, end - depth * block_size), depth)
+                for depth, block in enumerate(blocks, first)
+            )
+        return written
 
 
 class Coverage:

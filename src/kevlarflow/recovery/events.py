@@ -167,6 +167,7 @@ class EngineAttached(Event, frozen=True):
     pid: int
     epoch: Epoch
     members: tuple[Member, ...]
+    shares: int = 1
 
 
 class EngineReady(Event, frozen=True):
@@ -281,6 +282,8 @@ class Form(Command, frozen=True):
     released: tuple[NodeInfo, ...]
     cause: Cause
     lost_stages: tuple[Stage, ...]
+    shares: int = 1
+    orphans: tuple[tuple[PipelineId, Epoch], ...] = ()
 
 
 class Suspend(Command, frozen=True):

@@ -9,7 +9,9 @@ comparison, and its order, with a higher epoch, replaces the one that is under w
 
 from __future__ import annotations
 
-from kevlarflow.recovery import drain, events, records
+import msgspec
+
+from kevlarflow.recovery import drain, events, records, shares
 from kevlarflow.recovery.events import Form, KillEngine, KillNode, Suspend
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import NO_EPOCH, Pipeline, node_id, subject
@@ -271,6 +273,7 @@ def _adopt(grid: Grid, pipeline: Pipeline, claim: events.EngineAttached) -> bool
         for stage, slot in enumerate(slots)
     ]
     pipeline.formed = True
+    pipeline.shares = claim.shares
     pipeline.leaving -= {member for member in pipeline.members if member is not None}
     grid.step_pipeline(pipeline, PipelineStep.SERVE)
     holes = pipeline.holes
@@ -337,6 +340,25 @@ def candidates(grid: Grid, pipeline: Pipeline, stage: Stage) -> list[Candidate]:
     ]
 
 
+def balance(grid: Grid, pipeline: Pipeline) -> None:
+    """Form a pipeline anew whose share has changed, or that waits for the blocks of a lane without an engine."""
+    if not (pipeline.forming or pipeline.formed) or pipeline.holes or not pipeline.engine.attached:
+        return
+    share, orphans = shares.shares(grid, pipeline), shares.orphans(grid, pipeline)
+    order = pipeline.order
+    waits = pipeline.forming and isinstance(order, Form) and not set(orphans) <= set(order.orphans)
+    if not waits and share == pipeline.shares:
+        return
+    if isinstance(order, Form) and order in grid.commands:
+        # Somebody else has moved in the same moment: this is not on its way yet.
+        pipeline.shares = share
+        pipeline.order = msgspec.structs.replace(order, shares=share, orphans=orphans)
+        grid.commands[grid.commands.index(order)] = pipeline.order
+    else:
+        cause = order.cause if pipeline.forming and isinstance(order, Form) else Cause.SHARE
+        form(grid, pipeline, {}, cause)
+
+
 # ---- orders to engines
 
 
@@ -358,6 +380,7 @@ def form(grid: Grid, pipeline: Pipeline, chosen: dict[Stage, NodeInfo], cause: C
     pipeline.formed = pipeline.reform = False
     pipeline.engine.report_is_new = False
     pipeline.ordered_at = grid.now
+    pipeline.shares = shares.shares(grid, pipeline)
     pipeline.order = Form(
         pipeline=pipeline.id,
         epoch=grid.raise_epoch(pipeline),
@@ -365,6 +388,8 @@ def form(grid: Grid, pipeline: Pipeline, chosen: dict[Stage, NodeInfo], cause: C
         released=tuple(map(grid.info, released)),
         cause=cause,
         lost_stages=tuple(sorted(pipeline.unrestored)),
+        shares=pipeline.shares,
+        orphans=shares.orphans(grid, pipeline),
     )
     records.plan(grid, pipeline)
     _tell_of_loans(grid, pipeline, chosen, cause)

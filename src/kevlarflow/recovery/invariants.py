@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.events import AnyCommand, Form, Suspend
 from kevlarflow.recovery.members import LIVING, Pipeline, subject
+from kevlarflow.recovery.shares import shares
 from kevlarflow.types import Epoch, NodeState, PipelineId, PipelineState, RecoveryState
 
 
@@ -64,6 +65,14 @@ def lanes_have_memory(cluster: Cluster) -> Iterator[Problem]:
             yield slot.node, f"has {foreign} foreign lanes and memory for {slot.info.lanes} in all"
 
 
+def shares_fit(cluster: Cluster) -> Iterator[Problem]:
+    """Who serves with a node knows how many do, so that together they use no more than its KV memory."""
+    for pipeline in cluster.pipelines:
+        told = pipeline.engine.attached and (pipeline.forming or pipeline.formed) and not pipeline.holes
+        if told and pipeline.shares != shares(cluster, pipeline):
+            yield subject(pipeline.id), f"uses 1/{pipeline.shares} where {shares(cluster, pipeline)} lanes share"
+
+
 def waiting_has_a_reason(cluster: Cluster) -> Iterator[Problem]:
     """A pipeline waits only for a stage that it has no node for."""
     for pipeline in cluster.pipelines:
@@ -109,6 +118,7 @@ CHECKS: tuple[Callable[[Cluster], Iterator[Problem]], ...] = (
     members_are_living,
     serving_is_complete,
     lanes_have_memory,
+    shares_fit,
     waiting_has_a_reason,
     records_match,
     who_drains_can_leave,

@@ -64,6 +64,8 @@ class Step:
     """Requests that lost all their blocks while this step was scheduled."""
     formation: int = 0
     """How often the pipeline had been formed when the scheduler began this step (see `Pipeline.issue`)."""
+    void: frozenset[int] = frozenset()
+    """Blocks that the step gave to requests that were set aside since: some stages may have written them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,9 +119,23 @@ class Ledger:
         """Live requests, oldest first."""
         return self._entries.values()
 
+    def copies(self) -> tuple[LedgerEntry, ...]:
+        """The entries as they are now, oldest first; what happens later does not change them."""
+        return tuple(
+            dataclasses.replace(each, prompt=list(each.prompt), output=list(each.output), blocks=list(each.blocks))
+            for each in self._entries.values()
+        )
+
     def clear(self) -> None:
         """Forget all requests: they have been ended."""
         self._entries.clear()
+
+    def preempt(self, requests: Iterable[str]) -> None:
+        """These lose all their blocks."""
+        for request in requests:
+            entry = self._entries.get(request)
+            if entry is not None:
+                entry.blocks, entry.computed = [], 0
 
     def complete(self, step: Step, result: StepResult) -> None:
         """Fold a completed step. Raises `ProtocolViolation` when it speaks of a request that is not known."""
@@ -144,10 +160,7 @@ class Ledger:
     def _drop(self, step: Step) -> None:
         for request in step.finished:
             self._entries.pop(request, None)
-        for request in step.preempted:
-            entry = self._entries.get(request)
-            if entry is not None:
-                entry.blocks, entry.computed = [], 0
+        self.preempt(step.preempted)
 
     def _admit(self, admission: Admission) -> None:
         self._entries[admission.request] = LedgerEntry(

@@ -161,6 +161,8 @@ class Pipeline:
     served: bool = False
     """Whether it has ever served."""
     engine: Engine = dataclasses.field(default_factory=Engine)
+    shares: int = 1
+    """Lanes that share the KV memory of its busiest node, as its engine was told."""
     order: Form | Suspend | None = None
     """The last order to the engine."""
     ordered_at: float = 0.0

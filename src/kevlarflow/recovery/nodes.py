@@ -8,7 +8,7 @@ simply no longer stands in any of them.
 from __future__ import annotations
 
 from kevlarflow.recovery import events, records
-from kevlarflow.recovery.events import KillNode, KnownNode, Retire, StartNode
+from kevlarflow.recovery.events import Form, KillNode, KnownNode, Retire, StartNode
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import Pipeline, Slot
 from kevlarflow.recovery.transitions import NodeStep
@@ -218,6 +218,9 @@ def lose(grid: Grid, slot: Slot, cause: Cause, alive_at: float, what: str) -> No
 
 def _bereave(grid: Grid, pipeline: Pipeline, slot: Slot, member: Member, cause: Cause, alive_at: float) -> bool:
     """Take a lost member out of one pipeline; says whether that leaves a hole."""
+    if member in pipeline.leaving and pipeline.forming and pipeline.order is not None:
+        # A planned change waits for steps that are in flight there, and they will not complete any more.
+        pipeline.reform = pipeline.reform or (isinstance(pipeline.order, Form) and pipeline.order.cause.is_planned)
     pipeline.leaving.discard(member)
     pipeline.avoided.pop(member, None)
     pipeline.struck.discard(member)

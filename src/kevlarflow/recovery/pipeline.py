@@ -16,21 +16,26 @@ A planned change of nodes waits for the steps in flight, which have living nodes
 meanwhile are held back and go out to the new nodes. If one of the old nodes dies before, the order for that replaces
 this one.
 
+Nodes that serve several lanes share their KV memory among them, so an order also says how many do: see
+`recovery.capacity` for the requests that have to give way. A step that raised, or that cost too many nodes, takes
+the same way: its requests are set aside, to end with the reason.
+
 A pipeline starts unformed; it is *forming* until the nodes have answered, then *serving*; *suspended* when some
 stage has no node, in which case the steps in flight are abandoned and their requests end with the reason.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import enum
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from kevlarflow.errors import IllegalTransition
-from kevlarflow.recovery.coverage import Coverage, Generations, IssuedTables, Replica, allocated, tables, watermark
-from kevlarflow.recovery.ledger import Ledger, Step, StepResult
+from kevlarflow.recovery.coverage import Generations, IssuedTables, Replica, allocated, tables
+from kevlarflow.recovery.forming import Forming
+from kevlarflow.recovery.giving_way import GivingWay
+from kevlarflow.recovery.in_flight import InFlight
+from kevlarflow.recovery.ledger import Ledger, Step
 from kevlarflow.recovery.pipeline_events import (
     Abandon,
     AbandonEverything,
@@ -60,8 +65,9 @@ from kevlarflow.recovery.pipeline_events import (
     StepIssued,
     SuspensionOrdered,
 )
-from kevlarflow.recovery.recompute import Limits, needed_blocks, plan, plan_hits, read_again
-from kevlarflow.types import Epoch, Member, NodeInfo, Phases, Stage
+from kevlarflow.recovery.recompute import Limits, needed_blocks, plan, plan_hits, read_again, unreachable_hits
+from kevlarflow.recovery.watermarks import Watermarks
+from kevlarflow.types import Epoch, Member, NodeInfo, Stage
 
 
 class Phase(enum.StrEnum):
@@ -71,42 +77,6 @@ class Phase(enum.StrEnum):
     FORMING = "forming"
     SERVING = "serving"
     SUSPENDED = "suspended"
-
-
-@dataclasses.dataclass(slots=True)
-class _Formation:
-    """How far the current forming has come. Times are monotonic seconds."""
-
-    ordered_at: float
-    requests: int
-    recomputed_tokens: int
-    to_join: set[Stage]
-    to_restore: set[Stage]
-    chunks: set[int]
-    first_step: int | None
-    """The first step with tokens that was issued again, if any."""
-    lost: frozenset[Stage] = frozenset()
-    to_place: set[Stage] = dataclasses.field(default_factory=set)
-    """Stages whose answer about replicas is awaited; until then nothing is planned and no step goes out."""
-    issued_meanwhile: bool = False
-    """Whether a step was issued while replicas were awaited."""
-    placed: dict[Stage, dict[int, Replica]] = dataclasses.field(default_factory=dict)
-    joined_at: float | None = None
-    placed_at: float | None = None
-    recomputed_at: float | None = None
-    restored_at: float | None = None
-
-    def phases(self, now: float) -> Phases:
-        joined = self.joined_at or self.ordered_at
-        placed = max(joined, self.placed_at or joined)
-        recomputed = max(placed, self.recomputed_at or placed)
-        restored = max(recomputed, self.restored_at or recomputed)
-        return Phases(
-            relink=joined - self.ordered_at,
-            restore=(placed - joined) + (restored - recomputed),
-            recompute=recomputed - placed,
-            reissue=now - restored,
-        )
 
 
 class Pipeline:
@@ -122,32 +92,35 @@ class Pipeline:
         """Why the pipeline is suspended."""
         self.formations = 0
         """How often it was ordered to form; a step that was scheduled under a smaller count is checked again."""
-        self._in_flight: collections.OrderedDict[int, Step] = collections.OrderedDict()
+        self._in_flight = InFlight()
         self._abandoned_upto = -1
         """Steps that were scheduled under this count of formations or a smaller one are abandoned."""
-        self._results: dict[int, StepResult] = {}
+        self._disagrees = False
+        """Whether the nodes disagree on what has run, until they are formed anew."""
         self._complete_on: dict[Stage, Member] = {}
         self._resting: set[Stage] = set()
         """New stages that have yet to put kept prefixes in place: until they have, they are not complete."""
         self._lost_at: dict[int, frozenset[Stage]] = {}
-        self._forming: _Formation | None = None
+        self._forming: Forming | None = None
         self._planned: FormationOrdered | None = None
         """An order that waits for the steps in flight."""
-        self._held_back: set[int] = set()
-        """Steps that wait for that order."""
         self._next_standbys: StandbysAssigned | None = None
         """Standbys that were named after that order, and are to follow it."""
         self._chunk_numbers = itertools.count(1)
         self._generations = Generations()
         self._tables = IssuedTables()
-        self._writes: dict[int, tuple[Replica, ...]] = {}
-        self._standbys: dict[Stage, NodeInfo | None] = {}
-        self._coverage: dict[Stage, Coverage] = {}
+        self._watermarks = Watermarks(self._generations, limits.block_size)
+        self._giving_way = GivingWay(self.ledger, self._in_flight, self._tables, self._generations, limits.block_size)
 
     @property
     def in_flight(self) -> tuple[int, ...]:
         """Sequence numbers of the steps that were issued and have not completed, in order."""
-        return tuple(self._in_flight)
+        return self._in_flight.sequences
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Who serves, in stage order; nobody, when the pipeline has to be formed anew."""
+        return () if self._disagrees else tuple(node.member for node in self.nodes)
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event at monotonic time `now` (seconds); returns what to do, in order.
@@ -180,39 +153,50 @@ class Pipeline:
     def _form(self, order: FormationOrdered, now: float) -> list[Command]:
         if order.epoch <= self.epoch:
             return []
-        if order.planned and self.phase is Phase.SERVING and self._in_flight.keys() - self._held_back:
+        if order.planned and self.phase is Phase.SERVING and self._in_flight.running:
             self._planned = order
+            self._in_flight.hold_back = True
             return []
         self._planned = None
-        self._held_back.clear()
+        self._disagrees = False
+        # What a node was still preparing for, it has not run.
+        was_running = self._forming is None or self._forming.prepared
+        doomed = self._in_flight.blame() if order.lost and was_running else {}
+        self._in_flight.recall()
         self.epoch, self.nodes, self.reason = order.epoch, order.nodes, ""
         self.phase = Phase.FORMING
         self.formations += 1
         lost = self._note_lost_stages()
         self._resting.clear()
+        blocks = min(node.kv_blocks for node in self.nodes)
+        commands = self._giving_way.share(blocks, order.shares, doomed, self.formations)
         stages = {Stage(index) for index in range(len(self.nodes))}
-        self._forming = _Formation(
+        self._forming = Forming(
             ordered_at=now,
             requests=len(self.ledger),
             recomputed_tokens=0,
             to_join=set(stages),
             to_restore=set(stages),
-            chunks=set(),
+            chunks={},
             first_step=None,
             lost=lost,
         )
-        commands: list[Command] = [Leave(node) for node in order.released]
-        commands += [Join(stage) for stage in sorted(stages)]
-        commands += [AssignStandby(stage, self._standby_of(stage)) for stage in sorted(self._standbys)]
+        commands += [Leave(node) for node in order.released]
+        commands += [Join(stage, self._giving_way.usable, order.orphans) for stage in sorted(stages)]
+        commands += [
+            AssignStandby(stage, self._watermarks.standby_for(stage, self.nodes[stage].member))
+            for stage in self._watermarks.stages
+        ]
         commands += self._place(self._forming) or self._resume(self._forming)
         return commands + self._assign_next_standbys()
 
-    def _place(self, forming: _Formation) -> list[Command]:
+    def _place(self, forming: Forming) -> list[Command]:
         """Ask each new node that was the standby of the lost one for its replicas; empty when there are none."""
         wanted = self._blocks_in_use()
         commands: list[Command] = []
         for stage in sorted(forming.lost):
-            valid = self._coverage[stage].valid(self._generations) if self._was_standby(stage) else {}
+            known = self._watermarks.is_standby(stage, self.nodes[stage].member)
+            valid = self._giving_way.may_use(self._watermarks.valid(stage)) if known else {}
             if not valid:
                 forming.placed.clear()
                 return []
@@ -224,18 +208,10 @@ class Pipeline:
         forming.to_place = set(forming.placed)
         return commands
 
-    def _standby_of(self, stage: Stage) -> NodeInfo | None:
-        """The standby, unless it serves the stage itself now: the controller will name another."""
-        return None if self._was_standby(stage) else self._standbys[stage]
-
-    def _was_standby(self, stage: Stage) -> bool:
-        standby = self._standbys.get(stage)
-        return standby is not None and standby.member == self.nodes[stage].member
-
     def _blocks_in_use(self) -> set[int]:
         """Blocks of live requests, and those that steps in flight count as prefix hits."""
         blocks = {block for entry in self.ledger.entries() for block in entry.blocks}
-        for step in self._in_flight.values():
+        for step in self._in_flight:
             blocks.update(block for _, table, _ in tables(step) for block in table)
         return blocks
 
@@ -246,7 +222,7 @@ class Pipeline:
         forming.to_place.discard(event.stage)
         for replica in event.missing:
             forming.placed[event.stage].pop(replica.block, None)
-        self._coverage[event.stage].drop(event.missing)
+        self._watermarks.drop(event.stage, event.missing)
         if forming.to_place:
             return []
         forming.placed_at = now
@@ -261,23 +237,24 @@ class Pipeline:
             self._complete_on[stage] = self.nodes[stage].member
         return self._formed(now)
 
-    def _resume(self, forming: _Formation) -> list[Command]:
+    def _resume(self, forming: Forming) -> list[Command]:
         """Recompute what replicas do not cover, restore the ledger, issue the steps in flight again."""
-        steps = list(self._in_flight.values())
+        commands = self._set_aside_unreachable(forming)
+        steps = list(self._in_flight)
         restored = _held_everywhere([self._current(replicas) for replicas in forming.placed.values()])
         chunks = plan(self.ledger, steps, forming.lost, self.limits, restored)
         numbered = {next(self._chunk_numbers): chunk for chunk in chunks}
         forming.recomputed_tokens = sum(chunk.num_tokens for chunk in chunks)
-        forming.chunks = set(numbered)
+        forming.chunks = numbered
         forming.first_step = next((step.sequence for step in steps if step.scheduled), None)
         keep = frozenset(restored) - self._blocks_in_use()
         self._resting = set(forming.placed)
         rest: list[Command] = [PlaceRest(stage) for stage in sorted(forming.placed)]
         # A step that was issued while replicas were awaited may hit or overwrite a prefix that nobody used before.
-        commands: list[Command] = list(rest) if forming.issued_meanwhile else []
+        commands += rest if forming.issued_meanwhile else []
         commands += [Recompute(number, chunk) for number, chunk in numbered.items()]
-        commands.append(Restore(tuple(self.ledger.entries()), self._held(keep)))
-        commands += [self._execute(step) for step in steps]
+        commands.append(Restore(self.ledger.copies(), self._held(keep)))
+        commands += self._send_due()
         commands += [] if forming.issued_meanwhile else rest
         if forming.lost:
             commands.append(EvictPrefixCache(keep))
@@ -286,20 +263,28 @@ class Pipeline:
             # A step that is being scheduled now does not know of the eviction yet.
             self.formations += 1
             self._lost_at[self.formations] = forming.lost
+        # A step may have lost all its requests.
+        return commands + self._complete_in_order()
+
+    def _set_aside_unreachable(self, forming: Forming) -> list[Command]:
+        requests = unreachable_hits(list(self._in_flight), self.limits.block_size) if forming.lost else set[str]()
+        commands = self._giving_way.set_aside(dict.fromkeys(requests, ""), self.formations + 1)
+        self.formations += bool(commands)
         return commands
 
     def _current(self, replicas: Mapping[int, Replica]) -> dict[int, Replica]:
         """Replicas of blocks that were not given to another request meanwhile."""
-        return {block: each for block, each in replicas.items() if each.generation == self._generations[block]}
+        current = {block: each for block, each in replicas.items() if each.generation == self._generations[block]}
+        return self._giving_way.may_use(current)
 
     def _held(self, keep: frozenset[int]) -> tuple[Replica, ...]:
         """What every node's lane holds once it is restored: blocks of live requests, and kept prefixes."""
         size = self.limits.block_size
         # What a step in flight has taken bears that step's generation already, and holds its content only after it.
-        taken = set[int]().union(*(allocated(step, size) for step in self._in_flight.values()))
+        taken = set[int]().union(*(allocated(step, size) for step in self._in_flight))
         held = {block: Replica(block, self._generations[block], size) for block in keep - taken}
         # The blocks of a request that ends in flight are not computed again, so a new node does not hold them.
-        for entry in read_again(self.ledger, list(self._in_flight.values())):
+        for entry in read_again(self.ledger, list(self._in_flight)):
             for index, block in enumerate(entry.blocks[: -(-entry.computed // size)]):
                 if block in taken:
                     continue
@@ -318,28 +303,15 @@ class Pipeline:
         return lost
 
     def _progress(self, event: StageJoined | ChunkRecomputed | StageRestored, now: float) -> list[Command]:
-        forming = self._forming
-        if forming is None:
+        if self._forming is None:
             return []
-        match event:
-            case StageJoined(stage=stage):
-                forming.to_join.discard(stage)
-                if not forming.to_join and forming.joined_at is None:
-                    forming.joined_at = now
-            case ChunkRecomputed(sequence=sequence):
-                forming.chunks.discard(sequence)
-                if not forming.chunks and forming.recomputed_at is None:
-                    forming.recomputed_at = now
-            case StageRestored(stage=stage):
-                forming.to_restore.discard(stage)
-                if not forming.to_restore and forming.restored_at is None:
-                    forming.restored_at = now
+        self._forming.note(event, now)
         return self._formed(now)
 
     def _formed(self, now: float) -> list[Command]:
         """Finish forming once every stage has answered and the first step that was issued again is done."""
         forming = self._forming
-        if forming is None or forming.to_place or forming.to_join or forming.to_restore or forming.chunks:
+        if forming is None or self._disagrees or not forming.prepared:
             return []
         nodes = ((Stage(index), node) for index, node in enumerate(self.nodes))
         self._complete_on = {stage: node.member for stage, node in nodes if stage not in self._resting}
@@ -360,20 +332,11 @@ class Pipeline:
     # ---- replicas
 
     def _assign_standbys(self, event: StandbysAssigned) -> list[Command]:
-        """A stage with another standby than before starts with nothing covered."""
         if self._planned is not None:
             self._next_standbys = event
             return []
-        commands: list[Command] = []
-        for index, standby in enumerate(event.standbys):
-            stage = Stage(index)
-            if stage in self._standbys and self._standbys[stage] == standby:
-                continue
-            self._standbys[stage] = standby
-            self._coverage[stage] = Coverage()
-            if self.nodes:
-                commands.append(AssignStandby(stage, standby))
-        return commands
+        changed = self._watermarks.assign(event.standbys)
+        return [AssignStandby(stage, event.standbys[stage]) for stage in changed] if self.nodes else []
 
     def _assign_next_standbys(self) -> list[Command]:
         following, self._next_standbys = self._next_standbys, None
@@ -381,46 +344,39 @@ class Pipeline:
 
     def _confirm(self, event: ReplicasConfirmed) -> list[Command]:
         """Believe a confirmation only of the node that serves the stage, and of the standby that it has now."""
-        standby = self._standbys.get(event.stage)
         serves = event.stage < len(self.nodes) and self.nodes[event.stage].member == event.source
-        if serves and standby is not None and standby.member == event.standby:
-            coverage = self._coverage[event.stage]
-            coverage.confirm(event.stored)
-            coverage.drop(event.dropped)
+        if serves and self._watermarks.is_standby(event.stage, event.standby):
+            self._watermarks.confirm(event.stage, event.stored, event.dropped)
         return []
 
     def coverage_of(self, stage: Stage) -> tuple[NodeInfo | None, int, int]:
         """(standby, tokens of live requests, those of them that its replicas cover)."""
-        valid = self._coverage[stage].valid(self._generations) if stage in self._coverage else {}
-        size = self.limits.block_size
-        entries = list(self.ledger.entries())
-        covered = sum(watermark(entry.blocks, entry.computed, valid, size) for entry in entries)
-        return self._standbys.get(stage), sum(entry.computed for entry in entries), covered
+        return self._watermarks.of(stage, list(self.ledger.entries()))
 
     # ---- steps
 
-    def _issue(self, step: Step) -> list[Command]:
-        if step.sequence in self._in_flight:
-            raise IllegalTransition(f"step {step.sequence}", "in flight", "StepIssued")
-        if self.phase is Phase.SUSPENDED or step.formation <= self._abandoned_upto:
-            return [Abandon(step.sequence, self.reason)]
-        commands: list[Command] = []
-        self._generations.allocate(step, self.limits.block_size)
-        self._writes[step.sequence] = self._tables.issue(step, self._generations, self.limits.block_size)
-        if self._forming is not None and self._forming.to_place:
-            self._in_flight[step.sequence] = step
-            self._forming.issued_meanwhile = True
-            return []
+    def _issue(self, scheduled: Step) -> list[Command]:
+        if scheduled.sequence in self._in_flight:
+            raise IllegalTransition(f"step {scheduled.sequence}", "in flight", "StepIssued")
+        if self.phase is Phase.SUSPENDED or scheduled.formation <= self._abandoned_upto:
+            return [Abandon(scheduled.sequence, self.reason)]
+        # Blocks of a request that is set aside change hands all the same.
+        self._generations.allocate(scheduled, self.limits.block_size)
+        step, commands = self._giving_way.leave_out(scheduled, self.formations + 1)
+        self.formations += bool(commands)
+        writes = self._tables.issue(step, self._generations, self.limits.block_size)
+        left_out = frozenset(scheduled.scheduled) - frozenset(step.scheduled)
         lost = self._lost_since(step.formation)
-        if self._planned is not None and not lost:
-            self._in_flight[step.sequence] = step
-            self._held_back.add(step.sequence)
-            return []
+        before = list(self._in_flight)
+        self._in_flight.hold_back = self._planned is not None and not lost
+        self._in_flight.add(step, writes, left_out)
+        if self._forming is not None and self._forming.to_place:
+            self._forming.issued_meanwhile = True
+            return commands
         if lost:
-            chunks = plan_hits(self.ledger, list(self._in_flight.values()), step, lost, self.limits)
+            chunks = plan_hits(self.ledger, before, step, lost, self.limits)
             commands += [Recompute(next(self._chunk_numbers), chunk) for chunk in chunks]
-        self._in_flight[step.sequence] = step
-        commands.append(self._execute(step))
+        commands += self._send_due()
         return commands + self._complete_in_order()
 
     def _lost_since(self, formation: int) -> frozenset[Stage]:
@@ -428,41 +384,57 @@ class Pipeline:
         self._lost_at = {number: lost for number, lost in self._lost_at.items() if number > formation}
         return frozenset().union(*self._lost_at.values())
 
-    def _execute(self, step: Step) -> Execute:
-        return Execute(step.sequence, has_tokens=bool(step.scheduled), writes=self._writes[step.sequence])
+    def _send_due(self) -> list[Command]:
+        return [
+            Execute(
+                sequence,
+                has_tokens=bool(self._in_flight[sequence].scheduled),
+                writes=self._in_flight.writes_of(sequence),
+                left_out=self._in_flight.left_out_of(sequence),
+            )
+            for sequence in self._in_flight.due()
+        ]
 
     def _executed(self, event: StepExecuted, now: float) -> list[Command]:
         if event.sequence not in self._in_flight:
             return []
-        self._results[event.sequence] = event.result
+        self._in_flight.executed(event.sequence, event.result)
         return [*self._complete_in_order(), *self._formed(now), *self._form_as_planned(now)]
 
     def _form_as_planned(self, now: float) -> list[Command]:
         """Carry out the order that waited, once only steps are left that were held back for it."""
-        if self._planned is None or self._in_flight.keys() - self._held_back:
+        if self._planned is None or self._in_flight.running:
             return []
         return self._form(self._planned, now)
 
     def _complete_in_order(self) -> list[Command]:
         """Fold what has completed, oldest first; a step without tokens completes when its turn comes."""
         commands: list[Command] = []
-        while self._in_flight:
-            sequence, step = next(iter(self._in_flight.items()))
-            if step.scheduled and sequence not in self._results:
-                break
-            self.ledger.complete(step, self._results.pop(sequence, _NOTHING))
-            del self._in_flight[sequence]
-            self._writes.pop(sequence, None)
-            commands.append(Deliver(sequence))
-        return commands
+        while (done := self._in_flight.complete()) is not None:
+            step, result, left_out = done
+            self.ledger.complete(step, result)
+            commands.append(Deliver(step.sequence, left_out))
+        waits = self._forming is not None and self._forming.to_place
+        return commands if waits else commands + self._send_due()
 
     def _broken(self, event: StepBroken) -> list[Command]:
-        """End every request, and ask to form anew.
+        """End the requests that the failed work was for, and ask to form anew: the stages disagree on what has run."""
+        self._disagrees = True
+        request = RequestFormation(event.stage, event.reason)
+        blamed = self._behind(event.sequence)
+        if blamed is None:
+            return [*self._abandon_all(event.reason), request]
+        self.formations += 1
+        commands = self._giving_way.set_aside(dict.fromkeys(blamed, event.reason), self.formations)
+        return [*commands, *self._complete_in_order(), request]
 
-        The stages disagree on whether the step ran, and vLLM has cached the blocks that it was to fill: requests of
-        other steps may count on them already. So none can be trusted to go on, nor any cached block.
-        """
-        return [*self._abandon_all(event.reason), RequestFormation(event.stage, event.reason)]
+    def _behind(self, sequence: int) -> Sequence[str] | None:
+        """The requests of a step, or of a chunk, whose numbers are negative here; None for other recovery work."""
+        if sequence > 0:
+            # One without tokens may be over already, and was for nobody.
+            return list(self._in_flight[sequence].scheduled) if sequence in self._in_flight else []
+        chunk = self._forming.chunks.get(-sequence) if self._forming is not None else None
+        return [span.request for span in chunk.spans] if chunk is not None else None
 
     def _abandon_all(self, reason: str) -> list[Command]:
         """End every request with `reason`; nothing is generated until the pipeline is formed again.
@@ -473,16 +445,14 @@ class Pipeline:
         self.phase, self.reason, self._forming = Phase.SUSPENDED, reason, None
         self._abandoned_upto = self.formations
         self._planned = None
-        self._held_back.clear()
-        commands: list[Command] = [Abandon(sequence, reason) for sequence in self._in_flight]
+        commands: list[Command] = [Abandon(sequence, reason) for sequence in self._in_flight.sequences]
         self._in_flight.clear()
-        self._writes.clear()
         self._tables.clear()
-        self._results.clear()
         self.ledger.clear()
         self._complete_on.clear()
         self._resting.clear()
-        self._coverage = {stage: Coverage() for stage in self._coverage}
+        self._watermarks.clear()
+        self._giving_way.clear()
         return [AbandonEverything(reason), *commands, *self._assign_next_standbys()]
 
 
@@ -493,6 +463,3 @@ def _held_everywhere(placed: Iterable[Mapping[int, Replica]]) -> dict[int, int]:
         return {}
     common = set(stages[0]).intersection(*stages[1:])
     return {block: min(replicas[block].filled for replicas in stages) for block in common}
-
-
-_NOTHING = StepResult(tokens={}, generators={})

@@ -10,7 +10,7 @@ import dataclasses
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.ledger import LedgerEntry, Step, StepResult
 from kevlarflow.recovery.recompute import Chunk
-from kevlarflow.types import Epoch, Member, NodeInfo, Phases, Stage
+from kevlarflow.types import Epoch, Member, NodeInfo, Phases, PipelineId, Stage
 
 # ---- events
 
@@ -24,6 +24,12 @@ class FormationOrdered:
     released: tuple[NodeInfo, ...] = ()
     planned: bool = False
     """Whether the nodes that serve now are alive, so that steps in flight can complete first."""
+    shares: int = 1
+    """Lanes that share the KV memory of the busiest of these nodes."""
+    orphans: tuple[tuple[PipelineId, Epoch], ...] = ()
+    """Lanes without an engine, that those nodes are to give up."""
+    lost: bool = False
+    """Whether a node was lost: the steps in flight may be to blame."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,9 +128,13 @@ Event = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Join:
-    """Open the lane on the node of `stage`, linked to the next one."""
+    """Open the lane on the node of `stage`, linked to the next one, with the blocks that the pipeline may use."""
 
     stage: Stage
+    usable: frozenset[int] | None = None
+    """KV blocks; None: all."""
+    orphans: tuple[tuple[PipelineId, Epoch], ...] = ()
+    """Lanes without an engine, to be given up."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -183,13 +193,16 @@ class Execute:
     """False for a step that only says which requests ended."""
     writes: tuple[Replica, ...] = ()
     """What each block that the step writes holds after it."""
+    left_out: frozenset[str] = frozenset()
+    """Requests that the scheduler put into the step and that take no part in it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Deliver:
-    """Give vLLM the result of a step."""
+    """Give vLLM the result of a step; those in `left_out` have no token."""
 
     sequence: int
+    left_out: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -205,6 +218,32 @@ class AbandonEverything:
     """Tell vLLM's scheduler to end all its requests with `reason`, those that are in no step included."""
 
     reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Aside:
+    """A request that is set aside."""
+
+    request: str
+    reason: str
+    """Why it has to end; empty for one that is to be preempted and goes on later."""
+    known: bool
+    """Whether the nodes have heard of it; otherwise vLLM has to introduce it again."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SetAside:
+    """Tell vLLM's scheduler to preempt or end these requests, and to forget cached blocks that nobody fills."""
+
+    requests: tuple[Aside, ...]
+    spoilt: frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UseBlocks:
+    """Tell vLLM's scheduler which KV blocks it may give out; None: all."""
+
+    usable: frozenset[int] | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -236,6 +275,6 @@ FormingCommand = Join | Leave | AssignStandby | Place | PlaceRest | Recompute | 
 """Commands that go to nodes while the pipeline is formed."""
 
 Command = (
-    FormingCommand | Execute | Deliver | Abandon | AbandonEverything | EvictPrefixCache | FormationDone
-    | RequestFormation
+    FormingCommand | Execute | Deliver | Abandon | AbandonEverything | SetAside | UseBlocks | EvictPrefixCache
+    | FormationDone | RequestFormation
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 A stage that is new to the pipeline holds none of its KV. Each token below a live request's computed count goes
 through the model again, up to the lost stage (stages behind it still hold theirs), in chunks that respect the
-scheduler's limits, without sampling. Four cases need more care than that:
+scheduler's limits, without sampling. Five cases need more care than that:
 
 * A step in flight may count **prefix hits**: blocks that some finished request filled. The new stage does not hold
   them either, so they are computed as well, once for each block however many requests share it. A hit on a block
@@ -11,6 +11,8 @@ scheduler's limits, without sampling. Four cases need more care than that:
   delivers the token of a request that a later step preempts), prefix hits included. Surviving stages may have run the
   later step already, so the request's KV is damaged there too: it is computed from token 0 on all stages.
 * What the new node has **restored from replicas** is not computed: each request starts at its watermark.
+* A hit may **begin** with blocks that an earlier step in flight fills and **go on** with cached ones. What comes after
+  cannot be computed before what comes first, so such a request is none of this plan: see `unreachable_hits`.
 * **Prompt log-probabilities** are gathered at the last stage while the prompt is computed. Where they are not
   complete, the request runs through all stages from token 0 and gathers them again.
 """
@@ -109,6 +111,22 @@ def plan_hits(
     filled = _taken([step], limits.block_size)
     needs = _hits(tokens, step, filled, set(), lost, lost, limits.block_size)
     return list(_pack(_without_repeats(needs, {}, lost, limits.block_size), limits))
+
+
+def unreachable_hits(in_flight: Sequence[Step], block_size: int) -> set[str]:
+    """Requests whose prefix hits in flight have a cached block behind one that a step in flight fills.
+
+    They are to be set aside when a stage is lost.
+    """
+    unreachable = set()
+    filled: set[int] = set()
+    for step in in_flight:
+        filled |= allocated(step, block_size)
+        for request, blocks, hit in tables(step):
+            in_step = [block in filled for block in blocks[: hit // block_size]]
+            if sorted(in_step) != in_step:
+                unreachable.add(request)
+    return unreachable
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

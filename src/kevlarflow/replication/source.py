@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -35,9 +35,10 @@ BLOCKED_SECONDS = 0.1
 class LaneReplication:
     """What is known of one lane. The main thread changes `epoch` and `standby`, between two steps only."""
 
-    def __init__(self, pipeline: PipelineId, first_block: int, queue: ReplicationQueue) -> None:
+    def __init__(self, pipeline: PipelineId, table: Sequence[int], queue: ReplicationQueue) -> None:
         self.pipeline = pipeline
-        self.first_block = first_block
+        self.table = table
+        """Physical block of each block of the lane. Where it changes, the lane's content is forgotten before."""
         self.queue = queue
         self.epoch = Epoch(0)
         self.standby: NodeInfo | None = None
@@ -87,10 +88,10 @@ class Source:
 
     # ---- the main thread
 
-    def lane(self, pipeline: PipelineId, first_block: int, queue: ReplicationQueue) -> LaneReplication:
-        """Begin to replicate a lane."""
+    def lane(self, pipeline: PipelineId, table: Sequence[int], queue: ReplicationQueue) -> LaneReplication:
+        """Begin to replicate a lane whose block b is at physical block `table[b]`."""
         with self._lock:
-            lane = self._lanes[pipeline] = LaneReplication(pipeline, first_block, queue)
+            lane = self._lanes[pipeline] = LaneReplication(pipeline, table, queue)
         return lane
 
     def leave(self, pipeline: PipelineId) -> None:
@@ -162,7 +163,7 @@ class Source:
 
     def _copy(self, lane: LaneReplication, channel: _Channel, replica: Replica, now: float) -> float:
         data = channel.buffers.pop()
-        self._blocks.read(lane.first_block + replica.block, data)
+        self._blocks.read(lane.table[replica.block], data)
         if not lane.queue.still_holds(replica):
             channel.buffers.append(data)
             return 0.0

@@ -40,12 +40,11 @@ def content_of(data: memoryview) -> tuple[int | None, ...]:
 
 
 class ToyKv:
-    """The KV memory of all lanes of a node as blocks of bytes; see `replication.blocks`."""
+    """The KV memory of a node as blocks of bytes; see `replication.blocks`."""
 
-    def __init__(self, memories: Sequence[Memory], blocks_per_lane: int) -> None:
-        self._memories = memories
-        self._blocks_per_lane = blocks_per_lane
-        self._slots = struct.Struct(f"{memories[0].block_size}q")
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._slots = struct.Struct(f"{memory.block_size}q")
         self.block_bytes = self._slots.size
         self.before_read: Callable[[], None] = lambda: None
         """Called when a block was chosen and is about to be copied."""
@@ -53,15 +52,13 @@ class ToyKv:
     def read(self, block: int, into: memoryview) -> None:
         """See `KvBlocks.read`."""
         self.before_read()
-        slot, number = divmod(block, self._blocks_per_lane)
-        content = self._memories[slot].read(number)
+        content = self._memory.read(block)
         self._slots.pack_into(into, 0, *(NOTHING if each is None else each for each in content))
 
     def write(self, copies: Sequence[tuple[int, memoryview]]) -> None:
         """See `KvBlocks.write`."""
         for block, data in copies:
-            slot, number = divmod(block, self._blocks_per_lane)
-            self._memories[slot].place(number, content_of(data))
+            self._memory.place(block, content_of(data))
 
     def populate(self, block: int) -> bool:
         """See `KvBlocks.populate`."""
@@ -164,10 +161,10 @@ class SimReplicator:
 
     # ---- what `LaneReplicas` asks for
 
-    def lane(self, pipeline: PipelineId, first_block: int) -> LaneReplication:
+    def lane(self, pipeline: PipelineId, table: Sequence[int]) -> LaneReplication:
         """See `Replicator.lane`."""
         queue = ReplicationQueue(self._block_size, self._interval)
-        return self._source.lane(pipeline, first_block, queue)
+        return self._source.lane(pipeline, table, queue)
 
     def leave(self, pipeline: PipelineId) -> None:
         """See `Replicator.leave`."""

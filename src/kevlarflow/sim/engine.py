@@ -12,6 +12,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from kevlarflow.recovery import pipeline_events as core
+from kevlarflow.recovery.capacity import without
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.ledger import LedgerEntry, Step, StepResult
 from kevlarflow.recovery.pipeline import Phase, Pipeline
@@ -21,6 +22,7 @@ from kevlarflow.sim.network import Process
 from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler
 from kevlarflow.types import Epoch, LaneCoverage, Member, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import messages, steps
+from kevlarflow.wire.orders import formation_ordered
 
 if TYPE_CHECKING:
     from kevlarflow.sim.fleet import Fleet
@@ -31,6 +33,8 @@ Order = messages.Form | messages.Suspend | messages.Standbys | messages.Hasten
 STEPS_OF_A_LIFE = 1_000_000
 """No engine uses a step's number again, not even a later one: see `engine.executor`."""
 RECOMPUTED_REQUESTS = 3
+DRAWN_ERROR = "a drawn error"
+"""What a step that was made to fail says."""
 MAX_IN_FLIGHT = 64
 """Steps that an engine may have issued and not completed: as many as stages, and what only says who has ended."""
 
@@ -58,7 +62,7 @@ class Engine(Process):
         self.started = False
         """Whether it has been formed once, and so has a scheduler."""
         self.may_abandon = False
-        """Whether a suspension or a failed step gave it a reason to end its requests."""
+        """Whether a suspension gave it a reason to end its requests."""
         self._lines: dict[Member, str] = {}
         """The open channels to nodes."""
         self._mailbox: deque[Order] = deque()
@@ -70,16 +74,18 @@ class Engine(Process):
         self._waits_for: deque[int] = deque()
         self._scheduled: Step | None = None
         """Scheduled, and not issued yet."""
-        self._evict: frozenset[int] | None = None
+        self._told: list[core.EvictPrefixCache | core.SetAside | core.UseBlocks] = []
+        """What the scheduler has to do before its next step."""
         self._abandonment = ""
+        self._shares = 1
         self._turn_due = False
 
     # ---- the controller
 
     def introduce(self) -> None:
         """Say who it is and what it serves."""
-        members = tuple(node.member for node in self.core.nodes)
-        self._tell(messages.EngineAttached(self.pipeline, self.pid, Epoch(self.core.epoch), members))
+        epoch = Epoch(self.core.epoch)
+        self._tell(messages.EngineAttached(self.pipeline, self.pid, epoch, self.core.members, self._shares))
 
     def _tell(self, message: messages.AnyMessage) -> None:
         controller = self.fleet.controller
@@ -88,7 +94,8 @@ class Engine(Process):
 
     def report(self) -> None:
         """Tell its load."""
-        running, waiting = len(self.scheduler.running), len(self.scheduler.waiting) + len(self._inputs)
+        scheduler = self.scheduler
+        running, waiting = len(scheduler.running), len(scheduler.waiting) + len(scheduler.held) + len(self._inputs)
         blocks = self.fleet.plan.shape.blocks if self.started else 0
         self._tell(
             messages.EngineReport(
@@ -121,7 +128,8 @@ class Engine(Process):
         while self._mailbox:
             order = self._mailbox.popleft()
             if isinstance(order, messages.Form):
-                self._handle(core.FormationOrdered(order.epoch, order.nodes, order.released, order.cause.is_planned))
+                formation, self._shares = formation_ordered(order, self._shares), order.shares
+                self._handle(formation)
             elif isinstance(order, messages.Hasten):
                 if order.epoch == self.core.epoch:
                     for stage in order.stages:
@@ -164,7 +172,7 @@ class Engine(Process):
             choices = []
             if self._waits_for and self._waits_for[0] in self._finished:
                 choices.append(self._update)
-            if self.scheduler.has_work and len(self._waits_for) < self.fleet.plan.shape.stages:
+            if (self.scheduler.has_work or self._told) and len(self._waits_for) < self.fleet.plan.shape.stages:
                 choices.append(self._schedule)
             if not choices:
                 return
@@ -177,17 +185,17 @@ class Engine(Process):
             what, request = self._inputs.popleft()
             if what == "add":
                 self.scheduler.waiting.append(request)
-            elif request in self.scheduler.running or request in self.scheduler.waiting:
+            elif self.scheduler.has(request):
                 self.scheduler.abort(request)
                 self.scheduler.ended.clear()
 
     def _schedule(self) -> bool:
-        keep, self._evict = self._evict, None
         reason, self._abandonment = self._abandonment or self.suspended_reason, ""
         if reason:
             self._end_all(reason)
-        if keep is not None:
-            self.scheduler.blocks.evict_unheld(keep)
+        told, self._told = self._told, []
+        self.scheduler.obey(told)
+        self._end_failed()
         step, known = self.scheduler.schedule(self.core.formations)
         says_something = bool(step.scheduled or step.finished or step.preempted)
         if not says_something and self.fleet.rng.random() < 0.8:
@@ -195,6 +203,14 @@ class Engine(Process):
         self._steps[step.sequence] = (step, known)
         self._scheduled = step
         return True
+
+    def _end_failed(self) -> None:
+        """Requests that were set aside may end with an error, for two reasons only."""
+        for request in self.scheduler.ended:
+            if request.error != DRAWN_ERROR and "nodes were lost" not in request.error:
+                raise NoReason(f"{self} ends {request.name}: {request.error}")
+            self.fleet.end(request, request.error)
+        self.scheduler.ended.clear()
 
     def _issue(self, step: Step) -> None:
         self._scheduled = None
@@ -213,7 +229,7 @@ class Engine(Process):
             self._end_all(result)
             return True
         self.scheduler.update(step, result)
-        for request in [*self.scheduler.running, *self.scheduler.waiting, *self.scheduler.ended]:
+        for request in [*self.scheduler.running, *self.scheduler.waiting, *self.scheduler.held, *self.scheduler.ended]:
             if request.name in step.scheduled:
                 self.fleet.check_tokens(request)
         for request in self.scheduler.ended:
@@ -225,7 +241,7 @@ class Engine(Process):
         if not self.may_abandon or not reason:
             raise NoReason(f"{self} ends all its requests without a suspension or a failed step: {reason!r}")
         scheduler = self.scheduler
-        for request in [*scheduler.running, *scheduler.waiting]:
+        for request in [*scheduler.running, *scheduler.waiting, *scheduler.held]:
             scheduler.abort(request)
             self.fleet.end(request, reason)
         scheduler.ended.clear()
@@ -282,8 +298,6 @@ class Engine(Process):
         current = event.epoch == self.core.epoch
         if current and isinstance(event, core.StepExecuted):
             self._outputs[event.sequence] = {name: list(each) for name, each in event.result.tokens.items()}
-        if current and isinstance(event, core.StepBroken):
-            self.may_abandon = True
         before, epoch = self.core.in_flight, self.core.epoch
         commands = self.core.handle(event, self.timeline.now)
         if self.core.epoch != epoch and self.core.phase is Phase.FORMING:
@@ -307,13 +321,16 @@ class Engine(Process):
 
     def _carry_out(self, command: core.Command) -> None:
         match command:
-            case core.Execute(sequence, has_tokens, written):
+            case core.Execute(sequence, has_tokens, written, left_out):
                 writes = tuple((each.block, each.generation, each.filled, each.depth) for each in written)
                 header = steps.Execute(self.pipeline, self.core.epoch, sequence, has_tokens, writes)
                 self.fleet.counts["steps sent"] += 1
-                self._send_to(len(self.core.nodes), header, self._steps[sequence])
-            case core.Deliver(sequence):
-                self._finish(sequence, self._outputs.pop(sequence, {}))
+                step, known = self._steps[sequence]
+                payload = without(step, left_out, self.fleet.plan.shape.block_size), known
+                self._send_to(len(self.core.nodes), header, payload)
+            case core.Deliver(sequence, left_out):
+                outputs = self._outputs.pop(sequence, {})
+                self._finish(sequence, {r: tokens for r, tokens in outputs.items() if r not in left_out})
             case core.Abandon(sequence, reason):
                 self._outputs.pop(sequence, None)
                 self._finish(sequence, reason)
@@ -321,8 +338,9 @@ class Engine(Process):
                 self._abandonment = reason
                 self.fleet.counts["abandonments"] += 1
                 self.poke()
-            case core.EvictPrefixCache(keep):
-                self._evict = keep if self._evict is None else keep & self._evict
+            case core.EvictPrefixCache() | core.SetAside() | core.UseBlocks():
+                self._told.append(command)
+                self.poke()
             case core.FormationDone(epoch, seconds, requests, tokens):
                 self._formed(messages.Formed(self.pipeline, epoch, seconds, requests, 0, tokens))
             case core.RequestFormation(stage, reason):
@@ -352,9 +370,9 @@ class Engine(Process):
     def _form(self, command: core.FormingCommand) -> None:
         pipeline, epoch, nodes = self.pipeline, self.core.epoch, self.core.nodes
         match command:
-            case core.Join(stage):
+            case core.Join(stage, usable, orphans):
                 following = nodes[stage + 1].activation_address if stage + 1 < len(nodes) else ""
-                self._send(nodes[stage], steps.Join(pipeline, epoch, stage, following))
+                self._send(nodes[stage], steps.Join(pipeline, epoch, stage, following, orphans), usable)
             case core.Leave(node):
                 self._send(node, steps.Leave(pipeline, epoch), once=True)
             case core.Recompute(sequence, chunk):

@@ -33,3 +33,7 @@ class Unbounded(Violation):
 
 class Stuck(Violation):
     """All faults are over, and yet not every request ends, or not every pipeline serves with its own nodes."""
+
+
+class WrongBlocks(Violation):
+    """A pipeline uses KV blocks beyond its share."""

@@ -97,7 +97,6 @@ class Fleet:
             stages=shape.stages,
             pipelines=shape.pipelines,
             kv_cache_memory_bytes=1,
-            reserve_lanes=shape.reserve_lanes,
             timeouts=Timeouts(
                 heartbeat_interval_ms=100, suspect_after_ms=250, confirm_after_ms=600, startup_timeout_s=4
             ),
@@ -324,7 +323,7 @@ class Fleet:
                 continue
             others = [each for each in cluster.pipelines if each.id not in (slot.pipeline, order.pipeline)]
             foreign = sum(slot.member in each.lanes for each in others)
-            has_room = slot.pipeline == order.pipeline or foreign < self.plan.shape.reserve_lanes
+            has_room = slot.pipeline == order.pipeline or foreign < self.plan.shape.lanes - 1
             if has_room and slot.member not in pipeline.avoided:
                 raise NoReason(f"pipeline {order.pipeline} is suspended though {slot.member} has room: {order.reason}")
 

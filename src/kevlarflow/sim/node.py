@@ -17,7 +17,7 @@ from kevlarflow.recovery.coverage import Replica
 from kevlarflow.sim.copies import SimReplicator, ToyKv, content_of
 from kevlarflow.sim.errors import NotFenced, Unbounded
 from kevlarflow.sim.network import Process
-from kevlarflow.sim.stage import Memory, ToyStage
+from kevlarflow.sim.stage import LaneMemory, Memory, ToyStage
 from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import messages, steps
 
@@ -55,19 +55,20 @@ class Node(Process):
             (pid,),
             f"steps {member}",
             f"activations {member}",
-            shape.reserve_lanes + 1,
+            shape.lanes,
+            shape.blocks,
             f"replicas {member}" if shape.replicates else "",
         )
         is_last = stage == shape.stages - 1
-        memories = [Memory(stage, shape.block_size) for _ in range(shape.reserve_lanes + 1)]
-        runners: list[Any] = [ToyStage(memory, is_last, fleet.cancelled) for memory in memories]
-        self.lanes = Lanes(runners, is_first_stage=stage == 0)
+        memory = Memory(stage, shape.block_size)
+        runners: list[Any] = [ToyStage(LaneMemory(memory), is_last, fleet.cancelled) for _ in range(shape.lanes)]
+        self.lanes = Lanes(runners, shape.blocks, is_first_stage=stage == 0)
         self.replicator: SimReplicator | None = None
         self.replicas: LaneReplicas | None = None
         if shape.replicates:
-            kv = ToyKv(memories, shape.blocks)
+            kv = ToyKv(memory)
             self.replicator = SimReplicator(fleet, self, kv)
-            self.replicas = LaneReplicas(self.replicator, kv, shape.blocks)  # type: ignore[arg-type]
+            self.replicas = LaneReplicas(self.replicator, kv)  # type: ignore[arg-type]
         self._next_addresses: dict[PipelineId, str] = {}
         self._engines: dict[PipelineId, Engine] = {}
         self._inbox: deque[tuple[Engine, steps.AnyStepMessage, Any]] = deque()
@@ -126,21 +127,17 @@ class Node(Process):
     def _take(self, engine: Engine, header: steps.AnyStepMessage, payload: Any) -> None:
         if self.fleet.trigger(header, self):
             return
-        if isinstance(header, steps.Execute | steps.Recompute | steps.Restore | steps.PlaceRest):
+        if isinstance(header, steps.Execute | steps.Recompute | steps.Restore | steps.Place | steps.PlaceRest):
             self._queue(engine, header, payload)
             return
         self.fleet.tell(self, header, payload)
         match header:
             case steps.Join():
-                self._join(engine, header)
+                self._join(engine, header, payload)
             case steps.Leave(pipeline, epoch):
-                left = self.lanes.leave(pipeline, epoch)
-                if left is not None and self.replicas is not None:
-                    self.replicas.close(left)
+                self._leave(pipeline, epoch)
             case steps.AssignStandby() | steps.Hasten():
                 self._take_about_replicas(header)
-            case steps.Place(pipeline, epoch):
-                self._place(engine, pipeline, epoch, *payload)
 
     def _take_about_replicas(self, header: steps.AssignStandby | steps.Hasten) -> None:
         lane = self.lanes.current(header.pipeline, header.epoch)
@@ -157,19 +154,27 @@ class Node(Process):
         if lane is not None and len(lane.queue) > MAX_QUEUED:
             raise Unbounded(f"{self} has {len(lane.queue)} pieces of work queued in lane {lane.pipeline}")
 
-    def _join(self, engine: Engine, join: steps.Join) -> None:
+    def _leave(self, pipeline: PipelineId, epoch: Epoch) -> None:
+        left = self.lanes.leave(pipeline, epoch)
+        if left is not None and self.replicas is not None:
+            self.replicas.close(left)
+
+    def _join(self, engine: Engine, join: steps.Join, usable: frozenset[int] | None) -> None:
+        for orphan in join.orphans:
+            self._leave(*orphan)
         lane = self.lanes.open(join.pipeline, join.epoch) if join.stage == self.stage else None
         if lane is None:
             self._answer(engine, steps.Refused(join.pipeline, join.epoch, join.stage, f"{self} has no lane"))
             return
-        slots = [each.slot for each in self.lanes]
-        if len(set(slots)) < len(slots):
-            raise NotFenced(f"{self} serves {[each.pipeline for each in self.lanes]} in KV memory {slots}")
         lane.engine = str(engine).encode()
         self._engines[lane.pipeline] = engine
         self._next_addresses[lane.pipeline] = join.next_address
         if self.replicas is not None:
             self.replicas.open(lane)
+        self.lanes.share(lane, usable)
+        tables = {each.pipeline: [block for block in each.blocks.table if block] for each in self.lanes}
+        if len(set().union(*tables.values())) < sum(map(len, tables.values())):
+            raise NotFenced(f"{self} has blocks that are two lanes': {tables}")
         self._answer(engine, steps.Joined(join.pipeline, join.epoch, join.stage, self.member))
 
     # ---- running
@@ -224,6 +229,8 @@ class Node(Process):
                     self.replicas.hold(lane, payload[1])
             case steps.Recompute():
                 runner.recompute(payload[0])
+            case steps.Place():
+                return self._place(lane, *payload)
             case steps.PlaceRest() if self.replicas is not None:
                 for replica, data in lane.rest:
                     self.fleet.check_copy(lane.pipeline, self.stage, replica, content_of(data))
@@ -237,6 +244,8 @@ class Node(Process):
         match header:
             case steps.Restore():
                 self._answer(engine, steps.Restored(pipeline, epoch, self.stage))
+            case steps.Place():
+                self._answer(engine, steps.Placed(pipeline, epoch, self.stage, sampled))
             case steps.PlaceRest():
                 self._answer(engine, steps.Placed(pipeline, epoch, self.stage, ()))
             case steps.Recompute(through=through) if self.stage == through:
@@ -265,22 +274,12 @@ class Node(Process):
 
     # ---- replicas
 
-    def _place(
-        self,
-        engine: Engine,
-        pipeline: PipelineId,
-        epoch: Epoch,
-        now: tuple[Replica, ...],
-        later: tuple[Replica, ...],
-    ) -> None:
-        lane = self.lanes.current(pipeline, epoch)
-        if lane is None:
-            return
+    def _place(self, lane: Lane, now: tuple[Replica, ...], later: tuple[Replica, ...]) -> tuple[Any, ...]:
+        """Put replicas in place; returns the tags of what is not here."""
         missing = [*now, *later]
         if self.replicas is not None and self.replicator is not None:
             missing = self.replicas.place(lane, now, later)
-            found, _ = self.replicator.store.find(pipeline, [*now, *later])
+            found, _ = self.replicator.store.find(lane.pipeline, [*now, *later])
             for replica, data in found:
-                self.fleet.check_copy(pipeline, self.stage, replica, content_of(data))
-        tags = tuple((replica.block, replica.generation, replica.filled) for replica in missing)
-        self._answer(engine, steps.Placed(pipeline, epoch, self.stage, tags))
+                self.fleet.check_copy(lane.pipeline, self.stage, replica, content_of(data))
+        return tuple((replica.block, replica.generation, replica.filled) for replica in missing)

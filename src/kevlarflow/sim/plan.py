@@ -36,7 +36,8 @@ class Shape:
 
     stages: int
     pipelines: int
-    reserve_lanes: int
+    lanes: int
+    """How many pipelines a node can serve at once."""
     blocks: int
     block_size: int
     budget: int
@@ -120,7 +121,7 @@ def _shape(rng: random.Random, without: frozenset[str]) -> Shape:
     return Shape(
         stages=stages - sum(f"s{index}" in without for index in range(1, stages)),
         pipelines=pipelines - sum(f"p{index}" in without for index in range(1, pipelines)),
-        reserve_lanes=rng.choice([0, 1, 1, 1, 2, 2, 3, 3]),
+        lanes=rng.choice([1, 2, 2, 2, 3, 3, 4, 4]),
         blocks=rng.choice([9, 9, 11, 14, 24]),
         block_size=block_size,
         budget=rng.choice([4, 6, 16]),

@@ -8,10 +8,12 @@ prompts are cut into chunks, of which several may be in flight; a resumed reques
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kevlarflow.recovery.ledger import Admission, Continuation, Step
+from kevlarflow.recovery.pipeline_events import Aside, EvictPrefixCache, SetAside, UseBlocks
+from kevlarflow.sim.errors import WrongBlocks
 
 Table = list[int]
 
@@ -29,6 +31,8 @@ class Request:
     in_flight: int = 0
     known_to_workers: bool = False
     aborted: bool = False
+    error: str = ""
+    """Why it ended, when it did not end by itself."""
 
     @property
     def outputs(self) -> int:
@@ -47,6 +51,8 @@ class Blocks:
     def __init__(self, count: int, size: int) -> None:
         self.size = size
         self.free: list[int] = list(range(1, count))
+        self.withheld: list[int] = []
+        """Blocks that may not be given out for now."""
         self.users: dict[int, int] = {}
         self.hash_of: dict[int, tuple[int, ...]] = {}
         self.cached: dict[tuple[int, ...], int] = {}
@@ -95,6 +101,26 @@ class Blocks:
             if block not in keep:
                 self._forget(block)
 
+    def use(self, usable: frozenset[int] | None) -> None:
+        """Give out these only; None: all. Raises `WrongBlocks` when another one is in use."""
+        everything = sorted([*self.free, *self.withheld])
+        self.withheld = [block for block in everything if usable is not None and block not in usable]
+        self.free = [block for block in everything if block not in self.withheld]
+        self.forget(self.withheld)
+        strays = [b for b, users in self.users.items() if users and usable is not None and b not in usable]
+        if strays:
+            raise WrongBlocks(f"blocks {strays} are in use and not among {sorted(usable or ())}")
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Take blocks out of the cache."""
+        for block in blocks:
+            self._forget(block)
+
+    @property
+    def capacity(self) -> int:
+        """Blocks that may be given out, in use or not."""
+        return len(self.free) + sum(1 for users in self.users.values() if users)
+
     def _forget(self, block: int) -> None:
         key = self.hash_of.pop(block, None)
         if key is not None:
@@ -112,8 +138,12 @@ class ToyScheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.ended: list[Request] = []
+        self.held: list[Request] = []
+        """Requests that do not fit into the blocks that may be used, until there are more."""
         self._finished: set[str] = set()
         self._preempted: set[str] = set()
+        self._preempted_before: set[str] = set()
+        """Preempted between two steps."""
         self._sequence = first_step
         self.preemptions = 0
 
@@ -125,10 +155,13 @@ class ToyScheduler:
     def schedule(self, formation: int) -> tuple[Step, dict[str, list[int]]]:
         """The next step, and all known tokens of the requests in it."""
         self._sequence += 1
-        self._preempted = set()
+        self._preempted = self._preempted_before
+        self._preempted_before = set()
+        self._hold_back()
         room = self.budget
         scheduled: dict[str, int] = {}
         continuations: list[Continuation] = []
+        before = len(self._preempted)
         for request in list(self.running):
             if request not in self.running or room == 0:
                 continue
@@ -141,8 +174,9 @@ class ToyScheduler:
             continuations.append(Continuation(request.name, False, tuple(new), request.computed, request.outputs))
             scheduled[request.name] = count
             room -= count
+        preempted_now = len(self._preempted) > before
         admissions: list[Admission] = []
-        while self.waiting and room and not self._preempted and len(self.running) < self.max_running:
+        while self.waiting and room and not preempted_now and len(self.running) < self.max_running:
             if self.waiting[0].in_flight:
                 break  # Its token is still to be delivered; resuming it now could sample that position again.
             started = self._start(self.waiting[0], room, admissions, continuations)
@@ -226,7 +260,7 @@ class ToyScheduler:
 
     def update(self, step: Step, tokens: dict[str, list[int]]) -> None:
         """Take a step's output."""
-        for request in [*self.running, *self.waiting]:
+        for request in [*self.running, *self.waiting, *self.held]:
             if request.name not in step.scheduled:
                 continue
             request.in_flight = max(0, request.in_flight - step.scheduled[request.name])
@@ -234,16 +268,63 @@ class ToyScheduler:
             if request.done:
                 self._end(request)
 
+    def set_aside(self, aside: Iterable[Aside], spoilt: frozenset[int]) -> None:
+        """Preempt or end requests, as the hook in vLLM's scheduler does."""
+        self.blocks.forget(spoilt)
+        for each in aside:
+            request = self._find(each.request)
+            if request is None:
+                continue
+            if each.reason:
+                request.error = each.reason
+                self._end(request)
+                continue
+            if request in self.running:
+                self._preempt(request)
+                self._preempted.discard(request.name)
+                self._preempted_before.add(request.name)
+            if not each.known:
+                request.known_to_workers = False
+
+    def obey(self, told: Sequence[EvictPrefixCache | SetAside | UseBlocks]) -> None:
+        """Do what the core has told, in the order of the hook in vLLM's scheduler."""
+        for each in told:
+            if isinstance(each, SetAside):
+                self.set_aside(each.requests, each.spoilt)
+        for each in told:
+            match each:
+                case UseBlocks(usable):
+                    self.use_blocks(usable)
+                case EvictPrefixCache(keep):
+                    self.blocks.evict_unheld(keep)
+
+    def has(self, request: Request) -> bool:
+        """Whether it has not ended."""
+        return any(request in queue for queue in (self.running, self.waiting, self.held))
+
+    def _find(self, name: str) -> Request | None:
+        everybody = [*self.running, *self.waiting, *self.held]
+        return next((request for request in everybody if request.name == name), None)
+
+    def use_blocks(self, usable: frozenset[int] | None) -> None:
+        """Give out these blocks only; None: all."""
+        self.blocks.use(usable)
+        self.waiting = self.held + self.waiting
+        self.held = []
+
+    def _hold_back(self) -> None:
+        for request in list(self.waiting):
+            if len(request.tokens) + 1 > self.blocks.capacity * self.blocks.size:
+                self.waiting.remove(request)
+                self.held.append(request)
+
     def abort(self, request: Request) -> None:
         """The client has gone."""
         request.aborted = True
         self._end(request)
 
     def _end(self, request: Request) -> None:
-        if request in self.running:
-            self.running.remove(request)
-        else:
-            self.waiting.remove(request)
+        next(queue for queue in (self.running, self.waiting, self.held) if request in queue).remove(request)
         self.blocks.release(request.blocks)
         request.blocks = []
         if request.known_to_workers:

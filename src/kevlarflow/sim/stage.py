@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from kevlarflow.recovery.ledger import LedgerEntry, Step
 from kevlarflow.recovery.recompute import Chunk
-from kevlarflow.sim.errors import WrongKv
+from kevlarflow.sim.errors import WrongBlocks, WrongKv
 
 VOCABULARY = 50
 # The hash of a tuple of integers is the same in every process; only that of strings is salted.
@@ -30,13 +30,22 @@ class Memory:
     stage: int
     block_size: int
     blocks: dict[int, list[int | None]] = field(default_factory=dict)
+    usable: frozenset[int] | None = None
+    """Blocks that the lane has memory for; None: all."""
+
+    def restrict(self, usable: frozenset[int] | None) -> None:
+        """Give the memory of all other blocks away."""
+        self.usable = usable
+        self.blocks = {block: held for block, held in self.blocks.items() if usable is None or block in usable}
 
     def write(self, blocks: Sequence[int], start: int, end: int, tokens: Sequence[int]) -> None:
-        """Store the KV of positions `start` to `end`."""
+        """Store the KV of positions `start` to `end`. Raises `WrongBlocks` where the lane has no memory."""
         contents = self._contents(tokens, end)
         size = self.block_size
         for index in range(start // size, -(-end // size)):
             first = index * size
+            if self.usable is not None and blocks[index] not in self.usable:
+                raise WrongBlocks(f"block {blocks[index]} is not among {sorted(self.usable)}")
             held = self.blocks.setdefault(blocks[index], [None] * size)
             low, high = max(start, first), min(end, first + size)
             held[low - first : high - first] = contents[low:high]
@@ -68,6 +77,29 @@ class Memory:
         return contents
 
 
+class LaneMemory(Memory):
+    """What one lane sees of a node's memory: its blocks, wherever they are."""
+
+    def __init__(self, physical: Memory) -> None:
+        super().__init__(physical.stage, physical.block_size, physical.blocks)
+        self.table: Sequence[int] = ()
+
+    def write(self, blocks: Sequence[int], start: int, end: int, tokens: Sequence[int]) -> None:
+        """See `Memory.write`. Raises `WrongBlocks` where the lane has no memory."""
+        mapped = [self.table[block] for block in blocks]
+        if 0 in mapped[start // self.block_size : -(-end // self.block_size)]:
+            raise WrongBlocks(f"positions {start} to {end} in blocks {blocks}: the lane has {self.table}")
+        super().write(mapped, start, end, tokens)
+
+    def check(self, request: str, blocks: Sequence[int], end: int, tokens: Sequence[int]) -> None:
+        """See `Memory.check`."""
+        super().check(request, [self.table[block] for block in blocks], end, tokens)
+
+    def read(self, block: int) -> tuple[int | None, ...]:
+        """See `Memory.read`."""
+        return super().read(self.table[block])
+
+
 @dataclass
 class Running:
     """A request as a worker keeps it."""
@@ -86,6 +118,11 @@ class ToyStage:
     is_last: bool
     aborted: set[str]
     requests: dict[str, Running] = field(default_factory=dict)
+
+    def use_blocks(self, table: Sequence[int]) -> None:
+        """See `LaneRunner.use_blocks`."""
+        assert isinstance(self.memory, LaneMemory)
+        self.memory.table = table
 
     def reset(self) -> None:
         """Forget requests, keep KV."""

@@ -2,8 +2,9 @@
 
 Messages travel on queues that keep their order, as the real channels do, and are delivered in drawn order among
 queues. Faults are drawn: a node is lost (its successor has empty KV memory), again while the pipeline is still
-re-forming, or just between the scheduling of a step and its issue. After each run every request must have ended with
-exactly the tokens of a run without failure.
+re-forming, or just between the scheduling of a step and its issue; a step raises on some stage; a node begins or ends
+to serve other lanes as well, so that the blocks that may be used become fewer or more. After each run every request
+must have ended with exactly the tokens of a run without failure, but for those of a step that raised.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kevlarflow.recovery import pipeline_events as core
+from kevlarflow.recovery.capacity import without
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.ledger import Step, StepResult
 from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Chunk, Limits
-from kevlarflow.sim.errors import Stuck, WrongTokens
+from kevlarflow.sim.errors import Stuck, Violation, WrongTokens
 from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler
 from kevlarflow.sim.stage import VOCABULARY, Memory, ToyStage, next_token
 from kevlarflow.types import Epoch, Member, NodeId, NodeInfo, Stage
@@ -52,6 +54,8 @@ class Lane:
     """Replicas that the node kept as the standby of the node before it."""
     rest: dict[int, tuple[Replica, Content]] = field(default_factory=dict)
     standby: Member | None = None
+    broken: bool = False
+    """A step has raised: the lane does nothing until it is opened again."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,12 @@ class Shape:
     loss_rate: float
     """How likely a loss is between two actions, while losses are left: early, or spread over the run."""
     replicates: bool
+    reshares: int = 0
+    """How often the number of lanes that share a node changes, about as often as nodes are lost."""
+    raise_rate: float = 0.0
+    """How likely a step raises on a stage."""
+    blames: bool = False
+    """Whether losses are held against the steps in flight; two are too many for one step."""
 
 
 def draw(rng: random.Random) -> Shape:
@@ -80,6 +90,9 @@ def draw(rng: random.Random) -> Shape:
         losses=rng.randint(0, 8),
         loss_rate=rng.choice([0.1, 0.02, 0.005]),
         replicates=rng.random() < 0.7,
+        reshares=rng.choice([0, 2, 8]),
+        raise_rate=rng.choice([0.0, 0.0, 0.02]),
+        blames=rng.random() < 0.2,
     )
 
 
@@ -103,6 +116,8 @@ class World:
         self.now = 0.0
         self.pipeline = Pipeline(Limits(shape.budget, 3, shape.block_size, shape.stages))
         self.scheduler = ToyScheduler(self.rng, Blocks(shape.blocks, shape.block_size), shape.budget, max_running=4)
+        self.scheduled_nothing = False
+        """Whether the last step had no tokens."""
         self.aborted: set[str] = set()
         self.incarnations = [0] * shape.stages
         self.lanes = [self._new_lane(Stage(stage)) for stage in range(shape.stages)]
@@ -110,12 +125,21 @@ class World:
         self.resumed = 0
         self.answers: deque[core.Event] = deque()
         self.steps: dict[int, tuple[Step, dict[str, list[int]]]] = {}
+        """All of them: a node that lags behind may still run one that has completed elsewhere."""
         self.outputs: dict[int, dict[str, list[int]]] = {}
         self.expected = self._draw_requests()
-        self.losses_left = shape.losses
+        self.losses_left, self.reshares_left = shape.losses, shape.reshares
         self.delivered: deque[int] = deque()
         self.waits_for: deque[int] = deque()
-        self.evict_next: frozenset[int] | None = None
+        self.for_scheduler: list[core.EvictPrefixCache | core.SetAside | core.UseBlocks] = []
+        """What it has to do before it schedules."""
+        self.left_out: dict[int, frozenset[str]] = {}
+        self.blamed: dict[str, set[str]] = {}
+        """Requests that may end with an error, and with which ones."""
+        self.epoch = 0
+        """Of the last order."""
+        self.shares = 1
+        self.set_aside = 0
         self.recoveries = 0
         self._form()
         self._assign()
@@ -142,7 +166,7 @@ class World:
         if info is None:
             self.incarnations[stage] += 1
             member = Member(NodeId(f"n{stage}"), self.incarnations[stage])
-            info = NodeInfo(member, stage, "sim", 1, (1,), "", "", 1)
+            info = NodeInfo(member, stage, "sim", 1, (1,), "", "", 1, self.shape.blocks)
         toy = ToyStage(Memory(stage, self.shape.block_size), stage == self.shape.stages - 1, self.aborted)
         return Lane(info, toy)
 
@@ -160,7 +184,11 @@ class World:
             self.now += 0.001
             self.rng.choice(actions)()
         for request in self.scheduler.ended:
-            if not request.aborted and request.tokens != self.expected[request.name]:
+            if request.error:
+                excused = self.shape.blames and "nodes were lost" in request.error
+                if not excused and request.error not in self.blamed.get(request.name, ()):
+                    raise WrongTokens(f"{request.name} ended without need: {request.error}")
+            elif not request.aborted and request.tokens != self.expected[request.name]:
                 raise WrongTokens(f"{request.name}: {request.tokens} instead of {self.expected[request.name]}")
         if len(self.scheduler.ended) < self.shape.requests:
             raise Stuck(f"{len(self.scheduler.ended)} of {self.shape.requests} requests ended")
@@ -173,10 +201,19 @@ class World:
             actions.append(self._answer)
         if self.waits_for and self.delivered and self.delivered[0] == self.waits_for[0]:
             actions.append(self._update)
-        elif self.scheduler.has_work and len(self.waits_for) < self.shape.stages:
+        elif self._may_schedule and len(self.waits_for) < self.shape.stages:
             actions.append(self._schedule)
         if self.losses_left and self.rng.random() < self.shape.loss_rate:
             actions.append(self._lose)
+        if self.reshares_left > 0 and self.rng.random() < self.shape.loss_rate:
+            actions.append(functools.partial(self._reshare, self.rng.randint(1, 3)))
+        if (
+            self.shares > 1
+            and self.scheduler.held
+            and not (self.scheduler.running or self.scheduler.waiting or self.waits_for)
+        ):
+            # Only more memory helps these: replacements have come.
+            actions.append(functools.partial(self._reshare, 1))
         if self.shape.replicates:
             actions += [functools.partial(self._replicate, lane) for lane in self.lanes if self.rng.random() < 0.5]
             if self.rng.random() < 0.05:
@@ -185,25 +222,43 @@ class World:
             actions.append(self._abort)
         return actions
 
+    @property
+    def _may_schedule(self) -> bool:
+        """As vLLM's engine: after a step without tokens it waits for one that is in flight."""
+        waits = bool(self.waits_for) and self.scheduled_nothing
+        return not waits and (self.scheduler.has_work or bool(self.for_scheduler))
+
     def _schedule(self) -> None:
         formation = self.pipeline.formations
-        if self.evict_next is not None:
-            self.scheduler.blocks.evict_unheld(self.evict_next)
-        self.evict_next = None
+        self._obey()
         step, known = self.scheduler.schedule(formation)
         if self.losses_left and self.rng.random() < self.shape.loss_rate:
             self._lose()
+        if self.reshares_left > 0 and self.rng.random() < self.shape.loss_rate:
+            self._reshare(self.rng.randint(1, 3))
         while self.answers and self.rng.random() < 0.3:
             self._answer()
         self.steps[step.sequence] = (step, known)
+        self.scheduled_nothing = not step.scheduled
         if step.scheduled:
             self.waits_for.append(step.sequence)
         self._handle(core.StepIssued(step))
 
+    def _obey(self) -> None:
+        """Do what the core tells the scheduler, in the order of the real hook."""
+        told, self.for_scheduler = self.for_scheduler, []
+        self.set_aside += sum(len(each.requests) for each in told if isinstance(each, core.SetAside))
+        self.scheduler.obey(told)
+
     def _update(self) -> None:
         sequence = self.waits_for.popleft()
         self.delivered.popleft()
-        self.scheduler.update(self.steps.pop(sequence)[0], self.outputs.pop(sequence))
+        if self.rng.random() < 0.5:
+            self._obey()
+        self.scheduled_nothing = False
+        left_out = self.left_out.pop(sequence)
+        outputs = {r: tokens for r, tokens in self.outputs.pop(sequence, {}).items() if r not in left_out}
+        self.scheduler.update(self.steps[sequence][0], outputs)
 
     def _abort(self) -> None:
         request = self.rng.choice(self.scheduler.running)
@@ -221,7 +276,7 @@ class World:
             self.standbys[stage] = self._new_standby(stage)
         else:
             self.lanes[stage] = self._new_lane(stage)
-        self._form()
+        self._form(lost=self.shape.blames)
         if self.rng.random() < 0.8:
             self._assign()
 
@@ -251,19 +306,31 @@ class World:
             core.ReplicasConfirmed(lane.info.stage, lane.info.member, standby.info.member, stored, dropped)
         )
 
-    def _form(self) -> None:
-        epoch = Epoch(self.pipeline.epoch + 1)
-        self._handle(core.FormationOrdered(epoch, tuple(lane.info for lane in self.lanes)))
+    def _reshare(self, shares: int) -> None:
+        self.reshares_left -= 1
+        self.shares = shares
+        self._form(planned=self.rng.random() < 0.5)
+
+    def _form(self, *, planned: bool = False, lost: bool = False) -> None:
+        self.epoch += 1
+        nodes = tuple(lane.info for lane in self.lanes)
+        order = core.FormationOrdered(Epoch(self.epoch), nodes, planned=planned, shares=self.shares, lost=lost)
+        self._handle(order)
 
     # ---- channels
 
     def _handle(self, event: core.Event) -> None:
-        for command in self.pipeline.handle(event, self.now):
+        commands = self.pipeline.handle(event, self.now)
+        for command in commands:
             self._send(command)
+        if any(isinstance(command, core.RequestFormation) for command in commands):
+            self._form()
 
     def _send(self, command: core.Command) -> None:
         match command:
-            case core.Join(stage) | core.AssignStandby(stage, _) | core.Place(stage, _, _) | core.PlaceRest(stage):
+            case (
+                core.Join(stage, _, _) | core.AssignStandby(stage, _) | core.Place(stage, _, _) | core.PlaceRest(stage)
+            ):
                 self.lanes[stage].inbox.append((self.pipeline.epoch, command))
             case core.Recompute(_, chunk):
                 for lane in self.lanes[: chunk.through + 1]:
@@ -271,15 +338,14 @@ class World:
             case core.Restore() | core.Execute():
                 for lane in self.lanes:
                     lane.inbox.append((self.pipeline.epoch, command))
-            case core.Deliver(sequence):
+            case core.Deliver(sequence, left_out):
+                self.left_out[sequence] = left_out
                 if self.steps[sequence][0].scheduled:
                     self.delivered.append(sequence)
-                else:
-                    del self.steps[sequence]
-            case core.EvictPrefixCache(keep):
-                self.evict_next = keep if self.evict_next is None else keep & self.evict_next
-            case _:
-                pass
+            case core.EvictPrefixCache() | core.SetAside() | core.UseBlocks():
+                self.for_scheduler.append(command)
+            case core.AbandonEverything(reason):
+                raise Violation(f"everything is given up: {reason}")
 
     def _answer(self) -> None:
         self._handle(self.answers.popleft())
@@ -299,11 +365,9 @@ class World:
         needs = lane.info.stage > 0 and epoch >= lane.epoch
         match command:
             case core.Recompute(sequence, _):
-                return not needs or (epoch, -sequence) in lane.activations
-            case core.Execute(sequence, _, _):
-                # A step of an old epoch may be gone already; it is dropped without its activations.
-                has_tokens = sequence in self.steps and bool(self.steps[sequence][0].scheduled)
-                return not needs or not has_tokens or (epoch, sequence) in lane.activations
+                return not needs or lane.broken or (epoch, -sequence) in lane.activations
+            case core.Execute(sequence, has_tokens):
+                return not needs or lane.broken or not has_tokens or (epoch, sequence) in lane.activations
             case _:
                 return True
 
@@ -312,11 +376,13 @@ class World:
             while not isinstance(lane.inbox[0][1], core.Join):
                 lane.inbox.popleft()
         epoch, command = lane.inbox.popleft()
-        if epoch < lane.epoch:
+        if epoch < lane.epoch or (lane.broken and epoch == lane.epoch):
             return
         match command:
-            case core.Join(stage):
+            case core.Join(stage, usable):
                 lane.epoch = epoch
+                lane.broken = False
+                lane.stage.memory.restrict(usable)
                 lane.stage.reset()
                 lane.tags = {}
                 lane.rest = {}
@@ -330,8 +396,8 @@ class World:
                 self.answers.append(core.StageRestored(Epoch(epoch), lane.info.stage))
             case core.Recompute(sequence, chunk):
                 self._recompute(lane, epoch, sequence, chunk)
-            case core.Execute(sequence, _, written):
-                self._execute(lane, epoch, sequence, written)
+            case core.Execute():
+                self._execute(lane, epoch, command)
 
     def _work_on_replicas(
         self, lane: Lane, epoch: int, command: core.AssignStandby | core.Place | core.PlaceRest
@@ -364,10 +430,13 @@ class World:
         else:
             self._pass_on(lane, (epoch, -sequence))
 
-    def _execute(self, lane: Lane, epoch: int, sequence: int, written: tuple[Replica, ...]) -> None:
-        if sequence not in self.steps:
+    def _execute(self, lane: Lane, epoch: int, command: core.Execute) -> None:
+        sequence, written = command.sequence, command.writes
+        scheduled, known = self.steps[sequence]
+        step = without(scheduled, command.left_out, self.shape.block_size)
+        if step.scheduled and self.rng.random() < self.shape.raise_rate:
+            self._break(lane, epoch, step)
             return
-        step, known = self.steps[sequence]
         lane.tags.update((replica.block, Replica(replica.block, replica.generation, 0)) for replica in written)
         sampled = lane.stage.execute(step, known)
         lane.tags.update((replica.block, replica) for replica in written)
@@ -380,6 +449,15 @@ class World:
             self.answers.append(core.StepExecuted(Epoch(epoch), sequence, result))
         else:
             self._pass_on(lane, (epoch, sequence))
+
+    def _break(self, lane: Lane, epoch: int, step: Step) -> None:
+        """The step raises: the lane is of no use in this epoch any more."""
+        lane.broken = True
+        reason = f"step {step.sequence} raised"
+        if epoch == self.pipeline.epoch:
+            for request in step.scheduled:
+                self.blamed.setdefault(request, set()).add(reason)
+        self.answers.append(core.StepBroken(Epoch(epoch), step.sequence, lane.info.stage, reason))
 
     def _pass_on(self, lane: Lane, key: tuple[int, int]) -> None:
         following = self.lanes[lane.info.stage + 1]

@@ -94,6 +94,8 @@ class EngineAttached(Message, frozen=True):
     """The epoch it serves in now; 0 when it has none yet."""
     members: tuple[Member, ...]
     """The members it serves with now, in stage order; empty when it has none yet."""
+    shares: int = 1
+    """Lanes that share the KV memory of the busiest of them, as far as it knows."""
 
 
 class EngineReport(Message, frozen=True):
@@ -156,6 +158,10 @@ class Form(Message, frozen=True):
     cause: Cause
     lost_stages: tuple[Stage, ...]
     """Stages whose node is new to this pipeline and holds no KV of it."""
+    shares: int = 1
+    """Lanes that share the KV memory of the busiest of these nodes."""
+    orphans: tuple[tuple[PipelineId, Epoch], ...] = ()
+    """Pipelines that have no engine: the nodes are to give up their lanes, up to this epoch."""
 
 
 class Suspend(Message, frozen=True):

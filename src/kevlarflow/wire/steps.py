@@ -28,13 +28,18 @@ class Describe(StepMessage, frozen=True):
 
 
 class Join(StepMessage, frozen=True):
-    """Open the pipeline's lane in this epoch: forget its requests, keep its KV, link to the next stage."""
+    """Open the lane in this epoch: forget its requests, keep the KV of the blocks in use, link to the next stage.
+
+    Payload: pickled frozenset of the KV blocks that the engine uses, or None for all.
+    """
 
     pipeline: PipelineId
     epoch: Epoch
     stage: Stage
     next_address: str
     """Activation address of the next stage; empty at the last stage."""
+    orphans: tuple[tuple[PipelineId, Epoch], ...] = ()
+    """Pipelines that have no engine: their lanes up to this epoch are to be given up."""
 
 
 class Leave(StepMessage, frozen=True):

@@ -41,7 +41,7 @@ class Shell:
 
     def ready(self) -> messages.NodeReady:
         pid = os.getpid()
-        info = NodeInfo(Member(NodeId("node-0-0"), 1), Stage(0), "here", pid, (pid,), "steps", "activations", 1)
+        info = NodeInfo(Member(NodeId("node-0-0"), 1), Stage(0), "here", pid, (pid,), "steps", "activations", 1, 50)
         return messages.NodeReady(info, {})
 
     def serve(self) -> tuple[MemoryPeer, MemoryPeer]:

@@ -13,21 +13,24 @@ class Runner:
     def reset(self):
         self.resets += 1
 
+    def use_blocks(self, table):
+        self.table = table
 
-def lanes(first_stage=False, slots=2):
-    return Lanes([Runner() for _ in range(slots)], is_first_stage=first_stage)
+
+def lanes(first_stage=False, runners=2):
+    return Lanes([Runner() for _ in range(runners)], 9, is_first_stage=first_stage)
 
 
 def execute(sequence, pipeline=0, epoch=1, has_tokens=True):
     return Work(b"engine", Execute(pipeline, epoch, sequence, has_tokens, ()), [])
 
 
-def test_a_lane_opens_on_a_free_slot_and_forgets_its_requests():
+def test_a_lane_opens_with_a_free_runner_and_forgets_its_requests():
     table = lanes()
     lane = table.open(0, 1)
-    assert (lane.slot, lane.runner.resets) == (0, 1)
-    assert table.open(1, 1).slot == 1
-    assert table.open(2, 1) is None, "there is no third slot"
+    assert lane.runner.resets == 1
+    assert table.open(1, 1).runner is not lane.runner
+    assert table.open(2, 1) is None, "there is no third runner"
 
 
 def test_an_old_epoch_does_not_open_a_lane():
@@ -37,7 +40,7 @@ def test_an_old_epoch_does_not_open_a_lane():
     assert table.open(0, 1) is None
 
 
-def test_opened_again_it_keeps_its_slot_and_drops_its_work():
+def test_opened_again_it_keeps_its_runner_and_drops_its_work():
     table = lanes(first_stage=True)
     lane = table.open(0, 1)
     table.add_work(execute(1))
@@ -45,12 +48,12 @@ def test_opened_again_it_keeps_its_slot_and_drops_its_work():
     assert table.next_work() is None
 
 
-def test_a_lane_that_was_left_frees_its_slot_and_its_epoch_stays_used():
-    table = lanes(slots=1)
-    table.open(0, 3)
+def test_a_lane_that_was_left_frees_its_runner_and_its_epoch_stays_used():
+    table = lanes(runners=1)
+    lane = table.open(0, 3)
     assert table.leave(0, 3) is not None
     assert table.open(0, 3) is None
-    assert table.open(1, 1).slot == 0
+    assert table.open(1, 1).runner is lane.runner
 
 
 def test_leaving_under_an_old_epoch_does_nothing():
@@ -133,3 +136,15 @@ def test_a_broken_lane_takes_no_work_until_it_is_opened_again():
     assert not table.add_work(execute(2))
     table.open(0, 2)
     assert table.add_work(execute(3, epoch=2))
+
+
+def test_a_lane_works_once_it_has_its_blocks():
+    table = lanes(first_stage=True)
+    own, guest = table.open(0, 1), table.open(1, 1)
+    table.share(own, None)
+    table.share(guest, frozenset({1, 2, 3, 4}))
+    table.add_work(execute(1, pipeline=1))
+    assert table.next_work() is None, "the other lane has all blocks"
+    table.share(own, frozenset({5, 6, 7, 8}))
+    assert table.next_work()[0] is guest
+    assert guest.runner.table == [0, 4, 3, 2, 1, 0, 0, 0, 0]

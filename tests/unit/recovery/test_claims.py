@@ -9,7 +9,7 @@ from kevlarflow.types import Member, NodeInfo
 
 
 def node(name, stage, incarnation=1):
-    return NodeInfo(Member(name, incarnation), stage, "host", 1, (1,), f"ipc://{name}.s", f"ipc://{name}.a", 2)
+    return NodeInfo(Member(name, incarnation), stage, "host", 1, (1,), f"ipc://{name}.s", f"ipc://{name}.a", 2, 50)
 
 
 A0, B0, A1, B1 = node("node-0-0", 0), node("node-1-0", 0), node("node-0-1", 1), node("node-1-1", 1)
@@ -72,7 +72,7 @@ def test_a_replica_of_what_was_evicted_is_void_even_if_it_is_confirmed_late():
 
 def test_a_replica_from_before_an_abandonment_is_void_even_if_it_is_confirmed_late():
     pipeline = serving_one_request()
-    pipeline.handle(p.StepBroken(1, 1, 1, "raised"), 1.8)
+    pipeline.handle(p.StepBroken(1, 0, 1, "raised"), 1.8)
     form(pipeline, 2, A0, A1)
     confirm(pipeline, FULL)
     assert not [each for each in form(pipeline, 3, A0, B1) if isinstance(each, p.Place)]

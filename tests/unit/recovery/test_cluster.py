@@ -161,17 +161,17 @@ def test_the_nearest_in_the_ring_with_the_fewest_lanes_helps():
     driver.formed(2, 2)
     (form, again) = orders(driver.exited("node-0-0"))
     # Two pipelines lost their node; the one that is left has memory for one of them.
-    assert form == driver.form(0, 2, ["node-1-0"], Cause.CRASH, lost=[0])
+    assert form == driver.form(0, 3, ["node-1-0"], Cause.CRASH, lost=[0])
     assert isinstance(again, Suspend)
     assert again.pipeline == 2
 
 
-def test_two_losses_of_the_same_stage_are_survived_with_two_reserve_lanes():
-    driver = Driver(stages=1, pipelines=3, reserve_lanes=2).serve()
+def test_two_losses_of_the_same_stage_are_survived_with_three_pipelines():
+    driver = Driver(stages=1, pipelines=3, lanes=3).serve()
     driver.exited("node-2-0")
     driver.formed(2, 2)
     assert orders(driver.exited("node-0-0")) == [
-        driver.form(0, 2, ["node-1-0"], Cause.CRASH, lost=[0]),
+        driver.form(0, 3, ["node-1-0"], Cause.CRASH, lost=[0]),
         driver.form(2, 3, ["node-1-0"], Cause.CRASH, lost=[0]),
     ]
 
@@ -207,18 +207,18 @@ def test_nobody_is_left():
     )
     assert orders(commands) == [
         Suspend(PipelineId(0), Epoch(3), Stage(1), reason.format(0)),
-        Suspend(PipelineId(1), Epoch(2), Stage(1), reason.format(1)),
+        Suspend(PipelineId(1), Epoch(3), Stage(1), reason.format(1)),
     ]
     assert not driver.cluster.serving
     assert driver.cluster.why_not_serving() == f"{reason.format(0)}; {reason.format(1)}"
     # The first replacement serves both.
     assert orders(driver.ready("node-1-1", 2)) == [
         driver.form(0, 4, ["node-0-0", "node-1-1#2"], Cause.CRASH, lost=[1]),
-        driver.form(1, 3, ["node-1-0", "node-1-1#2"], Cause.CRASH, lost=[1]),
+        driver.form(1, 4, ["node-1-0", "node-1-1#2"], Cause.CRASH, lost=[1]),
     ]
     driver.now += 1
     driver.formed(0, 4, lost=2)
-    driver.formed(1, 3)
+    driver.formed(1, 4)
     assert [each.state for each in driver.cluster.recoveries] == [RecoveryState.DONE] * 3
 
 
@@ -234,8 +234,8 @@ def test_a_single_pipeline_waits_for_its_own_node():
     assert recovery.seconds.plan == pytest.approx(3.0)
 
 
-def test_without_reserve_lanes_nothing_is_borrowed():
-    driver = Driver(reserve_lanes=0).serve()
+def test_nodes_with_one_lane_lend_nothing():
+    driver = Driver(lanes=1).serve()
     (suspend,) = orders(driver.exited("node-0-0"))
     assert isinstance(suspend, Suspend)
 
@@ -329,7 +329,7 @@ def test_a_lane_counts_as_taken_until_it_has_been_given_up():
     driver.report(0)
     driver.ready("node-0-0", 2)
     # node-1-0 has not left the lane of pipeline 0 yet, so pipeline 2 cannot have it.
-    (form,) = orders(driver.exited("node-2-0"))
+    (form, *_) = orders(driver.exited("node-2-0"))
     assert form == driver.form(2, 2, ["node-0-0#2"], Cause.CRASH, lost=[0])
 
 
@@ -438,7 +438,7 @@ def test_an_own_node_that_cannot_be_used_is_replaced():
 
 
 def restarted(driver: Driver) -> Driver:
-    later = Driver(driver.config.stages, driver.config.pipelines, driver.config.reserve_lanes)
+    later = Driver(driver.config.stages, driver.config.pipelines, driver.lanes)
     later.now = driver.now + 0.5
     later.do(events.ControllerResumed(driver.cluster.snapshot()))
     return later
@@ -505,7 +505,7 @@ def test_the_status_document():
     assert msgspec.json.decode(msgspec.json.encode(document)) == document
     assert document["pipelines"] == [
         {"id": 0, "state": "serving", "epoch": 2, "nodes": ["node-1-0"]},
-        {"id": 1, "state": "serving", "epoch": 1, "nodes": ["node-1-0"]},
+        {"id": 1, "state": "serving", "epoch": 2, "nodes": ["node-1-0"]},
     ]
     assert document["engines"][0] == {
         "id": "engine-0", "pid": 70, "pipeline": 0, "state": "ready", "running": 2, "waiting": 1, "kv_blocks": 100,
@@ -554,3 +554,45 @@ def test_every_state_can_be_left_and_reached():
     for table, steps in ((NODE, NodeStep), (PIPELINE, PipelineStep)):
         assert {state for state, _ in table} == set(table.values())
         assert {step for _, step in table} == set(steps)
+
+
+# ---- shared KV memory
+
+
+def test_who_shares_a_node_is_told_at_once_and_gets_its_room_back_when_the_other_is_gone():
+    driver = Driver(stages=1).serve()
+    driver.exited("node-0-0")
+    assert driver.shares == {0: 2, 1: 2}
+    driver.formed(0, 2)
+    driver.ready("node-0-0", 2)
+    driver.report(0)
+    assert driver.shares == {0: 1, 1: 2}, "the lane is not known to be given up yet"
+    driver.formed(0, 3)
+    assert driver.shares == {0: 1, 1: 1}
+
+
+def test_lanes_without_an_engine_need_no_room_and_are_given_up():
+    driver = Driver(stages=1).serve()
+    driver.do(events.EngineLost(PipelineId(1), 71))
+    (form,) = orders(driver.exited("node-0-0"))
+    assert (form.shares, form.orphans) == (1, ((PipelineId(1), Epoch(1)),))
+    driver.formed(0, 2)
+    driver.attach(1, pid=99)
+    assert driver.shares == {0: 2, 1: 2}
+
+
+def test_who_waits_for_room_goes_on_when_the_engine_that_had_it_ends():
+    driver = Driver(stages=1).serve()
+    driver.exited("node-0-0")
+    (form,) = orders(driver.do(events.EngineLost(PipelineId(1), 71)))
+    assert (form.epoch, form.shares) == (3, 1)
+    assert [pipeline for pipeline, _ in form.orphans] == [1]
+
+
+def test_an_engine_that_has_not_spoken_since_the_controllers_restart_keeps_its_lanes():
+    driver = restarted(Driver(stages=1).serve())
+    driver.ready("node-1-0")
+    driver.attach(0, pid=70, epoch=1, members=(member("node-0-0"),))
+    driver.exited("node-0-0")
+    (form,) = orders(driver.tick(0.2))
+    assert (form.shares, form.orphans) == (2, ())

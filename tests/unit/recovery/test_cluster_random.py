@@ -14,10 +14,10 @@ from toy_world import ToyWorld, make_config
 class History(RuleBasedStateMachine):
     """One cluster and what befalls it."""
 
-    @initialize(stages=st.integers(1, 4), pipelines=st.integers(1, 4), reserve_lanes=st.integers(0, 3), data=st.data())
-    def start(self, stages, pipelines, reserve_lanes, data):
+    @initialize(stages=st.integers(1, 4), pipelines=st.integers(1, 4), lanes=st.integers(1, 4), data=st.data())
+    def start(self, stages, pipelines, lanes, data):
         """Nodes and engines appear in any order; then everything serves."""
-        self.world = ToyWorld(make_config(stages, pipelines, reserve_lanes))
+        self.world = ToyWorld(make_config(stages, pipelines), lanes)
         self.world.do(events.ClusterBegun())
         arrivals = [*self.world.those("starting"), *self.world.engines]
         for arrival in data.draw(st.permutations(arrivals)):

@@ -127,3 +127,15 @@ def test_a_suspect_stays_the_standby():
     assert not any(isinstance(each, AssignStandbys) and each.pipeline == 0 for each in suspected)
     cleared = driver.cleared("node-1-1")
     assert not any(isinstance(each, AssignStandbys) and each.pipeline == 0 for each in cleared)
+
+
+def test_a_donor_that_dies_while_the_lane_goes_home_does_not_hold_it_up():
+    driver = Driver(stages=1).serve()
+    driver.exited("node-0-0")
+    driver.formed(0, 2)
+    driver.ready("node-0-0", 2)
+    (home,) = orders(driver.report(0))
+    assert home.cause is Cause.REJOIN
+    again = orders(driver.exited("node-1-0"))[0]
+    assert (again.pipeline, again.cause, again.lost_stages) == (0, Cause.CRASH, (0,))
+    assert again.epoch > home.epoch

@@ -14,15 +14,15 @@ LIMITS = Limits(max_batched_tokens=64, max_requests=8, block_size=4, stages=2)
 
 
 def node(name, stage, incarnation=1):
-    return NodeInfo(Member(name, incarnation), stage, "host", 1, (1,), f"ipc://{name}.s", f"ipc://{name}.a", 2)
+    return NodeInfo(Member(name, incarnation), stage, "host", 1, (1,), f"ipc://{name}.s", f"ipc://{name}.a", 2, 50)
 
 
 A0, A1, B1 = node("node-0-0", 0), node("node-0-1", 1), node("node-1-1", 1)
 
 
-def admit(sequence, request="r", formation=1, computed=0):
-    admission = Admission(request, tuple(range(computed + 3)), (1, 2), computed, None)
-    return Step(sequence, (admission,), (), {request: 3}, frozenset(), frozenset(), formation)
+def admit(sequence, request="r", formation=1, computed=0, blocks=(1, 2), tokens=3):
+    admission = Admission(request, tuple(range(computed + tokens)), tuple(blocks), computed, None)
+    return Step(sequence, (admission,), (), {request: tokens}, frozenset(), frozenset(), formation)
 
 
 def go_on(sequence, request="r", computed=3, formation=1):
@@ -46,6 +46,16 @@ def serving(nodes=(A0, A1)):
         pipeline.handle(p.StageRestored(1, stage), 0.2)
     assert pipeline.phase is Phase.SERVING
     return pipeline
+
+
+def prepared(pipeline, epoch, commands):
+    """The nodes have answered all that comes before the steps in flight."""
+    for stage in (0, 1):
+        pipeline.handle(p.StageJoined(epoch, stage), 2.0)
+        pipeline.handle(p.StageRestored(epoch, stage), 2.0)
+    for command in commands:
+        if isinstance(command, p.Recompute):
+            pipeline.handle(p.ChunkRecomputed(epoch, command.sequence), 2.0)
 
 
 def sent(commands):
@@ -245,15 +255,70 @@ def test_a_suspended_pipeline_serves_again_when_it_is_formed():
     assert sent(pipeline.handle(p.StepIssued(admit(1, formation=pipeline.formations)), 3.1)) == [1]
 
 
-def test_a_step_that_raised_ends_every_request_and_trusts_no_block():
+def test_a_step_that_raised_ends_its_requests_and_no_others():
     pipeline = serving()
     pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
-    pipeline.handle(p.StepIssued(admit(2, "b")), 1.0)
+    pipeline.handle(p.StepIssued(admit(2, "b", blocks=(3, 4))), 1.0)
     commands = pipeline.handle(p.StepBroken(1, 1, 0, "boom"), 1.1)
     assert commands == [
-        p.AbandonEverything("boom"), p.Abandon(1, "boom"), p.Abandon(2, "boom"), p.RequestFormation(0, "boom")
-    ]  # fmt: skip
+        p.SetAside((p.Aside("a", "boom", known=False),), frozenset({1, 2})),
+        p.Deliver(1, frozenset("a")),
+        p.RequestFormation(0, "boom"),
+    ]
+    assert sent(pipeline.handle(p.FormationOrdered(2, (A0, A1)), 1.2)) == [2]
+
+
+def test_who_counts_on_a_block_of_a_step_that_raised_is_computed_again():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "a", blocks=(1, 2))), 1.0)
+    pipeline.handle(p.StepIssued(admit(2, "b", blocks=(1, 3), computed=4)), 1.0)
+    (aside, *_) = pipeline.handle(p.StepBroken(1, 1, 0, "boom"), 1.1)
+    assert [(each.request, each.reason) for each in aside.requests] == [("a", "boom"), ("b", "")]
+
+
+def test_recovery_work_that_raised_for_nobody_in_particular_ends_all():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
+    commands = pipeline.handle(p.StepBroken(1, 0, 0, "boom"), 1.1)
+    assert commands == [p.AbandonEverything("boom"), p.Abandon(1, "boom"), p.RequestFormation(0, "boom")]
     assert p.EvictPrefixCache() in pipeline.handle(p.FormationOrdered(2, (A0, A1)), 1.2)
+
+
+def test_a_step_that_cost_two_nodes_is_not_sent_a_third_time():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "a", blocks=(1, 2))), 1.0)
+    pipeline.handle(p.StepIssued(admit(2, "b", blocks=(3, 4))), 1.0)
+    first = pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.1)
+    assert sent(first) == [1], "what may be to blame runs alone"
+    prepared(pipeline, 2, first)
+    second = pipeline.handle(p.FormationOrdered(3, (A0, A1), lost=True), 1.2)
+    (aside,) = [each for each in second if isinstance(each, p.SetAside)]
+    assert [each.request for each in aside.requests] == ["a"]
+    assert "2 nodes were lost" in aside.requests[0].reason
+    steps = [(each.sequence, each.has_tokens) for each in second if isinstance(each, p.Execute)]
+    assert steps == [(1, False), (2, True)]
+
+
+def test_a_node_that_dies_before_it_runs_a_step_is_not_held_against_it():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
+    pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.1)
+    third = pipeline.handle(p.FormationOrdered(3, (A0, A1), lost=True), 1.2)
+    assert sent(third) == [1]
+
+
+def test_lanes_that_share_a_node_use_a_part_of_the_blocks():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "old", blocks=range(1, 25), tokens=96)), 1.0)
+    pipeline.handle(p.StepIssued(admit(2, "new", blocks=(30, 31))), 1.0)
+    commands = pipeline.handle(p.FormationOrdered(2, (A0, A1), shares=2), 1.1)
+    (use,) = [each for each in commands if isinstance(each, p.UseBlocks)]
+    assert len(use.usable) == 24
+    assert set(range(1, 25)) == use.usable
+    (aside,) = [each for each in commands if isinstance(each, p.SetAside)]
+    assert aside.requests == (p.Aside("new", "", known=False),)
+    assert [each.usable for each in commands if isinstance(each, p.Join)] == [use.usable] * 2
+    assert pipeline.handle(p.FormationOrdered(3, (A0, A1)), 1.2)[0] == p.UseBlocks(None)
 
 
 def test_a_step_that_was_scheduled_before_everything_was_abandoned_is_abandoned_too():

@@ -9,7 +9,7 @@ from kevlarflow.types import Member, NodeInfo
 
 
 def node(name):
-    return NodeInfo(Member(name, 1), 0, "host", 1, (1,), f"ipc://{name}.s", f"ipc://{name}.a", 2)
+    return NodeInfo(Member(name, 1), 0, "host", 1, (1,), f"ipc://{name}.s", f"ipc://{name}.a", 2, 50)
 
 
 A, B = node("node-0-0"), node("node-1-0")
@@ -33,6 +33,7 @@ def test_it_is_over_when_the_recovery_that_held_it_back_is_done():
     assert pipeline.handle(p.StepIssued(Step(2, (), (), {}, frozenset({"r"}), frozenset(), 9)), 2.0) == []
     commands = pipeline.handle(p.ReplicasPlaced(2, 0, ()), 2.05)
     assert p.Execute(2, has_tokens=False) in commands
-    assert answer(pipeline, 2)[0] == p.Deliver(2)
+    assert p.Deliver(2) in commands
+    answer(pipeline, 2)
     assert pipeline.in_flight == ()
     assert pipeline.phase is Phase.SERVING

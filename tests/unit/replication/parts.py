@@ -31,7 +31,7 @@ class Memory:
 
 
 def standby_info(address, name="b"):
-    return NodeInfo(Member(name, 1), 0, "here", 1, (1,), "", "", 2, address)
+    return NodeInfo(Member(name, 1), 0, "here", 1, (1,), "", "", 2, 50, address)
 
 
 def header(payload=b"12345678", **changes):

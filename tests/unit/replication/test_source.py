@@ -28,7 +28,9 @@ class Bench:
         self.now = 0.0
 
     def lane(self, pipeline=0, first_block=0, standby="b"):
-        lane = self.source.lane(pipeline, first_block, ReplicationQueue(BLOCK_SIZE, self.interval))
+        lane = self.source.lane(
+            pipeline, range(first_block, first_block + 50), ReplicationQueue(BLOCK_SIZE, self.interval)
+        )
         lane.epoch = 5
         self.source.assign(lane, standby_info(standby))
         return lane
@@ -36,7 +38,7 @@ class Bench:
     def write(self, lane, block, filled=4, content=b"12345678", generation=1):
         replica = Replica(block, generation, filled)
         lane.queue.begin([replica])
-        self.memory.blocks[lane.first_block + block] = content
+        self.memory.blocks[lane.table[block]] = content
         lane.queue.end([replica])
         return replica
 

@@ -11,7 +11,7 @@ import pytest
 SCRIPT = Path(__file__).parents[3] / "scripts" / "mutants.py"
 QUICK = (
     "an engine believes results of an old epoch",
-    "two engines share the memory of one lane",
+    "two lanes are given the same physical block",
     "the prefix cache is not evicted",
     "a thawed node is believed",
     "the watermark is off by one block",

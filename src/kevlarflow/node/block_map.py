@@ -1,0 +1,76 @@
+"""Which physical block holds which block of which lane, on a node whose KV memory has room for one lane.
+
+Every engine counts its KV blocks from 0 to N - 1, and a node has N of them, whoever they belong to. A healthy node maps
+its lane one to one. When another lane comes, both engines keep to a share of their block ids, and the map gives each
+of those a physical block; what an engine keeps stays where it is. Block 0 is vLLM's null block: it is everybody's, and
+nothing in it is ever read.
+
+A lane that is to get more blocks than are free waits until another one has given up some: its own engine has been told
+to, since the controller orders all of them in one go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+NONE = 0
+"""Stands for no physical block."""
+
+
+class LaneBlocks:
+    """The blocks of one lane. Make one with `BlockMap.add`."""
+
+    def __init__(self, blocks: int) -> None:
+        self.table: list[int] = [NONE] * blocks
+        """Physical block of each block of the lane, or `NONE`. It is changed in place."""
+        self.missing: list[int] = []
+        """Blocks that wait for a physical one."""
+
+
+class BlockMap:
+    """See the module's text; `blocks` is N."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._free = set(range(1, blocks))
+        self._lanes: list[LaneBlocks] = []
+
+    def add(self) -> LaneBlocks:
+        """A lane without blocks."""
+        lane = LaneBlocks(self._blocks)
+        self._lanes.append(lane)
+        return lane
+
+    def remove(self, lane: LaneBlocks) -> None:
+        """The lane was left: its blocks are anybody's."""
+        self._lanes.remove(lane)
+        self._give_up(lane, frozenset())
+        self._hand_out()
+
+    def share(self, lane: LaneBlocks, usable: frozenset[int] | None) -> None:
+        """Let the lane have these blocks, None: all. Those that it has already keep their place."""
+        wanted = frozenset(range(1, self._blocks)) if usable is None else usable
+        self._give_up(lane, wanted)
+        lane.missing = sorted(block for block in wanted if lane.table[block] == NONE)
+        self._hand_out()
+
+    def _give_up(self, lane: LaneBlocks, kept: frozenset[int]) -> None:
+        for block, physical in enumerate(lane.table):
+            if physical != NONE and block not in kept:
+                self._free.add(physical)
+                lane.table[block] = NONE
+
+    def _hand_out(self) -> None:
+        """Serve whoever can be served in full, in the order in which the lanes came."""
+        for lane in self._lanes:
+            if len(lane.missing) <= len(self._free):
+                self._fill(lane.table, lane.missing)
+                lane.missing = []
+
+    def _fill(self, table: list[int], missing: Sequence[int]) -> None:
+        """One to one while nobody else has any; later, the last ones first: who keeps blocks keeps low ones."""
+        alone = len(self._free) == self._blocks - 1
+        chosen = missing if alone else sorted(self._free, reverse=True)
+        for block, physical in zip(missing, chosen, strict=False):
+            table[block] = physical
+        self._free.difference_update(table)

@@ -1,0 +1,68 @@
+"""How far the forming of a pipeline has come: which answers of its nodes are awaited, and when each part was done."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.pipeline_events import ChunkRecomputed, StageJoined, StageRestored
+from kevlarflow.recovery.recompute import Chunk
+from kevlarflow.types import Phases, Stage
+
+
+@dataclasses.dataclass(slots=True)
+class Forming:
+    """How far the current forming has come. Times are monotonic seconds."""
+
+    ordered_at: float
+    requests: int
+    recomputed_tokens: int
+    to_join: set[Stage]
+    to_restore: set[Stage]
+    chunks: dict[int, Chunk]
+    first_step: int | None
+    """The first step with tokens that was issued again, if any."""
+    lost: frozenset[Stage] = frozenset()
+    to_place: set[Stage] = dataclasses.field(default_factory=set)
+    """Stages whose answer about replicas is awaited; until then nothing is planned and no step goes out."""
+    issued_meanwhile: bool = False
+    """Whether a step was issued while replicas were awaited."""
+    placed: dict[Stage, dict[int, Replica]] = dataclasses.field(default_factory=dict)
+    joined_at: float | None = None
+    placed_at: float | None = None
+    recomputed_at: float | None = None
+    restored_at: float | None = None
+
+    @property
+    def prepared(self) -> bool:
+        """Whether every node has done all that comes before the steps in flight."""
+        return not (self.to_place or self.to_join or self.to_restore or self.chunks)
+
+    def phases(self, now: float) -> Phases:
+        """Where the time went."""
+        joined = self.joined_at or self.ordered_at
+        placed = max(joined, self.placed_at or joined)
+        recomputed = max(placed, self.recomputed_at or placed)
+        restored = max(recomputed, self.restored_at or recomputed)
+        return Phases(
+            relink=joined - self.ordered_at,
+            restore=(placed - joined) + (restored - recomputed),
+            recompute=recomputed - placed,
+            reissue=now - restored,
+        )
+
+    def note(self, event: StageJoined | ChunkRecomputed | StageRestored, now: float) -> None:
+        """A node has answered."""
+        match event:
+            case StageJoined(stage=stage):
+                self.to_join.discard(stage)
+                if not self.to_join and self.joined_at is None:
+                    self.joined_at = now
+            case ChunkRecomputed(sequence=sequence):
+                self.chunks.pop(sequence, None)
+                if not self.chunks and self.recomputed_at is None:
+                    self.recomputed_at = now
+            case StageRestored(stage=stage):
+                self.to_restore.discard(stage)
+                if not self.to_restore and self.restored_at is None:
+                    self.restored_at = now

@@ -1,0 +1,115 @@
+"""Which requests of a pipeline are set aside, since when, and what the scheduler has to be told of it.
+
+The rules are in `recovery.capacity`; this is their memory. The scheduler hears of a change before its next step, but a
+step that is being scheduled meanwhile does not know of it. So everything here bears the count of formations at which it
+was said, and a step that was scheduled under a smaller count is held against the rules once more when it is issued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from kevlarflow.recovery.capacity import Fallout, choose_usable, fallout, tables_of, without
+from kevlarflow.recovery.coverage import Generations, IssuedTables, Replica
+from kevlarflow.recovery.in_flight import InFlight
+from kevlarflow.recovery.ledger import Ledger, Step
+from kevlarflow.recovery.pipeline_events import Aside, Command, SetAside, UseBlocks
+
+
+class GivingWay:
+    """See the module's text. It changes the ledger, the tables and the steps in flight that it is given."""
+
+    def __init__(
+        self, ledger: Ledger, in_flight: InFlight, issued: IssuedTables, generations: Generations, block_size: int
+    ) -> None:
+        self._ledger = ledger
+        self._in_flight = in_flight
+        self._issued = issued
+        self._generations = generations
+        self._block_size = block_size
+        self.usable: frozenset[int] | None = None
+        """KV blocks that the pipeline may use; None: all."""
+        self._aside: dict[str, _Told] = {}
+        self._spoilt: frozenset[int] = frozenset()
+        self._changed_at = 0
+
+    def clear(self) -> None:
+        """All requests have been ended."""
+        self._aside.clear()
+        self._spoilt = frozenset()
+
+    def may_use(self, replicas: Mapping[int, Replica]) -> dict[int, Replica]:
+        """Those of blocks that the pipeline may use, and whose content the scheduler is right about."""
+        usable, spoilt = self.usable, self._spoilt
+        return {b: r for b, r in replicas.items() if b not in spoilt and (usable is None or b in usable)}
+
+    def share(self, blocks: int, shares: int, doomed: Mapping[str, str], count: int) -> list[Command]:
+        """Choose the blocks to use from now on, and set aside whoever has no room in them, and the `doomed`.
+
+        `doomed` maps requests to the reason for which they end; `count` is the count of formations.
+        """
+        before = self.usable
+        self.usable, surplus = choose_usable(
+            tables_of(self._ledger), list(self._in_flight), before, blocks, shares, self._generations.__getitem__
+        )
+        commands: list[Command] = []
+        if self.usable != before:
+            self._changed_at = count
+            commands.append(UseBlocks(self.usable))
+        return commands + self.set_aside(dict.fromkeys(surplus, "") | dict(doomed), count)
+
+    def set_aside(self, reasons: Mapping[str, str], count: int) -> list[Command]:
+        """Set requests aside, and those that count on what they would have filled, before the nodes start afresh.
+
+        An empty reason is for one that is to go on later.
+        """
+        known = Fallout(frozenset(reasons) | frozenset(self._aside), self._spoilt)
+        found = fallout(tables_of(self._ledger), list(self._in_flight), self.usable, known, self._block_size)
+        self._ledger.preempt(found.requests)
+        self._issued.forget(found.requests)
+        self._in_flight.leave_out(found.requests, self._block_size)
+        return self._tell(found, reasons, count)
+
+    def leave_out(self, step: Step, count: int) -> tuple[Step, list[Command]]:
+        """A step that is issued, without requests that are set aside; those that it adds to them bear `count`.
+
+        What was issued before it runs as it is.
+        """
+        self._acknowledge(step.formation)
+        if step.formation >= self._changed_at:
+            return step, []
+        known = Fallout(frozenset(self._aside), self._spoilt)
+        found = fallout(self._issued.tables, (step,), self.usable, known, self._block_size)
+        self._issued.forget(found.requests)
+        return without(step, found.requests, self._block_size), self._tell(found, {}, count)
+
+    def _acknowledge(self, formation: int) -> None:
+        """The scheduler has done what it was told to until then: who was set aside may run again."""
+        self._aside = {request: told for request, told in self._aside.items() if told.formation > formation}
+        if not self._aside:
+            self._spoilt = frozenset()
+
+    def _tell(self, found: Fallout, reasons: Mapping[str, str], count: int) -> list[Command]:
+        introduced = {each.request for step in self._in_flight for each in step.admissions}
+        aside = []
+        for request in sorted(found.requests):
+            known = request in self._ledger or request in introduced
+            before = self._aside.get(request)
+            if before is None or before.known != known or reasons.get(request):
+                aside.append(Aside(request, reasons.get(request, ""), known))
+                self._aside[request] = _Told(count, known)
+        self._spoilt = found.spoilt
+        if not aside:
+            return []
+        self._changed_at = count
+        return [SetAside(tuple(aside), found.spoilt)]
+
+
+class _Told(NamedTuple):
+    """What the scheduler was told of a request that is set aside."""
+
+    formation: int
+    """The count of formations then."""
+    known: bool
+    """Whether the nodes had heard of it."""

@@ -1,0 +1,144 @@
+"""Steps that were issued and have not completed: in which order they go out, and what each may have cost.
+
+A step that kills the node that runs it would kill the next one as well. So every loss of a node is held against the
+steps that it may have been running, and while such *suspects* are in flight they are sent one at a time: a second loss
+then has one step to blame, and that step is not sent a third time.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator
+
+from kevlarflow.recovery.capacity import without
+from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.ledger import Step, StepResult
+
+Writes = dict[str, tuple[Replica, ...]]
+"""By request, what each block that a step writes holds after it."""
+MAX_COST = 2
+"""Nodes that a step may cost."""
+NOTHING = StepResult(tokens={}, generators={})
+
+
+class InFlight:
+    """See the module's text. Iterates over the steps, oldest first."""
+
+    def __init__(self) -> None:
+        self._steps: collections.OrderedDict[int, Step] = collections.OrderedDict()
+        self._writes: dict[int, Writes] = {}
+        self._results: dict[int, StepResult] = {}
+        self._left_out: dict[int, frozenset[str]] = {}
+        self._cost: dict[int, int] = {}
+        self._sent: set[int] = set()
+        self._held: set[int] = set()
+        self.hold_back = False
+        """Whether steps that are added wait until `recall`."""
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(list(self._steps.values()))
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __contains__(self, sequence: int) -> bool:
+        return sequence in self._steps
+
+    def __getitem__(self, sequence: int) -> Step:
+        return self._steps[sequence]
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Their numbers, in order."""
+        return tuple(self._steps)
+
+    def clear(self) -> None:
+        """None will ever complete."""
+        for part in (self._steps, self._writes, self._results, self._left_out, self._cost, self._sent, self._held):
+            part.clear()
+        self.hold_back = False
+
+    # ---- coming and going
+
+    def add(self, step: Step, writes: Writes, left_out: frozenset[str]) -> None:
+        """A step was issued, without the requests in `left_out`, which are set aside."""
+        self._steps[step.sequence] = step
+        self._writes[step.sequence] = writes
+        self._left_out[step.sequence] = left_out
+        if self.hold_back:
+            self._held.add(step.sequence)
+
+    def leave_out(self, requests: frozenset[str], block_size: int) -> None:
+        """Take requests out of every step: they are set aside."""
+        for sequence, step in self._steps.items():
+            self._left_out[sequence] |= requests & step.scheduled.keys()
+            self._steps[sequence] = without(step, requests, block_size)
+
+    def left_out_of(self, sequence: int) -> frozenset[str]:
+        """Requests that the scheduler put into the step and that take no part in it."""
+        return self._left_out[sequence]
+
+    def writes_of(self, sequence: int) -> tuple[Replica, ...]:
+        """What each block that the step writes holds after it."""
+        step = self._steps[sequence]
+        return tuple(r for request, each in self._writes[sequence].items() if request in step.scheduled for r in each)
+
+    def executed(self, sequence: int, result: StepResult) -> None:
+        """The last stage has sampled."""
+        self._results[sequence] = result
+
+    def complete(self) -> tuple[Step, StepResult, frozenset[str]] | None:
+        """Take the oldest step, its result and what was left out of it, if it is done; one without tokens always is."""
+        for sequence, step in self._steps.items():
+            if step.scheduled and sequence not in self._results:
+                return None
+            del self._steps[sequence]
+            self._writes.pop(sequence)
+            self._cost.pop(sequence, None)
+            self._sent.discard(sequence)
+            self._held.discard(sequence)
+            return step, self._results.pop(sequence, NOTHING), self._left_out.pop(sequence)
+        return None
+
+    # ---- going out
+
+    def recall(self) -> None:
+        """What was sent is void: a new epoch begins."""
+        self._sent.clear()
+        self._held.clear()
+        self.hold_back = False
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a step that is not held back."""
+        return len(self._held) < len(self._steps)
+
+    def due(self) -> list[int]:
+        """Steps to send now, in order; they count as sent."""
+        due = []
+        for sequence, step in self._steps.items():
+            if sequence in self._sent or sequence in self._held:
+                continue
+            running = [other for other in self._sent if self._steps[other].scheduled]
+            suspicious = sequence in self._cost or any(other in self._cost for other in running)
+            if step.scheduled and running and suspicious:
+                break
+            self._sent.add(sequence)
+            due.append(sequence)
+        return due
+
+    def blame(self) -> dict[str, str]:
+        """A node was lost: hold it against what it may have been running.
+
+        Returns the requests that must not run again, each with the reason.
+        """
+        doomed: dict[str, str] = {}
+        for sequence in sorted(self._sent):
+            step = self._steps[sequence]
+            if not step.scheduled:
+                continue
+            self._cost[sequence] = self._cost.get(sequence, 0) + 1
+            if self._cost[sequence] >= MAX_COST:
+                reason = f"{MAX_COST} nodes were lost while they computed this request: it is not tried again"
+                doomed |= dict.fromkeys(step.scheduled, reason)
+        return doomed
