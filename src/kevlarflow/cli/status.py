@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from kevlarflow import config as configuration
 
 DEFAULT_PORT = 8000
+PIPE_WIDTH = 200
 ANSWER_SECONDS = 5.0
 """The controller answers in milliseconds; a crowded machine may be slow to let it."""
 
@@ -27,5 +29,6 @@ def run(arguments: list[str]) -> int:
         return 0
     from rich.console import Console
 
-    Console().print(render(document))
+    # A pipe has no width: whoever reads it wants whole rows.
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(render(document))
     return 0
