@@ -11,7 +11,7 @@ of a block `block_id`, `block_hash`, `ref_cnt`, `is_null`; `Scheduler._preempt_r
 
 from __future__ import annotations
 
-import logging
+import operator
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -25,12 +25,23 @@ from vllm.v1.request import Request, RequestStatus
 from kevlarflow.engine.executor import KevlarExecutor
 from kevlarflow.engine.orders import SchedulerOrders
 from kevlarflow.engine.translate import AbandonedOutput
+from kevlarflow.errors import IncompatibleVllm
 from kevlarflow.recovery.pipeline_events import Aside
 
-log = logging.getLogger("kevlarflow.engine")
-
+USED_NAMES = ("kv_cache_manager.block_pool.free_block_queue", "_preempt_request", "prev_step_scheduled_req_ids")
 HELD_PAUSE_SECONDS = 0.01
 """How long to rest when every request there is waits for more memory."""
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raise `IncompatibleVllm` when vLLM's scheduler lacks a name that this module uses."""
+    for name in USED_NAMES:
+        try:
+            operator.attrgetter(name)(scheduler)
+        except AttributeError:
+            raise IncompatibleVllm(
+                f"vLLM's {type(scheduler).__name__} has no {name}: this KevlarFlow release needs vLLM 0.32"
+            ) from None
 
 
 class KevlarScheduler(Scheduler):
@@ -38,6 +49,7 @@ class KevlarScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_scheduler(self)
         assert KevlarExecutor.current is not None, "the executor comes before the scheduler"
         self._executor = KevlarExecutor.current
         self._ended: list[tuple[Request, str]] = []
