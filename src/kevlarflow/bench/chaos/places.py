@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -152,8 +153,11 @@ def _parent(pid: int) -> int:
 
 def _controllers(main_pid: int) -> Iterator[int]:
     try:
-        for child in psutil.Process(main_pid).children():
-            if CONTROLLER_MODULE in child.cmdline():
-                yield child.pid
+        children = psutil.Process(main_pid).children()
     except psutil.Error as error:
         raise FaultDidNotHappen(f"the main process {main_pid} cannot be looked at") from error
+    for child in children:
+        # One that has ended meanwhile, and waits to be reaped, says nothing about the others.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if CONTROLLER_MODULE in child.cmdline():
+                yield child.pid
