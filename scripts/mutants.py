@@ -206,12 +206,14 @@ MUTANTS = (
         "recovery/capacity.py",
         "return spoilt.isdisjoint(table) and (usable is None or usable.issuperset(table))",
         "return usable is None or usable.issuperset(table)",
+        "tests/unit/recovery/test_capacity.py",
     ),
     Mutant(
         "blocks that were given to requests set aside count as untouched",
         "recovery/capacity.py",
         "        void=step.void.union(*(_fresh(step, request, block_size) for request in requests)),\n",
         "",
+        "tests/unit/recovery/test_capacity.py",
     ),
     Mutant(
         "a step that was scheduled before a share changed is not looked at again",
@@ -230,6 +232,7 @@ MUTANTS = (
         "recovery/recompute.py",
         "            if sorted(in_step) != in_step:\n",
         "            if False:\n",
+        "tests/unit/recovery/test_capacity.py",
     ),
     Mutant(
         "an engine that is introduced twice is taken over twice",
