@@ -146,14 +146,15 @@ class Pipeline:
             case StepExecuted():
                 return self._executed(event, now) if event.epoch == self.epoch else []
             case StepBroken():
-                return self._broken(event) if event.epoch == self.epoch else []
+                return self._broken(event, now) if event.epoch == self.epoch else []
 
     # ---- forming
 
     def _form(self, order: FormationOrdered, now: float) -> list[Command]:
         if order.epoch <= self.epoch:
             return []
-        if order.planned and self.phase is Phase.SERVING and self._in_flight.running:
+        # Steps that the nodes disagree on will not complete.
+        if order.planned and self.phase is Phase.SERVING and self._in_flight.running and not self._disagrees:
             self._planned = order
             self._in_flight.hold_back = True
             return []
@@ -417,16 +418,23 @@ class Pipeline:
         waits = self._forming is not None and self._forming.to_place
         return commands if waits else commands + self._send_due()
 
-    def _broken(self, event: StepBroken) -> list[Command]:
-        """End the requests that the failed work was for, and ask to form anew: the stages disagree on what has run."""
+    def _broken(self, event: StepBroken, now: float) -> list[Command]:
+        """End the requests that the failed work was for, and form anew: the stages disagree on what has run.
+
+        An order that waits for the steps in flight is carried out for it; otherwise the controller is asked for one.
+        """
         self._disagrees = True
-        request = RequestFormation(event.stage, event.reason)
+        planned = self._planned
         blamed = self._behind(event.sequence)
         if blamed is None:
-            return [*self._abandon_all(event.reason), request]
-        self.formations += 1
-        commands = self._giving_way.set_aside(dict.fromkeys(blamed, event.reason), self.formations)
-        return [*commands, *self._complete_in_order(), request]
+            commands = self._abandon_all(event.reason)
+        else:
+            self.formations += 1
+            commands = self._giving_way.set_aside(dict.fromkeys(blamed, event.reason), self.formations)
+            commands += self._complete_in_order()
+        if planned is not None:
+            return commands + self._form(planned, now)
+        return [*commands, RequestFormation(event.stage, event.reason)]
 
     def _behind(self, sequence: int) -> Sequence[str] | None:
         """The requests of a step, or of a chunk, whose numbers are negative here; None for other recovery work."""

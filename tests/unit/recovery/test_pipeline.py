@@ -268,6 +268,25 @@ def test_a_step_that_raised_ends_its_requests_and_no_others():
     assert sent(pipeline.handle(p.FormationOrdered(2, (A0, A1)), 1.2)) == [2]
 
 
+def test_a_step_that_raises_while_a_move_waits_for_it_does_not_hold_the_move_up():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
+    pipeline.handle(p.StepIssued(admit(2, "b", blocks=(3, 4))), 1.0)
+    assert pipeline.handle(p.FormationOrdered(2, (A0, B1), planned=True), 1.1) == []
+    commands = pipeline.handle(p.StepBroken(1, 1, 0, "boom"), 1.2)
+    assert pipeline.epoch == 2
+    assert sent(commands) == [2]
+    assert "RequestFormation" not in kinds(commands), "the new nodes agree with one another"
+
+
+def test_a_move_does_not_wait_for_steps_that_nodes_disagree_on():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
+    pipeline.handle(p.StepIssued(admit(2, "b", blocks=(3, 4))), 1.0)
+    pipeline.handle(p.StepBroken(1, 1, 0, "boom"), 1.1)
+    assert sent(pipeline.handle(p.FormationOrdered(2, (A0, B1), planned=True), 1.2)) == [2]
+
+
 def test_who_counts_on_a_block_of_a_step_that_raised_is_computed_again():
     pipeline = serving()
     pipeline.handle(p.StepIssued(admit(1, "a", blocks=(1, 2))), 1.0)
