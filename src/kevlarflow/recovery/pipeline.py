@@ -28,12 +28,13 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from kevlarflow.errors import IllegalTransition
-from kevlarflow.recovery.coverage import Generations, IssuedTables, Replica, allocated, tables
+from kevlarflow.recovery.coverage import Generations, IssuedTables, Replica
 from kevlarflow.recovery.forming import Forming
 from kevlarflow.recovery.giving_way import GivingWay
+from kevlarflow.recovery.holdings import blocks_in_use, filled_everywhere, holdings
 from kevlarflow.recovery.in_flight import InFlight
 from kevlarflow.recovery.ledger import Ledger, Step
 from kevlarflow.recovery.pipeline_events import (
@@ -65,7 +66,7 @@ from kevlarflow.recovery.pipeline_events import (
     StepIssued,
     SuspensionOrdered,
 )
-from kevlarflow.recovery.recompute import Limits, needed_blocks, plan, plan_hits, read_again, unreachable_hits
+from kevlarflow.recovery.recompute import Limits, needed_blocks, plan, plan_hits, unreachable_hits
 from kevlarflow.recovery.watermarks import Watermarks
 from kevlarflow.types import Epoch, Member, NodeInfo, Stage
 
@@ -193,7 +194,7 @@ class Pipeline:
 
     def _place(self, forming: Forming) -> list[Command]:
         """Ask each new node that was the standby of the lost one for its replicas; empty when there are none."""
-        wanted = self._blocks_in_use()
+        wanted = blocks_in_use(self.ledger, self._in_flight)
         commands: list[Command] = []
         for stage in sorted(forming.lost):
             known = self._watermarks.is_standby(stage, self.nodes[stage].member)
@@ -208,13 +209,6 @@ class Pipeline:
             commands.append(Place(stage, now, later))
         forming.to_place = set(forming.placed)
         return commands
-
-    def _blocks_in_use(self) -> set[int]:
-        """Blocks of live requests, and those that steps in flight count as prefix hits."""
-        blocks = {block for entry in self.ledger.entries() for block in entry.blocks}
-        for step in self._in_flight:
-            blocks.update(block for _, table, _ in tables(step) for block in table)
-        return blocks
 
     def _replicas_placed(self, event: ReplicasPlaced, now: float) -> list[Command]:
         forming = self._forming
@@ -242,19 +236,20 @@ class Pipeline:
         """Recompute what replicas do not cover, restore the ledger, issue the steps in flight again."""
         commands = self._set_aside_unreachable(forming)
         steps = list(self._in_flight)
-        restored = _held_everywhere([self._current(replicas) for replicas in forming.placed.values()])
+        restored = filled_everywhere([self._current(replicas) for replicas in forming.placed.values()])
         chunks = plan(self.ledger, steps, forming.lost, self.limits, restored)
         numbered = {next(self._chunk_numbers): chunk for chunk in chunks}
         forming.recomputed_tokens = sum(chunk.num_tokens for chunk in chunks)
         forming.chunks = numbered
         forming.first_step = next((step.sequence for step in steps if step.scheduled), None)
-        keep = frozenset(restored) - self._blocks_in_use()
+        keep = frozenset(restored) - blocks_in_use(self.ledger, steps)
         self._resting = set(forming.placed)
         rest: list[Command] = [PlaceRest(stage) for stage in sorted(forming.placed)]
         # A step that was issued while replicas were awaited may hit or overwrite a prefix that nobody used before.
         commands += rest if forming.issued_meanwhile else []
         commands += [Recompute(number, chunk) for number, chunk in numbered.items()]
-        commands.append(Restore(self.ledger.copies(), self._held(keep)))
+        held = holdings(self.ledger, steps, keep, self._generations, self.limits.block_size)
+        commands.append(Restore(self.ledger.copies(), held))
         commands += self._send_due()
         commands += [] if forming.issued_meanwhile else rest
         if forming.lost:
@@ -277,22 +272,6 @@ class Pipeline:
         """Replicas of blocks that were not given to another request meanwhile."""
         current = {block: each for block, each in replicas.items() if each.generation == self._generations[block]}
         return self._giving_way.may_use(current)
-
-    def _held(self, keep: frozenset[int]) -> tuple[Replica, ...]:
-        """What every node's lane holds once it is restored: blocks of live requests, and kept prefixes."""
-        size = self.limits.block_size
-        # What a step in flight has taken bears that step's generation already, and holds its content only after it.
-        taken = set[int]().union(*(allocated(step, size) for step in self._in_flight))
-        held = {block: Replica(block, self._generations[block], size) for block in keep - taken}
-        # The blocks of a request that ends in flight are not computed again, so a new node does not hold them.
-        for entry in read_again(self.ledger, list(self._in_flight)):
-            for index, block in enumerate(entry.blocks[: -(-entry.computed // size)]):
-                if block in taken:
-                    continue
-                filled = min(size, entry.computed - index * size)
-                if block not in held or held[block].filled < filled:
-                    held[block] = Replica(block, self._generations[block], filled, depth=index)
-        return tuple(held.values())
 
     def _note_lost_stages(self) -> frozenset[Stage]:
         lost = frozenset(
@@ -462,12 +441,3 @@ class Pipeline:
         self._watermarks.clear()
         self._giving_way.clear()
         return [AbandonEverything(reason), *commands, *self._assign_next_standbys()]
-
-
-def _held_everywhere(placed: Iterable[Mapping[int, Replica]]) -> dict[int, int]:
-    """Blocks that every lost stage has from a replica, with the tokens that are filled on all of them."""
-    stages = list(placed)
-    if not stages:
-        return {}
-    common = set(stages[0]).intersection(*stages[1:])
-    return {block: min(replicas[block].filled for replicas in stages) for block in common}

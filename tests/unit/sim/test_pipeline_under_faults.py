@@ -92,13 +92,13 @@ def old_replicas_believed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def watermark_off_by_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = pipeline._held_everywhere
+    original = pipeline.filled_everywhere
 
     def too_much(placed: object) -> dict[int, int]:
         held = original(placed)  # type: ignore[arg-type]
         return held | {block + 1: 2 for block in held}
 
-    monkeypatch.setattr(pipeline, "_held_everywhere", too_much)
+    monkeypatch.setattr(pipeline, "filled_everywhere", too_much)
 
 
 def missing_replicas_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
