@@ -66,6 +66,12 @@ class KevlarScheduler(Scheduler):
 
     # ---- vLLM's steps
 
+    def add_request(self, request: Request) -> None:
+        """Take a request. An order to end all was about those before it: when there are none, it is about nobody."""
+        if not self.requests:
+            self._executor.session.spare_newcomers()
+        super().add_request(request)
+
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Make the next step, after what a failure demands."""
         self._obey(self._executor.begin_scheduling())
@@ -77,9 +83,9 @@ class KevlarScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Take a step's output; when it was abandoned, so is every request."""
+        """Take a step's output; when it was abandoned, its requests end, and all others before the next step."""
         if isinstance(model_runner_output, AbandonedOutput):
-            self._end(list(self.requests), model_runner_output.reason)
+            self._end(list(scheduler_output.num_scheduled_tokens), model_runner_output.reason)
             model_runner_output = EMPTY_MODEL_RUNNER_OUTPUT
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         self._tell_clients(outputs)

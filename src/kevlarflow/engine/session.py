@@ -92,6 +92,11 @@ class Session:
             orders.end_all = orders.end_all or self.suspended_reason
             return self._core.formations, orders
 
+    def spare_newcomers(self) -> None:
+        """The scheduler has nothing left of what it had when it was last told to end everything."""
+        with self._door:
+            self._orders.end_all = ""
+
     def issue(self, step: Step, scheduled: Any, grammar: Any) -> StepFuture:
         """Send a step to the pipeline."""
         future = StepFuture(self, step.sequence)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import deque
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 from kevlarflow.recovery import pipeline_events as core
@@ -61,8 +62,8 @@ class Engine(Process):
         )
         self.started = False
         """Whether it has been formed once, and so has a scheduler."""
-        self.may_abandon = False
-        """Whether a suspension gave it a reason to end its requests."""
+        self._may_end: set[str] = set()
+        """Requests that a suspension gave it a reason to end: those that it had then, or got before it was over."""
         self._lines: dict[Member, str] = {}
         """The open channels to nodes."""
         self._mailbox: deque[Order] = deque()
@@ -135,7 +136,7 @@ class Engine(Process):
                     for stage in order.stages:
                         self._send(self.core.nodes[stage], steps.Hasten(self.pipeline, order.epoch))
             elif isinstance(order, messages.Suspend):
-                self.may_abandon = True
+                self._may_end |= {request.name for request in self._everybody()}
                 self._handle(core.SuspensionOrdered(order.epoch, order.reason))
             else:
                 self._handle(core.StandbysAssigned(order.standbys))
@@ -149,6 +150,8 @@ class Engine(Process):
 
     def add(self, request: Request) -> None:
         """A client asks."""
+        if self.suspended_reason:
+            self._may_end.add(request.name)
         self._inputs.append(("add", request))
         self.poke()
 
@@ -172,7 +175,7 @@ class Engine(Process):
             choices = []
             if self._waits_for and self._waits_for[0] in self._finished:
                 choices.append(self._update)
-            if (self.scheduler.has_work or self._told) and len(self._waits_for) < self.fleet.plan.shape.stages:
+            if self._may_schedule and len(self._waits_for) < self.fleet.plan.shape.stages:
                 choices.append(self._schedule)
             if not choices:
                 return
@@ -180,10 +183,18 @@ class Engine(Process):
                 return
         self.poke()
 
+    @property
+    def _may_schedule(self) -> bool:
+        """An idle engine does not ask its scheduler; requests that are held back make it look for news only."""
+        scheduler = self.scheduler
+        return scheduler.has_work or bool(scheduler.held and (self._told or self._abandonment))
+
     def _take_inputs(self) -> None:
         while self._inputs:
             what, request = self._inputs.popleft()
             if what == "add":
+                if not self.scheduler.unfinished:
+                    self._abandonment = ""
                 self.scheduler.waiting.append(request)
             elif self.scheduler.has(request):
                 self.scheduler.abort(request)
@@ -192,7 +203,7 @@ class Engine(Process):
     def _schedule(self) -> bool:
         reason, self._abandonment = self._abandonment or self.suspended_reason, ""
         if reason:
-            self._end_all(reason)
+            self._end_all(reason, {request.name for request in self.scheduler.unfinished})
         told, self._told = self._told, []
         self.scheduler.obey(told)
         self._end_failed()
@@ -226,10 +237,10 @@ class Engine(Process):
         step, _ = self._steps.pop(sequence)
         result = self._finished.pop(sequence)
         if isinstance(result, str):
-            self._end_all(result)
+            self._end_all(result, step.scheduled)
             return True
         self.scheduler.update(step, result)
-        for request in [*self.scheduler.running, *self.scheduler.waiting, *self.scheduler.held, *self.scheduler.ended]:
+        for request in [*self.scheduler.unfinished, *self.scheduler.ended]:
             if request.name in step.scheduled:
                 self.fleet.check_tokens(request)
         for request in self.scheduler.ended:
@@ -237,14 +248,18 @@ class Engine(Process):
         self.scheduler.ended.clear()
         return True
 
-    def _end_all(self, reason: str) -> None:
-        if not self.may_abandon or not reason:
-            raise NoReason(f"{self} ends all its requests without a suspension or a failed step: {reason!r}")
+    def _end_all(self, reason: str, names: Container[str]) -> None:
         scheduler = self.scheduler
-        for request in [*scheduler.running, *scheduler.waiting, *scheduler.held]:
+        for request in [each for each in scheduler.unfinished if each.name in names]:
+            if request.name not in self._may_end:
+                raise NoReason(f"{self} ends {request.name}, which no suspension concerns: {reason}")
             scheduler.abort(request)
             self.fleet.end(request, reason)
         scheduler.ended.clear()
+
+    def _everybody(self) -> list[Request]:
+        """Requests that have not ended, those that the scheduler has not seen yet included."""
+        return [*self.scheduler.unfinished, *(request for what, request in self._inputs if what == "add")]
 
     @property
     def suspended_reason(self) -> str:
@@ -353,8 +368,6 @@ class Engine(Process):
             self._finished[sequence] = result
         else:
             del self._steps[sequence]
-            if isinstance(result, str):
-                self._abandonment = self._abandonment or result
         self.poke()
 
     def _formed(self, message: messages.Formed) -> None:

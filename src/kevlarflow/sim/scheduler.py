@@ -152,6 +152,11 @@ class ToyScheduler:
         """Whether a step could do or say something."""
         return bool(self.waiting or self.running or self._finished)
 
+    @property
+    def unfinished(self) -> list[Request]:
+        """Requests that have not ended."""
+        return [*self.running, *self.waiting, *self.held]
+
     def schedule(self, formation: int) -> tuple[Step, dict[str, list[int]]]:
         """The next step, and all known tokens of the requests in it."""
         self._sequence += 1
@@ -260,7 +265,7 @@ class ToyScheduler:
 
     def update(self, step: Step, tokens: dict[str, list[int]]) -> None:
         """Take a step's output."""
-        for request in [*self.running, *self.waiting, *self.held]:
+        for request in self.unfinished:
             if request.name not in step.scheduled:
                 continue
             request.in_flight = max(0, request.in_flight - step.scheduled[request.name])
@@ -303,8 +308,7 @@ class ToyScheduler:
         return any(request in queue for queue in (self.running, self.waiting, self.held))
 
     def _find(self, name: str) -> Request | None:
-        everybody = [*self.running, *self.waiting, *self.held]
-        return next((request for request in everybody if request.name == name), None)
+        return next((request for request in self.unfinished if request.name == name), None)
 
     def use_blocks(self, usable: frozenset[int] | None) -> None:
         """Give out these blocks only; None: all."""

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from kevlarflow.errors import IncompatibleVllm
+from kevlarflow.types import Cause, Epoch, Member, NodeId, NodeInfo, PipelineId, Stage
+from kevlarflow.wire.messages import Form, Suspend
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -59,6 +61,48 @@ def test_a_request_longer_than_the_share_waits_for_more_room_and_keeps_its_place
     assert list(hook.waiting) == [short, last]
     hook._use_blocks(None)
     assert list(hook.waiting) == [long, short, last]
+
+
+def test_a_request_that_comes_after_a_suspension_of_an_idle_engine_is_not_ended_for_it(hook):
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    from kevlarflow.engine.session import Session
+    from kevlarflow.recovery.recompute import Limits
+
+    session = Session(PipelineId(0), Limits(max_batched_tokens=8, max_requests=2, block_size=4, stages=1))
+    hook._executor = SimpleNamespace(session=session)
+    hook.requests, hook._ended = {}, []
+    hook.spec_decode_metrics_level, hook.connector, hook.log_stats = "none", None, False
+
+    def ask(name: str) -> None:
+        hook.add_request(Request(name, [1, 2, 3], SamplingParams(), None))
+
+    def obey() -> list[str]:
+        hook.finish_requests = lambda names, _: [hook.requests.pop(name) for name in names]
+        hook._obey(session.begin_scheduling()[1])
+        return [request.request_id for request, _ in hook._ended]
+
+    suspend(session, epoch=1)
+    serve(session, epoch=2)
+    ask("after")
+    assert obey() == []
+    suspend(session, epoch=3)
+    ask("meanwhile")
+    serve(session, epoch=4)
+    assert obey() == ["after", "meanwhile"]
+
+
+def suspend(session, epoch: int) -> None:
+    session.post(Suspend(session.pipeline, Epoch(epoch), Stage(0), "no node is left"))
+    session.attend(1.0)
+
+
+def serve(session, epoch: int) -> None:
+    """A node is there again; what becomes of the forming does not matter here."""
+    node = NodeInfo(Member(NodeId("n"), 1), Stage(0), "here", 1, (1,), "inproc://n", "inproc://a", 1, 10)
+    session.post(Form(session.pipeline, Epoch(epoch), (node,), (), Cause.CRASH, (Stage(0),)))
+    session.attend(0.0)
 
 
 def test_another_vllm_is_refused_by_the_name_that_it_lacks():
