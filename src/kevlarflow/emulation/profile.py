@@ -32,6 +32,7 @@ LATE_SHARE = 0.1
 """A step is an overrun when it took so much longer than it should have, as a share of its emulated time."""
 LONGEST_OVERRUN_SHARE = 0.01
 """With more overruns than this share of its steps a cell is void."""
+MOST_MOMENTS = 1000
 GIGABIT = 1_000_000_000
 
 
@@ -129,11 +130,16 @@ class StepCounts(msgspec.Struct):
     """Sum over all steps of what they took too long."""
     host_seconds: float = 0.0
     """What the real forwards took, sleeping left out."""
+    overruns_at: list[float] = []
+    """When the first `MOST_MOMENTS` overruns ended, by `time.monotonic()`."""
 
-    def add(self, emulated_seconds: float, host_seconds: float, took_seconds: float) -> None:
-        """A step has been done."""
+    def add(self, emulated_seconds: float, host_seconds: float, took_seconds: float, now: float) -> None:
+        """A step has been done, at `now` by `time.monotonic()`."""
         self.steps += 1
-        self.overruns += took_seconds > emulated_seconds * (1 + LATE_SHARE)
+        if took_seconds > emulated_seconds * (1 + LATE_SHARE):
+            self.overruns += 1
+            if len(self.overruns_at) < MOST_MOMENTS:
+                self.overruns_at.append(now)
         self.emulated_seconds += emulated_seconds
         self.late_seconds += max(0.0, took_seconds - emulated_seconds)
         self.host_seconds += host_seconds

@@ -7,14 +7,15 @@ vLLM's model runner, which both of them use:
 * a step ends when the emulated time has passed since its activations arrived: the process sleeps what is left;
 * the KV memory has the emulated model's bytes for each token. Attention computes one head of it, so the tokens depend
   on what is there; the other heads hold that head's keys and values again, so that a block is written in full;
-* readers of vLLM's shared-memory queues sleep at once, where they would spin for a second: there are more
-  processes here than cores;
+* who waits sleeps, where vLLM spins: readers of its shared-memory queues for a second, and on the CPU each stage until
+  the activations are there. There are more processes here than cores, and a device would not take one to wait;
 * once they have work, workers and engines go before the machine's other work, where that is allowed: a device does
-  not wait for a core, and a server that starts beside it is, in the cluster that is emulated, on another machine.
+  not wait for a core, and a server that starts beside it is, in the cluster that is emulated, on another machine. It
+  takes a real-time policy: niceness counts only among the processes of one session, and each server has its own.
 
 Non-public names of vLLM, all used in this module only: `GPUModelRunner.execute_model` and `sample_tokens`,
 `Attention.get_kv_cache_spec`, `CPUAttentionBackendImpl.forward`, `CPUAttentionMetadataBuilder.num_kv_heads`,
-`SpinCondition.busy_loop_s`, `EngineCore.add_request`.
+`SpinCondition.busy_loop_s`, `CpuCommunicator._all_group_ranks_share_shm_group_name`, `EngineCore.add_request`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,10 @@ from kevlarflow.emulation.profile import REPORTS_VARIABLE, Profile, StepCounts, 
 from kevlarflow.errors import UsageError
 
 REPORT_INTERVAL_SECONDS = 0.5
-NICENESS = -10
+DEVICE_PRIORITY = 2
+"""Real-time priority of a thread that stands for a device, or schedules for one."""
+HELPER_PRIORITY = 1
+"""That of the other threads of its process: sockets, copies of KV."""
 MARK = "kevlarflow_emulation"
 """Attribute of a class that has been hooked."""
 
@@ -50,14 +55,21 @@ def install() -> None:
     setattr(GPUModelRunner, MARK, profile)
     _hook_runner(GPUModelRunner, profile)
     _hook_kv(profile)
-    _hook_queues()
+    _hook_waiting()
     _hook_engine()
 
 
 def go_first() -> None:
-    """Let this thread go before others, where that is allowed."""
-    with contextlib.suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
+    """Let this process go before others, this thread before its others, where that is allowed.
+
+    Threads and processes that are made later do not inherit it.
+    """
+    policy = os.SCHED_RR | os.SCHED_RESET_ON_FORK
+    for thread in map(int, os.listdir("/proc/self/task")):
+        priority = DEVICE_PRIORITY if thread == threading.get_native_id() else HELPER_PRIORITY
+        # A thread may have ended meanwhile.
+        with contextlib.suppress(PermissionError, ProcessLookupError):
+            os.sched_setscheduler(thread, policy, os.sched_param(priority))
 
 
 class StepClock:
@@ -89,8 +101,9 @@ class StepClock:
         """Sleep what is left of the step, and count it."""
         self.sleep()
         assert self._counts is not None, "begin() comes first"
-        took = time.monotonic() - self._begun
-        self._counts.add(self._emulated, took - self._slept, took)
+        now = time.monotonic()
+        took = now - self._begun
+        self._counts.add(self._emulated, took - self._slept, took, now)
         self._report(self._counts)
 
     def sleep(self) -> None:
@@ -208,7 +221,8 @@ def fill(kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: 
     rest[slots // block_size, slots % block_size] = row.unsqueeze(1).expand(-1, heads - 1, -1)
 
 
-def _hook_queues() -> None:
+def _hook_waiting() -> None:
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
     make = SpinCondition.__init__
@@ -218,6 +232,8 @@ def _hook_queues() -> None:
         self.busy_loop_s = 0
 
     SpinCondition.__init__ = sleeping
+    # vLLM's own fallback, torch.distributed, sleeps on a socket.
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda _: False
 
 
 def _hook_engine() -> None:

@@ -40,10 +40,10 @@ def test_everything_is_slowed_down_alike():
 
 def test_a_step_is_an_overrun_when_it_takes_a_tenth_more():
     counts = StepCounts(pid=1, stage=0)
-    counts.add(emulated_seconds=1.0, host_seconds=0.2, took_seconds=1.05)
+    counts.add(emulated_seconds=1.0, host_seconds=0.2, took_seconds=1.05, now=10.0)
     assert (counts.steps, counts.overruns) == (1, 0)
-    counts.add(emulated_seconds=1.0, host_seconds=0.2, took_seconds=1.15)
-    assert (counts.steps, counts.overruns) == (2, 1)
+    counts.add(emulated_seconds=1.0, host_seconds=0.2, took_seconds=1.15, now=11.5)
+    assert (counts.steps, counts.overruns, counts.overruns_at) == (2, 1, [11.5])
     assert counts.late_seconds == pytest.approx(0.2)
 
 

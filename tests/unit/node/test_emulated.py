@@ -1,5 +1,8 @@
 """The hook over vLLM's own classes, without a model."""
 
+import os
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -67,6 +70,67 @@ def test_a_step_takes_its_emulated_time_and_says_so(monkeypatch, tmp_path):
     assert counts.emulated_seconds == pytest.approx(0.05, rel=0.01)
     assert counts.host_seconds < 0.04
     assert went_first == [True]
+
+
+WHO_GOES_FIRST = """
+import os, threading
+from kevlarflow.node.emulated import go_first
+done = threading.Event()
+helper = threading.Thread(target=done.wait)
+helper.start()
+go_first()
+later = threading.Thread(target=done.wait)
+later.start()
+for thread in (0, helper.native_id, later.native_id):
+    policy = os.sched_getscheduler(thread) & ~os.SCHED_RESET_ON_FORK
+    print(policy, os.sched_getparam(thread).sched_priority)
+done.set()
+"""
+
+
+def is_allowed_to_go_first():
+    """Asked of another process, so that the tests stay as they are."""
+    ask = "import os; os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))"
+    return subprocess.run([sys.executable, "-c", ask], stderr=subprocess.DEVNULL, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not is_allowed_to_go_first(), reason="real-time policies need CAP_SYS_NICE")
+def test_a_device_goes_before_its_helpers_and_both_before_other_processes():
+    told = subprocess.run([sys.executable, "-c", WHO_GOES_FIRST], stdout=subprocess.PIPE, check=True, text=True)
+    device, helper, later = (tuple(map(int, line.split())) for line in told.stdout.splitlines())
+    assert device == (os.SCHED_RR, 2)
+    assert helper == (os.SCHED_RR, 1)
+    assert later == (os.SCHED_OTHER, 0)
+
+
+@pytest.fixture
+def pipeline_group(monkeypatch, tmp_path):
+    """A group as vLLM's stages make it, of one."""
+    monkeypatch.setenv("VLLM_DIST_IDENT", "test")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", world_size=1, rank=0)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+def test_a_stage_that_waits_for_activations_sleeps(monkeypatch, pipeline_group):
+    import vllm._custom_ops  # noqa: F401 - a worker has loaded vLLM's kernels.
+    from vllm.distributed.device_communicators import cpu_communicator, shm_broadcast
+
+    # The hooks are undone after the test.
+    for owner, name in (
+        (cpu_communicator.CpuCommunicator, "_all_group_ranks_share_shm_group_name"),
+        (shm_broadcast.SpinCondition, "__init__"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+
+    def spins():
+        cpu = torch.device("cpu")
+        made = cpu_communicator.CpuCommunicator(pipeline_group, cpu, pipeline_group, "pp:0")
+        return made.supports_tensor_dict
+
+    assert spins(), "vLLM has changed: the hook is not needed any more"
+    emulated._hook_waiting()
+    assert not spins()
 
 
 def test_without_a_profile_nothing_is_hooked(monkeypatch):

@@ -47,7 +47,11 @@ def overrun_complaint(counts: list[StepCounts]) -> str | None:
     steps, late = sum(each.steps for each in counts), sum(each.overruns for each in counts)
     if late <= LONGEST_OVERRUN_SHARE * steps:
         return None
-    return f"{late} of {steps} steps overran their emulated time, more than {LONGEST_OVERRUN_SHARE:.0%}"
+    worst = max(counts, key=lambda each: each.overruns)
+    return (
+        f"{late} of {steps} steps overran their emulated time, more than {LONGEST_OVERRUN_SHARE:.0%}; "
+        f"most of them, {worst.overruns}, in process {worst.pid} of stage {worst.stage}"
+    )
 
 
 def _reports(folder: Path) -> Path:

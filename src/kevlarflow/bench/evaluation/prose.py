@@ -9,7 +9,8 @@ KV may take half of a link. Sources: the roofline model (Williams, Waterman, Pat
 data sheet, the model's published configuration; the efficiencies and the overhead are assumptions.
 
 A process sleeps what is left of that time when its forward is done. Stock vLLM and KevlarFlow get this by the same hook
-(`kevlarflow/node/emulated.py`), which also lets stock's idle workers sleep where they would spin. The network that
+(`kevlarflow/node/emulated.py`), which also lets stock's waiting workers sleep where they would spin, and lets workers
+and engines of both go before a server that starts beside them (in the cluster, it has its own cores). The network that
 computes is tiny and random. Its KV blocks have the real size, are written in full and copied; attention is computed
 over one head of them, so that output depends on what was restored. A cell is void when more than 1 % of its steps took
 over 10 % more than their emulated time."""
