@@ -36,7 +36,7 @@ def _run(arguments: list[str]) -> int:
         workload.plan(load)  # What is wrong with the load is said before anything is started.
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        void = suite.run(chosen, options.output, lambda cell, folder: drive.run(cell, loads[cell], folder, _say), _say)
+        void = suite.run(loads, options.output, lambda cell, folder: drive.run(cell, loads[cell], folder, _say), _say)
     finally:
         signal.signal(signal.SIGTERM, previous)
     return _report([str(options.output)]) or int(void > 0)
@@ -105,10 +105,14 @@ def _report(arguments: list[str]) -> int:
         prog="kevlarflow bench report", description="Write the report of saved cells: Markdown, CSV and figures."
     )
     parser.add_argument("folder", nargs="?", type=Path, default=DEFAULT_OUTPUT, help="of the cells (%(default)s)")
+    parser.add_argument(
+        "--again", type=Path, action="append", default=[], metavar="FOLDER",
+        help="another run of the same cells, to tell how far runs lie apart; may be repeated",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     from kevlarflow.bench.evaluation import document
 
-    print(f"saved {document.write(options.folder)}")
+    print(f"saved {document.write(options.folder, options.again)}")
     return 0
 
 

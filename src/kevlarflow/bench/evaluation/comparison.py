@@ -29,8 +29,11 @@ class Row(msgspec.Struct, frozen=True):
     """A cell in numbers. NaN where there is none."""
 
     cell: Cell
+    conditions: str
     void: str | None
     died: str | None
+    seconds: float
+    """What the cell took in all."""
     rate: float
     window: Window
     """The failure window; without a fault the whole load."""
@@ -64,8 +67,10 @@ def _row(result: CellResult, reference: CellResult | None) -> Row:
     back = outcome.goodput_back_seconds(result)
     return Row(
         cell=result.cell,
+        conditions=result.conditions,
         void=result.void,
         died=result.died,
+        seconds=result.seconds,
         rate=result.requests_per_second,
         window=outcome.window(result.requests, result.fault_at or 0.0, result.load_seconds),
         mttr=max((math.nan if each is None else each for each in firsts), default=math.nan),
@@ -89,9 +94,9 @@ def _reference(result: CellResult, results: Sequence[CellResult]) -> CellResult 
     def fits(other: CellResult) -> bool:
         there = other.cell
         same = (there.setting, there.rate, there.seed) == (cell.setting, cell.rate, cell.seed)
-        load = (other.requests_per_second, other.load_seconds) == (result.requests_per_second, result.load_seconds)
         sound = there.fault == NO_FAULT or there.system in {STOCK, STOCK_DP}
-        return same and load and sound and other.void is None and other is not result
+        alike = other.conditions == result.conditions
+        return same and alike and sound and other.void is None and other is not result
 
     def rank(other: CellResult) -> tuple[bool, bool, str]:
         return other.cell.fault != NO_FAULT, other.cell.system != cell.system, other.cell.system
@@ -125,23 +130,25 @@ class Ratios(msgspec.Struct, frozen=True):
 
 def ratios(found: Sequence[Row]) -> Iterator[Ratios]:
     """Every system with a fault against KevlarFlow."""
-    ours = {_place(row.cell): row for row in found if row.cell.system == KEVLARFLOW and row.void is None}
+    ours = {_place(row): row for row in found if row.cell.system == KEVLARFLOW and row.void is None}
     for row in found:
-        mine = ours.get(_place(row.cell))
+        mine = ours.get(_place(row))
         if row.cell.fault == NO_FAULT or row.cell.system == KEVLARFLOW or mine is None or row.void is not None:
             continue
-        pairs = zip(_measures(row), _measures(mine), strict=True)
+        pairs = zip(measures(row), measures(mine), strict=True)
         values = [theirs / us if us else math.nan for theirs, us in pairs]
         yield Ratios(row.cell, dict(zip(PAPER, values, strict=True)), row.window.lost, mine.window.lost)
 
 
-def _measures(row: Row) -> tuple[float, ...]:
+def measures(row: Row) -> tuple[float, ...]:
+    """What the paper compares, in the order of `PAPER`."""
     seen = row.window
     return row.mttr, seen.latency_mean, seen.latency_p99, seen.ttft_mean, seen.ttft_p99
 
 
-def _place(cell: Cell) -> tuple[str, str, str, int]:
-    return cell.setting, cell.rate, cell.fault, cell.seed
+def _place(row: Row) -> tuple[str, str, str, int, str]:
+    cell = row.cell
+    return cell.setting, cell.rate, cell.fault, cell.seed, row.conditions
 
 
 class Overhead(msgspec.Struct, frozen=True):
@@ -156,7 +163,7 @@ class Overhead(msgspec.Struct, frozen=True):
 
 def overheads(found: Sequence[Row]) -> Iterator[Overhead]:
     """For every place where both have run without failure."""
-    calm = {(row.cell.system, _place(row.cell)): row for row in found if row.cell.fault == NO_FAULT and not row.void}
+    calm = {(row.cell.system, _place(row)): row for row in found if row.cell.fault == NO_FAULT and not row.void}
     for (system, place), ours in calm.items():
         theirs = calm.get((STOCK_DP, place))
         if system == KEVLARFLOW and theirs is not None:

@@ -25,22 +25,29 @@ from kevlarflow.bench.evaluation.comparison import (
 )
 from kevlarflow.bench.evaluation.outcome import GOODPUT_WINDOW_SECONDS, CellResult
 from kevlarflow.bench.evaluation.prose import FORMULAS, WHY_DIFFERENT
+from kevlarflow.bench.evaluation.spread import THROUGHPUT, half_width, spreads
 
 NOTHING = "-"
 
 
-def write(folder: Path) -> Path:
-    """Write the report of the cells in `folder`; returns the Markdown file."""
+def write(folder: Path, again: Sequence[Path] = ()) -> Path:
+    """Write the report of the cells in `folder`; returns the Markdown file.
+
+    `again` holds other runs of the same cells, which tell how far runs lie apart.
+    """
     results = suite.load_all(folder)
     found = rows(results)
+    others = [row for other in again for row in rows(suite.load_all(other))]
     drawn = figures.draw(results, found, folder / "figures")
     _write_csv(found, folder / "cells.csv")
     path = folder / "README.md"
-    path.write_text("\n".join(_lines(results, found, [each.relative_to(folder) for each in drawn])) + "\n")
+    path.write_text("\n".join(_lines(results, found, others, [each.relative_to(folder) for each in drawn])) + "\n")
     return path
 
 
-def _lines(results: Sequence[CellResult], found: Sequence[Row], drawn: Sequence[Path]) -> Iterator[str]:
+def _lines(
+    results: Sequence[CellResult], found: Sequence[Row], others: Sequence[Row], drawn: Sequence[Path]
+) -> Iterator[str]:
     yield from ("# KevlarFlow and what people run today, under failures", "")
     yield from _how(results)
     yield from ("", "## Against the paper", "")
@@ -49,6 +56,8 @@ def _lines(results: Sequence[CellResult], found: Sequence[Row], drawn: Sequence[
     yield from _claim_lines(found)
     yield from ("", "## Cost when nothing fails", "")
     yield from _overhead_lines(found)
+    yield from ("", "## How far runs lie apart", "")
+    yield from _spread_lines([*found, *others])
     yield from ("", "## All cells", "")
     yield from _cell_lines(found)
     yield from ("", "## Figures", "")
@@ -61,9 +70,9 @@ def _how(results: Sequence[CellResult]) -> Iterator[str]:
     here = machine.describe()
     first, last = min(each.begun for each in results), max(each.begun for each in results)
     yield "Each cell is `kevlarflow bench run --cell NAME`, or part of a suite; this page is `kevlarflow bench report`."
-    yield f"Cells begun {first} to {last}. Machine: {here.processor}, {here.cores} cores, "
-    yield f"{here.memory_gib} GiB; Python {here.python}, vLLM {here.vllm}, torch {here.torch}, "
-    yield f"KevlarFlow {here.kevlarflow}."
+    yield f"Cells begun {first} to {last}; they took {sum(each.seconds for each in results) / 60:.0f} minutes."
+    yield f"Machine: {here.processor}, {here.cores} cores, {here.memory_gib} GiB; Python {here.python},"
+    yield f"vLLM {here.vllm}, torch {here.torch}, KevlarFlow {here.kevlarflow}."
     yield from ("", "| system | what it is |", "|---|---|")
     yield from (f"| {name} | {what} |" for name, what in SYSTEMS.items())
     yield from ("", "| setting | nodes | device time | requests/s |", "|---|---|---|---|")
@@ -121,6 +130,25 @@ def _overhead_lines(found: Sequence[Row]) -> Iterator[str]:
         yield f"| {each.cell.name}{_mark(each.cell)} | {shown} |"
 
 
+def _spread_lines(found: Sequence[Row]) -> Iterator[str]:
+    measured = list(spreads(found))
+    if not measured:
+        yield "Each cell was run once."
+        return
+    yield "Least and most of the runs of a cell (other draws of the load, other runs of the suite), and half of that"
+    yield "range as a share of its middle. Times in seconds."
+    yield ""
+    names = (*PAPER, THROUGHPUT)
+    yield from _table("cell", "runs", *names)
+    for each in measured:
+        shown = (_range(each.ranges.get(name)) for name in names)
+        yield f"| {each.scene} | {each.runs} | {' | '.join(shown)} |"
+
+
+def _range(limits: tuple[float, float] | None) -> str:
+    return NOTHING if limits is None else f"{limits[0]:.2f} to {limits[1]:.2f} (±{half_width(*limits):.0%})"
+
+
 def _cell_lines(found: Sequence[Row]) -> Iterator[str]:
     yield "MTTR: from the fault to the first token of the pipeline that was hit (the slower of two). Goodput back:"
     yield f"until goodput stays at 90 % of what it was, averaged over {GOODPUT_WINDOW_SECONDS} s."
@@ -142,7 +170,8 @@ def _cell_lines(found: Sequence[Row]) -> Iterator[str]:
 def _cells(row: Row) -> Iterator[str]:
     seen, has_fault = row.window, row.cell.fault != NO_FAULT
     yield row.cell.name + _mark(row.cell)
-    yield from (str(seen.requests), f"{seen.lost}{' (it died)' * bool(row.died)}")
+    lost = f"{seen.lost} ({seen.lost_tokens} tokens)" if seen.lost else "0"
+    yield from (str(seen.requests), lost + ", and it died" * bool(row.died))
     yield NOTHING if row.wrong is None else str(row.wrong)
     yield _number(row.mttr, "{:.2f}") if has_fault else ""
     yield _number(row.goodput_back, "{:.0f}", "not in the cell") if has_fault else ""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from kevlarflow.bench.evaluation.cells import SETTINGS, Cell, Strike, strikes
+from kevlarflow.bench.evaluation.cells import SETTINGS, Cell, Strike, conditions, strikes
 from kevlarflow.bench.evaluation.contenders import Contender, make
 from kevlarflow.bench.evaluation.emulating import overrun_complaint, step_counts
 from kevlarflow.bench.evaluation.outcome import (
@@ -58,8 +58,14 @@ def run(
     cell: Cell, workload: Workload, folder: Path, say: Say, make_contender: MakeContender = contender
 ) -> CellResult:
     """Run a cell; whatever goes wrong with it is its `void`. Logs and raw counts go to `folder`."""
-    begun = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    result = CellResult(cell, begun, requests_per_second=workload.requests_per_second, load_seconds=workload.seconds)
+    began = time.monotonic()
+    result = CellResult(
+        cell,
+        begun=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        conditions=conditions(cell, workload),
+        requests_per_second=workload.requests_per_second,
+        load_seconds=workload.seconds,
+    )
     system: Contender | None = None
     try:
         requests = plan(workload)
@@ -69,13 +75,14 @@ def run(
         say(f"  ready in {result.ready_seconds:.1f} s; {len(requests)} requests in {workload.seconds:.0f} s")
         streams = asyncio.run(_measure(cell, workload, requests, system, result, say))
         (folder / STREAMS).write_bytes(msgspec.json.encode(streams))
-    except (KevlarFlowError, Void) as error:
+    except (KevlarFlowError, Void, OSError) as error:
         result.void = str(error)
     finally:
         if system is not None:
             result.leftovers = system.stop()
     result.steps = step_counts(folder)
     result.void = result.void or overrun_complaint(result.steps) or _leftover_complaint(result)
+    result.seconds = time.monotonic() - began
     return result
 
 
@@ -90,7 +97,7 @@ async def _measure(
     require_whole(await _ask(system, "warm up", WARM_UP_TOKENS, pipelines), WARM_UP_TOKENS)
     meter = CpuMeter(lambda: [process.pid for process in system.processes()])
     meter.start()
-    begun = time.monotonic()
+    result.load_begun = begun = time.monotonic()
     sent = [
         request_of(each, str(workload.seed), number % pipelines if system.pins else None)
         for number, each in enumerate(requests)

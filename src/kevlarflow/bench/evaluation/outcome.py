@@ -94,6 +94,12 @@ class CellResult(msgspec.Struct):
     cell: Cell
     begun: str
     """Local time, ISO 8601."""
+    conditions: str = ""
+    """`cells.conditions` of the setting and the load: what is compared must have been measured under the same."""
+    seconds: float = 0.0
+    """What the cell took in all."""
+    load_begun: float | None = None
+    """`time.monotonic()` of the load's beginning, the clock by which processes say when their steps were late."""
     void: str | None = None
     """Why it counts for nothing."""
     died: str | None = None

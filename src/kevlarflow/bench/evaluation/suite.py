@@ -9,16 +9,18 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from kevlarflow.bench.evaluation.cells import SETTINGS, STOCK, STOCK_DP, Cell
+from kevlarflow.bench.evaluation.cells import SETTINGS, STOCK, STOCK_DP, Cell, conditions, is_of_today
 from kevlarflow.bench.evaluation.outcome import CellResult, window
+from kevlarflow.bench.evaluation.workload import Workload
 from kevlarflow.bench.experiment import Say
 from kevlarflow.errors import UsageError
 
+CHANGED = "its setting has changed since: run it again"
 RunCell = Callable[[Cell, Path], CellResult]
 SECONDS_TO_START = {STOCK: 120.0, STOCK_DP: 100.0}
 OTHERS_START_SECONDS = 30.0
@@ -53,10 +55,13 @@ def expected_seconds(cell: Cell) -> float:
     return SECONDS_TO_START.get(cell.system, OTHERS_START_SECONDS) + load + DRAIN_SECONDS
 
 
-def run(cells: Sequence[Cell], output: Path, run_cell: RunCell, say: Say, progress: Progress | None = None) -> int:
-    """Run the cells that are not done yet, and save them below `output`; returns how many are void."""
+def run(
+    loads: Mapping[Cell, Workload], output: Path, run_cell: RunCell, say: Say, progress: Progress | None = None
+) -> int:
+    """Run the cells that are not done yet, each with its load; save them below `output`. Returns how many are void."""
     progress = progress or Progress()
-    todo = [cell for cell in cells if (done := load(output, cell)) is None or done.void is not None]
+    cells = list(loads)
+    todo = [cell for cell in cells if not _is_done(load(output, cell), conditions(cell, loads[cell]))]
     if len(todo) < len(cells):
         say(f"{len(cells) - len(todo)} of {len(cells)} cells are done already (in {output})")
     void = 0
@@ -68,8 +73,12 @@ def run(cells: Sequence[Cell], output: Path, run_cell: RunCell, say: Say, progre
         result = progress.run(cell, lambda cell=cell, folder=folder: run_cell(cell, folder))  # type: ignore[misc]
         save(output, result)
         void += result.void is not None
-        say(f"  {told(result)}")
+        say(f"  {told(result)}; {result.seconds:.0f} s in all")
     return void
+
+
+def _is_done(found: CellResult | None, now: str) -> bool:
+    return found is not None and found.void is None and found.conditions == now
 
 
 def told(result: CellResult) -> str:
@@ -110,10 +119,13 @@ def load(output: Path, cell: Cell) -> CellResult | None:
 
 
 def load_all(output: Path) -> list[CellResult]:
-    """All saved cells. Raises `UsageError` when there is none."""
+    """All saved cells; those whose setting has changed since are void. Raises `UsageError` when there is none."""
     found = [read(path) for path in sorted((output / "cells").glob("*.json"))]
     if not found:
         raise UsageError(f"{output} holds no cells: run kevlarflow bench run SUITE --output {output} first")
+    for each in found:
+        if not is_of_today(each.cell, each.conditions):
+            each.void = each.void or CHANGED
     return found
 
 

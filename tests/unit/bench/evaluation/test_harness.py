@@ -5,11 +5,13 @@ import socket
 import sys
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
 from kevlarflow.bench.evaluation import drive, outcome, suite
 from kevlarflow.bench.evaluation.cells import Cell
+from kevlarflow.bench.evaluation.outcome import CellResult
 from kevlarflow.bench.evaluation.workload import Workload, plan
 from kevlarflow.bench.systems import ServerProcess, free_port
 
@@ -61,6 +63,7 @@ def well(tmp_path_factory):
 def test_a_system_without_fault_is_found_without_fault(well):
     seen = outcome.window(well.requests, 0.0)
     assert well.void is None
+    assert well.seconds > LOAD.seconds
     assert (seen.requests, seen.lost) == (len(plan(LOAD)), 0)
     assert sum(well.good_tokens_per_second) == sum(each.output_tokens for each in plan(LOAD))
     assert outcome.wrong(well, well) == []
@@ -140,9 +143,44 @@ def test_void_cells_do_not_stop_a_suite_and_are_run_again(tmp_path):
         ran.append(cell.seed)
         return drive.run(cell, LOAD, folder, lambda _: None, lambda *_: Faulty(modes[cell.seed], folder))
 
-    assert suite.run(cells, tmp_path, run_cell, lambda _: None) == 1
-    assert suite.run(cells, tmp_path, run_cell, lambda _: None) == 1
+    loads, said = dict.fromkeys(cells, LOAD), []
+    assert suite.run(loads, tmp_path, run_cell, said.append) == 1
+    assert [line.split()[0] for line in said if "min left" in line] == ["[1/3]", "[2/3]", "[3/3]"]
+    assert suite.run(loads, tmp_path, run_cell, said.append) == 1
+    assert f"2 of 3 cells are done already (in {tmp_path})" in said
     assert ran == [0, 1, 2, 1]
+
+
+def test_a_cell_of_another_load_is_run_again(tmp_path):
+    ran = []
+
+    def run_cell(cell, folder):
+        ran.append(folder)
+        return drive.run(cell, LOAD, folder, lambda _: None, lambda *_: Faulty("well", folder))
+
+    suite.run({CELL: LOAD}, tmp_path, run_cell, lambda _: None)
+    suite.run({CELL: msgspec.structs.replace(LOAD, requests_per_second=9.0)}, tmp_path, run_cell, lambda _: None)
+    assert len(ran) == 2
+
+
+def test_the_time_left_follows_what_the_others_have_taken():
+    now = [0.0]
+    progress = suite.Progress(lambda: now[0])
+    expected = progress.left([CELL])
+
+    def takes_twice_as_long():
+        now[0] += 2 * expected
+        return CellResult(CELL, "")
+
+    progress.run(CELL, takes_twice_as_long)
+    assert progress.left([CELL]) == pytest.approx(2 * expected)
+
+
+def test_a_machine_that_fails_makes_its_cell_void(tmp_path):
+    def make(*_):
+        raise OSError("no space left")
+
+    assert drive.run(CELL, LOAD, tmp_path, lambda _: None, make).void == "no space left"
 
 
 def test_nothing_is_left_running(tmp_path):
