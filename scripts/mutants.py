@@ -228,6 +228,20 @@ MUTANTS = (
         "    if not waits:\n",
     ),
     Mutant(
+        "a request that gives way is no suspect any more",
+        "recovery/suspicion.py",
+        "        if 0 < cost < MAX_COST:\n",
+        "        if False:\n",
+        "tests/unit/recovery/test_pipeline.py",
+    ),
+    Mutant(
+        "nobody is blamed while some node still prepares",
+        "recovery/in_flight.py",
+        "        if forming is None or not changed <= forming.to_restore:\n",
+        "        if forming is None or forming.prepared:\n",
+        "tests/unit/recovery/test_pipeline.py",
+    ),
+    Mutant(
         "a hole in a prefix hit is overlooked",
         "recovery/recompute.py",
         "            if sorted(in_step) != in_step:\n",

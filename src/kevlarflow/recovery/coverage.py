@@ -91,14 +91,14 @@ def advance(tables: dict[str, list[int]], step: Step) -> None:
 
 def written_blocks(tables: Mapping[str, Sequence[int]], step: Step, block_size: int) -> dict[str, Sequence[int]]:
     """Blocks that each request of a step writes, given the tables as of that step."""
-    starts = _starts(step)
+    starts = starts_of(step)
     return {
         request: tables[request][starts[request] // block_size : -(-(starts[request] + count) // block_size)]
         for request, count in step.scheduled.items()
     }
 
 
-def _starts(step: Step) -> dict[str, int]:
+def starts_of(step: Step) -> dict[str, int]:
     """Tokens that each request has computed before the step."""
     starts = {admission.request: admission.computed for admission in step.admissions}
     starts.update((going_on.request, going_on.computed) for going_on in step.continuations)
@@ -123,7 +123,7 @@ class IssuedTables:
     def issue(self, step: Step, generations: Generations, block_size: int) -> dict[str, tuple[Replica, ...]]:
         """Fold a step in; returns what each block that it writes holds after it, by request."""
         advance(self.tables, step)
-        starts = _starts(step)
+        starts = starts_of(step)
         written = {}
         for request, blocks in written_blocks(self.tables, step, block_size).items():
             first, end = starts[request] // block_size, starts[request] + step.scheduled[request]

@@ -38,6 +38,10 @@ class Forming:
         """Whether every node has done all that comes before the steps in flight."""
         return not (self.to_place or self.to_join or self.to_restore or self.chunks)
 
+    def next_chunk(self) -> Chunk | None:
+        """The oldest chunk that is not known to be done."""
+        return self.chunks[min(self.chunks)] if self.chunks else None
+
     def phases(self, now: float) -> Phases:
         """Where the time went."""
         joined = self.joined_at or self.ordered_at

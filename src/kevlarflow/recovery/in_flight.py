@@ -1,8 +1,6 @@
-"""Steps that were issued and have not completed: in which order they go out, and what each may have cost.
+"""Steps that were issued and have not completed: in which order they go out, and when.
 
-A step that kills the node that runs it would kill the next one as well. So every loss of a node is held against the
-steps that it may have been running, and while such *suspects* are in flight they are sent one at a time: a second loss
-then has one step to blame, and that step is not sent a third time.
+All that are due leave at once; those that may have cost a node (`recovery.suspicion`) one at a time.
 """
 
 from __future__ import annotations
@@ -12,12 +10,13 @@ from collections.abc import Iterator
 
 from kevlarflow.recovery.capacity import without
 from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.forming import Forming
 from kevlarflow.recovery.ledger import Step, StepResult
+from kevlarflow.recovery.suspicion import Suspicion
+from kevlarflow.types import Stage
 
 Writes = dict[str, tuple[Replica, ...]]
 """By request, what each block that a step writes holds after it."""
-MAX_COST = 2
-"""Nodes that a step may cost."""
 NOTHING = StepResult(tokens={}, generators={})
 
 
@@ -29,9 +28,9 @@ class InFlight:
         self._writes: dict[int, Writes] = {}
         self._results: dict[int, StepResult] = {}
         self._left_out: dict[int, frozenset[str]] = {}
-        self._cost: dict[int, int] = {}
         self._sent: set[int] = set()
         self._held: set[int] = set()
+        self._suspicion = Suspicion()
         self.hold_back = False
         """Whether steps that are added wait until `recall`."""
 
@@ -54,8 +53,9 @@ class InFlight:
 
     def clear(self) -> None:
         """None will ever complete."""
-        for part in (self._steps, self._writes, self._results, self._left_out, self._cost, self._sent, self._held):
+        for part in (self._steps, self._writes, self._results, self._left_out, self._sent, self._held):
             part.clear()
+        self._suspicion.clear()
         self.hold_back = False
 
     # ---- coming and going
@@ -71,7 +71,9 @@ class InFlight:
     def leave_out(self, requests: frozenset[str], block_size: int) -> None:
         """Take requests out of every step: they are set aside."""
         for sequence, step in self._steps.items():
-            self._left_out[sequence] |= requests & step.scheduled.keys()
+            leaving = requests & step.scheduled.keys()
+            self._suspicion.leave_out(step, leaving)
+            self._left_out[sequence] |= leaving
             self._steps[sequence] = without(step, requests, block_size)
 
     def left_out_of(self, sequence: int) -> frozenset[str]:
@@ -94,9 +96,9 @@ class InFlight:
                 return None
             del self._steps[sequence]
             self._writes.pop(sequence)
-            self._cost.pop(sequence, None)
             self._sent.discard(sequence)
             self._held.discard(sequence)
+            self._suspicion.acquit(step)
             return step, self._results.pop(sequence, NOTHING), self._left_out.pop(sequence)
         return None
 
@@ -119,26 +121,21 @@ class InFlight:
         for sequence, step in self._steps.items():
             if sequence in self._sent or sequence in self._held:
                 continue
-            running = [other for other in self._sent if self._steps[other].scheduled]
-            suspicious = sequence in self._cost or any(other in self._cost for other in running)
+            running = [self._steps[other] for other in self._sent if self._steps[other].scheduled]
+            suspicious = any(map(self._suspicion.falls_on, (step, *running)))
             if step.scheduled and running and suspicious:
                 break
             self._sent.add(sequence)
             due.append(sequence)
         return due
 
-    def blame(self) -> dict[str, str]:
-        """A node was lost: hold it against what it may have been running.
+    def blame(self, changed: set[Stage], forming: Forming | None) -> dict[str, str]:
+        """The nodes of the stages `changed` were lost, while `forming` was under way: hold it against what they ran.
 
         Returns the requests that must not run again, each with the reason.
         """
-        doomed: dict[str, str] = {}
-        for sequence in sorted(self._sent):
-            step = self._steps[sequence]
-            if not step.scheduled:
-                continue
-            self._cost[sequence] = self._cost.get(sequence, 0) + 1
-            if self._cost[sequence] >= MAX_COST:
-                reason = f"{MAX_COST} nodes were lost while they computed this request: it is not tried again"
-                doomed |= dict.fromkeys(step.scheduled, reason)
-        return doomed
+        if forming is None or not changed <= forming.to_restore:
+            return self._suspicion.blame_steps([self._steps[s] for s in sorted(self._sent) if self._steps[s].scheduled])
+        # What a node was still preparing for, it has not run.
+        chunk = forming.next_chunk() if not changed <= forming.to_join else None
+        return self._suspicion.blame_recompute(span.request for span in chunk.spans) if chunk is not None else {}

@@ -161,9 +161,8 @@ class Pipeline:
             return []
         self._planned = None
         self._disagrees = False
-        # What a node was still preparing for, it has not run.
-        was_running = self._forming is None or self._forming.prepared
-        doomed = self._in_flight.blame() if order.lost and was_running else {}
+        changed = {after.stage for before, after in zip(self.nodes, order.nodes, strict=False) if before != after}
+        doomed = self._in_flight.blame(changed, self._forming) if order.lost and changed else {}
         self._in_flight.recall()
         self.epoch, self.nodes, self.reason = order.epoch, order.nodes, ""
         self.phase = Phase.FORMING

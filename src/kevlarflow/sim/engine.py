@@ -64,6 +64,8 @@ class Engine(Process):
         """Whether it has been formed once, and so has a scheduler."""
         self._may_end: set[str] = set()
         """Requests that a suspension gave it a reason to end: those that it had then, or got before it was over."""
+        self.prepared: set[tuple[Epoch, Member]] = set()
+        """Who has said in which epoch that it will run steps next."""
         self._lines: dict[Member, str] = {}
         """The open channels to nodes."""
         self._mailbox: deque[Order] = deque()
@@ -313,6 +315,8 @@ class Engine(Process):
         current = event.epoch == self.core.epoch
         if current and isinstance(event, core.StepExecuted):
             self._outputs[event.sequence] = {name: list(each) for name, each in event.result.tokens.items()}
+        if isinstance(event, core.StageRestored):
+            self.prepared.add((event.epoch, source.member))
         before, epoch = self.core.in_flight, self.core.epoch
         commands = self.core.handle(event, self.timeline.now)
         if self.core.epoch != epoch and self.core.phase is Phase.FORMING:

@@ -15,10 +15,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kevlarflow.config import ServeConfig, Timeouts
-from kevlarflow.node.lanes import Lane
+from kevlarflow.node.lanes import Header, Lane
 from kevlarflow.recovery import events
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.events import AnyCommand
+from kevlarflow.recovery.suspicion import MAX_COST
 from kevlarflow.sim.controller import REPORT_SECONDS, Controller
 from kevlarflow.sim.engine import Engine
 from kevlarflow.sim.errors import NoReason, NotFenced, Stuck, Unbounded, WrongCopy, WrongTokens
@@ -78,6 +79,8 @@ class Fleet:
         """Requests that nobody wants any more: what they read does not matter."""
         self.clients: dict[str, Client] = {}
         self._open = 0
+        self._costs: collections.Counter[tuple[str, str]] = collections.Counter()
+        """Nodes that died of a request, in steps or while it was computed again."""
         self._lives: collections.Counter[PipelineId] = collections.Counter()
         self._pids = 1_000
         self.channels = 0
@@ -237,6 +240,29 @@ class Fleet:
     def trigger(self, header: steps.AnyStepMessage, node: Node) -> bool:
         """See `Mischief.trigger`."""
         return self.mischief.trigger(header, node)
+
+    def poisons(self, node: Node, header: Header, computed: Iterable[tuple[str, int]]) -> bool:
+        """Whether a node dies of a request that it is about to compute. Each may cost two of them, and two more while
+        it is computed again; a death does not count that the engine hears of before it hears that the node was ready.
+        """
+        deadly = [name for name, end in computed if self._is_deadly(name, node.stage, end)]
+        if not deadly:
+            return False
+        heard = (header.epoch, node.member) in self.engines[header.pipeline].prepared
+        what = "again" if isinstance(header, steps.Recompute) else "in steps"
+        for name in deadly:
+            self.counts[f"nodes that a request has cost {what}"] += 1
+            self._costs[name, what] += heard or what == "again"
+            if self._costs[name, what] > MAX_COST:
+                raise Unbounded(f"{name} has cost {self._costs[name, what]} nodes {what}, the last of them {node}")
+        self.tell(node, f"dies of {', '.join(deadly)}")
+        self.end_process(node)
+        return True
+
+    def _is_deadly(self, name: str, stage: Stage, end: int) -> bool:
+        client = self.clients.get(name)
+        poison = client.demand.poisons if client is not None else None
+        return poison is not None and not self.mischief.over and poison[0] == stage and poison[1] < end
 
     # ---- clients
 

@@ -34,12 +34,12 @@ class Mischief:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._armed: dict[str, list[Fault]] = {}
-        self._over = False
+        self.over = False
 
     def begin(self, fault: Fault) -> None:
         """Do it."""
         fleet = self._fleet
-        if self._over:
+        if self.over:
             return
         node = self._target(fault)
         fleet.tell(fault.name, f"{fault}: {node}")
@@ -81,7 +81,7 @@ class Mischief:
     def end_all(self) -> None:
         """Heal everything; whatever would still begin does not."""
         fleet = self._fleet
-        self._over = True
+        self.over = True
         self._armed.clear()
         fleet.network.slowness, fleet.network.echo = 1.0, 0.0
         fleet.network.cuts.clear()
@@ -144,7 +144,7 @@ class Mischief:
         return next((each for each in fleet.living_nodes() if each.member.node == own), None)
 
     def _crash(self, victim: Process | None) -> None:
-        if victim is None or not victim.alive or self._over:
+        if victim is None or not victim.alive or self.over:
             return
         if isinstance(victim, Node):
             slot = self._fleet.controller.cluster.slots[victim.member.node]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from kevlarflow.node.lane_replicas import LaneReplicas
@@ -187,6 +187,8 @@ class Node(Process):
             raise NotFenced(f"{self} runs {header} with activations of epoch {activations['epoch']}")
         self._busy = True
         self.fleet.tell(self, header, work.payload if not isinstance(header, steps.Execute) else ())
+        if self.fleet.poisons(self, header, _computed(work, self.stage)):
+            return
         engine = self._engines[lane.pipeline]
         shape = self.fleet.plan.shape
         seconds = shape.step * self.pace * (0.2 + self.fleet.rng.random())
@@ -283,3 +285,14 @@ class Node(Process):
             for replica, data in found:
                 self.fleet.check_copy(lane.pipeline, self.stage, replica, content_of(data))
         return tuple((replica.block, replica.generation, replica.filled) for replica in missing)
+
+
+def _computed(work: Work, stage: Stage) -> Iterator[tuple[str, int]]:
+    """(request, end) of whatever is computed for good at a stage: the request's tokens up to `end`."""
+    payload: Any = work.payload
+    if isinstance(work.header, steps.Recompute) and work.header.through == stage:
+        yield from ((span.request, span.end) for span in payload[0].spans)
+    elif isinstance(work.header, steps.Execute):
+        step = payload[0]
+        for each in (*step.admissions, *step.continuations):
+            yield each.request, each.computed + step.scheduled[each.request]

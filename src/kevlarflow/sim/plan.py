@@ -14,6 +14,8 @@ from kevlarflow.sim.stage import VOCABULARY, next_token
 LOAD_SECONDS = 0.8
 """Requests arrive, and faults begin, within this time."""
 PHASES = ("join", "place", "recompute", "restore", "reissue")
+POISONOUS = 0.04
+"""How many of the requests are deadly for the nodes that compute them."""
 KINDS = {
     "crash": 10,
     "crash in a phase": 8,
@@ -65,6 +67,8 @@ class Demand:
     expected: tuple[int, ...]
     """Prompt and output of a run without failure."""
     cancelled_after: float | None
+    poisons: tuple[int, int] | None = None
+    """(stage, position): a node of that stage dies of computing that position, or a later one."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,7 @@ def _demand(rng: random.Random, name: str, shape: Shape, common: list[int], burs
         prompt=prompt,
         expected=tuple(tokens),
         cancelled_after=rng.random() * 0.2 if rng.random() < 0.1 else None,
+        poisons=(rng.randrange(shape.stages), rng.randrange(len(tokens))) if rng.random() < POISONOUS else None,
     )
 
 

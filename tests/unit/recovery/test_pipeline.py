@@ -63,6 +63,12 @@ def sent(commands):
     return [command.sequence for command in commands if isinstance(command, p.Execute)]
 
 
+def ended(commands):
+    """Requests that are set aside because they must not run again."""
+    asides = [each for command in commands if isinstance(command, p.SetAside) for each in command.requests]
+    return [each.request for each in asides if "2 nodes were lost" in each.reason]
+
+
 def kinds(commands):
     return [type(command).__name__ for command in commands]
 
@@ -324,6 +330,50 @@ def test_a_node_that_dies_before_it_runs_a_step_is_not_held_against_it():
     pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.1)
     third = pipeline.handle(p.FormationOrdered(3, (A0, A1), lost=True), 1.2)
     assert sent(third) == [1]
+
+
+def test_a_node_that_runs_steps_while_another_still_prepares_is_held_against_them():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
+    pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.1)
+    pipeline.handle(p.StageRestored(2, 1), 1.2)
+    assert ended(pipeline.handle(p.FormationOrdered(3, (A0, A1), lost=True), 1.3)) == ["a"]
+
+
+def test_no_step_is_blamed_for_an_order_that_changes_no_node():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
+    for epoch in (2, 3, 4):
+        commands = pipeline.handle(p.FormationOrdered(epoch, (A0, A1), lost=True), 1.1)
+        assert ended(commands) == []
+        prepared(pipeline, epoch, commands)
+
+
+def test_a_request_that_has_to_give_way_on_the_new_node_stays_suspect():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "big", blocks=range(1, 25), tokens=96)), 1.0)
+    pipeline.handle(executed(1, 1, big=[7]), 1.1)
+    pipeline.handle(p.StepIssued(admit(2, "deadly", blocks=(30, 31), tokens=5)), 1.2)
+    commands = pipeline.handle(p.FormationOrdered(2, (A0, B1), shares=2, lost=True), 1.3)
+    assert p.SetAside((p.Aside("deadly", "", known=False),), frozenset({30, 31})) in commands
+    prepared(pipeline, 2, commands)
+    # Its first tokens do no harm.
+    pipeline.handle(p.StepIssued(admit(3, "deadly", blocks=(24,), formation=9)), 2.1)
+    pipeline.handle(executed(2, 3, deadly=[]), 2.2)
+    pipeline.handle(p.StepIssued(go_on(4, "big", computed=96, formation=9)), 2.3)
+    assert sent(pipeline.handle(p.StepIssued(go_on(5, "deadly", formation=9)), 2.4)) == [], "it runs alone"
+    assert sent(pipeline.handle(executed(2, 4, big=[8]), 2.5)) == [5]
+    commands = pipeline.handle(p.FormationOrdered(3, (A0, A1), shares=2, lost=True), 2.6)
+    assert ended(commands) == ["deadly"]
+
+
+def test_a_request_that_cost_two_nodes_while_it_was_computed_again_ends():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "deadly")), 1.0)
+    pipeline.handle(executed(1, 1, deadly=[7]), 1.1)
+    for epoch, donor, doomed in ((2, B1, []), (3, A1, []), (4, B1, ["deadly"])):
+        assert ended(pipeline.handle(p.FormationOrdered(epoch, (A0, donor), lost=True), 2.0)) == doomed
+        pipeline.handle(p.StageJoined(epoch, 1), 2.1)
 
 
 def test_lanes_that_share_a_node_use_a_part_of_the_blocks():
