@@ -9,11 +9,12 @@ import msgspec
 import psutil
 import pytest
 
-from kevlarflow.bench.evaluation import drive, outcome, suite
+from kevlarflow.bench.evaluation import cells, drive, outcome, suite
 from kevlarflow.bench.evaluation.cells import Cell
 from kevlarflow.bench.evaluation.outcome import CellResult
 from kevlarflow.bench.evaluation.workload import Workload, plan
 from kevlarflow.bench.systems import ServerProcess, free_port
+from kevlarflow.faults import FaultDidNotHappen, Target
 
 SERVER = Path(__file__).parents[3] / "faulty_server.py"
 LOAD = Workload(requests_per_second=8.0, seconds=1.0)
@@ -43,6 +44,9 @@ class Faulty:
 
     def wait_ready(self):
         return self.server.wait_ready(timeout_seconds=3.0)
+
+    def victim(self, pipeline, stage):
+        return Target("the only process", tuple(self.processes()[:1]))
 
     def lives(self):
         return []
@@ -106,6 +110,36 @@ def test_a_system_that_dies_loses_what_follows(tmp_path):
     result = run("dies", tmp_path)
     assert result.void is not None
     assert "ended with exit status 3" in result.void
+
+
+@pytest.fixture
+def strikes_soon(monkeypatch):
+    soon = msgspec.structs.replace(cells.SETTINGS[CELL.setting], before_seconds=0.5)
+    monkeypatch.setitem(cells.SETTINGS, CELL.setting, soon)
+
+
+def with_fault(make, folder):
+    hurt = msgspec.structs.replace(CELL, fault="one-last")
+    return drive.run(hurt, LOAD, folder, lambda _: None, lambda *_: make(folder))
+
+
+def test_a_system_that_does_not_survive_its_fault_has_a_result(tmp_path, strikes_soon):
+    result = with_fault(lambda folder: Faulty("well", folder), tmp_path)
+    assert result.void is None
+    assert "ended with exit status -9" in result.died
+    (strike,) = result.strikes
+    assert 0.5 <= strike.at < 1.0
+    assert strike.first_token_seconds is None
+    after = [each for each in plan(LOAD) if each.start_seconds > strike.at]
+    assert outcome.window(result.requests, strike.at).lost >= len(after) > 0
+
+
+def test_a_fault_that_did_not_happen_makes_its_cell_void(tmp_path, strikes_soon):
+    class Elusive(Faulty):
+        def victim(self, pipeline, stage):
+            raise FaultDidNotHappen("no node serves stage 1 of pipeline 0")
+
+    assert with_fault(lambda folder: Elusive("well", folder), tmp_path).void == "no node serves stage 1 of pipeline 0"
 
 
 def test_the_arrival_of_every_token_is_kept(tmp_path):
