@@ -175,15 +175,18 @@ class Controller:
         commands: list[AnyCommand] = []
         try:
             commands = self.cluster.handle(event, now)
+            notable = bool(commands) or self._is_notable(event)
+            if notable:
+                # Before it is done: the next life must not give a number again that was given out here.
+                self.memory.keep(Remembered(self.cluster.snapshot(), self.watcher.start_times()))
             for command in commands:
                 self._carry_out(command, now)
         except Exception:
             # It must be in the journal above all when it ends this process.
             self.journal.add(now, event)
             raise
-        if commands or self._is_notable(event):
+        if notable:
             self.journal.add(now, event)
-            self.memory.keep(Remembered(self.cluster.snapshot(), self.watcher.start_times()))
             self.metrics.observe(self.cluster)
             self.observers.publish_availability(now)
 

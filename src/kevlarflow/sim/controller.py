@@ -7,6 +7,7 @@ what the next life has to know is kept after every event that led to something.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kevlarflow.config import ServeConfig
@@ -52,6 +53,7 @@ class Controller(Process):
         self._known: set[Process] = set()
         self._asked_at: dict[Process, float] = {}
         self._watched: set[Process] = set()
+        self._doom: Callable[[], None] | None = None
 
     # ---- its lives
 
@@ -59,6 +61,7 @@ class Controller(Process):
         """Begin the cluster, or take up what the life before has left."""
         self.alive = True
         self.life += 1
+        self._doom = None
         self.cluster = Cluster(self.config)
         self.invariants = Invariants(self.cluster)
         self.detector = Detector(self.config.timeouts, self)
@@ -99,10 +102,18 @@ class Controller(Process):
             self.fleet.tell("controller", event, commands)
             self.invariants.check(commands)
             self.fleet.check_orders(commands)
-        for command in commands:
-            self._carry_out(command)
-        if commands or not isinstance(event, (events.Tick, events.EngineReport)):
             self.snapshot = self.cluster.snapshot()
+        doom, done = self._doom, len(commands)
+        if doom is not None and commands:
+            done = self.fleet.rng.randint(0, done)
+        for command in commands[:done]:
+            self._carry_out(command)
+        if doom is not None and commands:
+            doom()
+
+    def doom(self, end: Callable[[], None]) -> None:
+        """Let the controller end by `end` the next time that it acts, with only some of it done."""
+        self._doom = end
 
     # ---- time and deaths
 

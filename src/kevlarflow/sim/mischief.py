@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
@@ -155,6 +156,9 @@ class Mischief:
     def _crash_controller(self, fault: Fault) -> None:
         controller = self._fleet.controller
         if not controller.alive:
+            return
+        if fault.detail == "as it acts":
+            controller.doom(functools.partial(self._crash_controller, dataclasses.replace(fault, detail="")))
             return
         self._fleet.counts["controller crashes"] += 1
         controller.die(self._loses())

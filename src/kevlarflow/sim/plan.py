@@ -84,7 +84,7 @@ class Fault:
     seconds: float
     """How long it lasts, or how long until the process is started again."""
     detail: str = ""
-    """The phase of a crash; the peers of a partition."""
+    """The phase of a crash; the peers of a partition; whether a controller dies among its own deeds."""
     strength: float = 0.0
 
     def __str__(self) -> str:
@@ -189,6 +189,7 @@ def _fault(rng: random.Random, name: str, shape: Shape, moments: list[tuple[floa
         "crash in a phase": PHASES,
         "partition": ("controller", "engine", "node", "controller engine node"),
         "freeze": ("", "", "hard to kill"),
+        "controller": ("", "as it acts"),
     }
     at, busy = rng.choice(moments)
     return Fault(

@@ -177,3 +177,20 @@ def test_a_second_life_says_no_when_nobody_appears(shell):
     (availability,) = heard(observer)
     assert availability.serving is False
     assert availability.started is True
+
+
+def test_a_number_is_written_down_before_it_is_given_out(shell, monkeypatch):
+    given, written = [], []
+    send = shell.hub.send
+
+    def look_first(peer: bytes, frame: bytes) -> bool:
+        message = decode(frame)
+        if isinstance(message, messages.Form):
+            given.append(message.epoch)
+            written.append(shell.controller.memory.recall().snapshot.epochs[0])
+        return send(peer, frame)
+
+    monkeypatch.setattr(shell.hub, "send", look_first)
+    shell.serve()
+    assert given
+    assert written == given

@@ -343,10 +343,11 @@ def test_a_node_that_runs_steps_while_another_still_prepares_is_held_against_the
 def test_no_step_is_blamed_for_an_order_that_changes_no_node():
     pipeline = serving()
     pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
-    for epoch in (2, 3, 4):
-        commands = pipeline.handle(p.FormationOrdered(epoch, (A0, A1), lost=True), 1.1)
-        assert ended(commands) == []
-        prepared(pipeline, epoch, commands)
+    pipeline.handle(p.StepIssued(admit(2, "b", blocks=(3, 4))), 1.0)
+    commands = pipeline.handle(p.FormationOrdered(2, (A0, A1), lost=True), 1.1)
+    prepared(pipeline, 2, commands)
+    pipeline.handle(executed(2, 1, a=[7]), 2.1)
+    assert ended(pipeline.handle(p.FormationOrdered(3, (A0, A1), lost=True), 2.2)) == []
 
 
 def test_a_request_that_has_to_give_way_on_the_new_node_stays_suspect():
