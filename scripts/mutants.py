@@ -254,6 +254,55 @@ MUTANTS = (
         "    if again and pipeline.formed and engine.claim is None:",
         "    if False:",
     ),
+    Mutant(
+        "nodes are compared by what they compute in all, not by step",
+        "recovery/pace.py",
+        "means[pace.size].append(pace.seconds / pace.steps)",
+        "means[pace.size].append(pace.seconds)",
+        "tests/unit/recovery/test_pace.py",
+    ),
+    Mutant(
+        "nodes are compared with other stages",
+        "recovery/pace.py",
+        "if other != member and each.stage == history.stage",
+        "if other != member",
+        "tests/unit/recovery/test_pace.py",
+    ),
+    Mutant(
+        "nodes are compared whatever the size of their steps",
+        "recovery/pace.py",
+        "seconds * 2.0 ** max(0, requests - its_requests, context - its_context)",
+        "seconds",
+        "tests/unit/recovery/test_pace.py",
+    ),
+    Mutant(
+        "one report is enough to be slow",
+        "recovery/pace.py",
+        "history.bad < self._enough",
+        "history.bad < 1",
+        "tests/unit/recovery/test_pace.py",
+    ),
+    Mutant(
+        "a slow node is emptied whatever else is going on",
+        "recovery/slowness.py",
+        "if slot is None or not _is_at_rest(grid, slot) or not",
+        "if slot is None or not slot.living or slot.state is NodeState.DRAINING or not",
+        "tests/unit/recovery/test_slowness.py",
+    ),
+    Mutant(
+        "a place is judged again as soon as its fresh node serves",
+        "recovery/slowness.py",
+        " or not _has_rested(grid, slot):",
+        ":",
+        "tests/unit/recovery/test_slowness.py",
+    ),
+    Mutant(
+        "a slow node leaves a stage without a node",
+        "recovery/slowness.py",
+        " or not drain.can_spare(grid, slot):",
+        ":",
+        "tests/unit/recovery/test_slowness.py",
+    ),
 )
 
 

@@ -23,6 +23,7 @@ from kevlarflow import config as configuration
 from kevlarflow.config import ServeConfig, Timeouts
 from kevlarflow.control.status import ask_status
 from kevlarflow.node.heartbeat import HeartbeatThread
+from kevlarflow.node.pace import PaceMeter
 from kevlarflow.node.progress import Progress
 from kevlarflow.types import Epoch, Member, NodeId, NodeInfo, Phases, PipelineId, Stage
 from kevlarflow.wire import messages
@@ -42,7 +43,8 @@ def be_node(config: ServeConfig, member: Member, stage: Stage) -> None:
     """Start, beat as a node does, and leave when told to."""
     pids = (os.getpid(),)
     progress = Progress(config.timeouts.step_floor_ms / 1_000)
-    heartbeat = HeartbeatThread(config, messages.NodeStarting(member, stage, "here", pids), progress, dict)
+    starting = messages.NodeStarting(member, stage, "here", pids)
+    heartbeat = HeartbeatThread(config, starting, progress, PaceMeter(), dict)
     heartbeat.start()
     if os.path.exists(config.path(f"fail-{member.node}")):
         heartbeat.say_failed("no weights: use another --model")

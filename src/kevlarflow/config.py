@@ -20,6 +20,10 @@ RUN_ID_VARIABLE = "KEVLARFLOW_RUN_ID"
 """Environment variable with the run's random id; together they say who belongs to a cluster."""
 
 
+DEFAULT_SLOW_RATIO = 3.0
+LEAST_SLOW_RATIO = 2.0
+"""By so much the work of two steps may differ that count as equal (`kevlarflow.types.Pace`)."""
+
 DEFAULT_BANDWIDTH = 128 << 20
 """Bytes a second that a node may send as copies."""
 
@@ -52,6 +56,10 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     move_patience_ms: int = 8_000
     """How long a lane that moves though nobody died waits for its new node to hold (nearly) all of its KV. After that
     it moves all the same, and more is recomputed."""
+    pace_interval_ms: int = 1_000
+    """How often a node says how long its steps have taken."""
+    slow_after_ms: int = 10_000
+    """How long a node has to be slower than its peers before its lanes move to others and it is replaced."""
     startup_timeout_s: int = 600
     """How long nodes and engines may take to get ready; compilation included."""
     report_interval_ms: int = 200
@@ -82,6 +90,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Copy a partly filled block again after so many tokens, in long contexts sooner; 0: copy full blocks only."""
     replication_bytes_per_second: int = DEFAULT_BANDWIDTH
     """What one node may send to its standbys: catching up must not take what decoding needs."""
+    slow_ratio: float = DEFAULT_SLOW_RATIO
+    """A node is slow when its steps take so many times as long as those of its peers; 0: none ever is."""
     vllm_args: tuple[str, ...] = ()
     """Flags passed through to vLLM as they were typed; without model, -pp, -dp, -tp, host and port."""
     timeouts: Timeouts = Timeouts()
@@ -119,6 +129,12 @@ def check(config: ServeConfig) -> None:
             f"--replication-bandwidth {config.replication_bytes_per_second} copies nothing: use 1M or more, or turn "
             "replication off with --standby-memory-bytes 0"
         )
+    # Not a number compares as false.
+    if config.slow_ratio != 0 and not config.slow_ratio > LEAST_SLOW_RATIO:
+        raise UsageError(
+            f"--slow-node-ratio {config.slow_ratio:g} would blame nodes for their work, which may differ by a factor "
+            f"of {LEAST_SLOW_RATIO:g} between steps that are compared: use 3 or more, or 0 to leave slow nodes alone"
+        )
     check_timeouts(config.timeouts)
 
 
@@ -134,6 +150,9 @@ def check_timeouts(times: Timeouts) -> None:
         ("4 x report_interval_ms < engine_silent_after_ms", 4 * times.report_interval_ms, times.engine_silent_after_ms),
         ("engine_silent_after_ms < engine_lost_after_ms", times.engine_silent_after_ms, times.engine_lost_after_ms),
         ("settle_ms < engine_lost_after_ms", times.settle_ms, times.engine_lost_after_ms),
+        ("heartbeat_interval_ms < pace_interval_ms", times.heartbeat_interval_ms, times.pace_interval_ms),
+        ("5 x pace_interval_ms < slow_after_ms", 5 * times.pace_interval_ms, times.slow_after_ms),
+        ("confirm_after_ms < slow_after_ms", times.confirm_after_ms, times.slow_after_ms),
         ("2 x report_interval_ms < move_patience_ms", 2 * times.report_interval_ms, times.move_patience_ms),
         ("move_patience_ms < startup_timeout_s", times.move_patience_ms, 1_000 * times.startup_timeout_s),
     ):

@@ -68,12 +68,14 @@ class Cause(enum.StrEnum):
     REJOIN = "rejoin"
     ATTACH = "attach"
     DRAIN = "drain"
+    SLOW = "slow"
+    """A node was far slower than its peers for long."""
     SHARE = "share"
 
     @property
     def is_planned(self) -> bool:
         """Whether every node was alive: then the pipeline changes its nodes between two steps."""
-        return self in (Cause.REJOIN, Cause.DRAIN)
+        return self in (Cause.REJOIN, Cause.DRAIN, Cause.SLOW)
 
 
 class Member(msgspec.Struct, frozen=True, order=True):
@@ -106,6 +108,25 @@ class NodeInfo(msgspec.Struct, frozen=True):
     """KV blocks that it has memory for, block 0 included, which vLLM never gives out."""
     replica_address: str = ""
     """Where nodes whose standby it is send copies of their KV blocks; empty when it keeps none."""
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """How long a node took for its decode steps of one size: those whose requests and context have the same logarithms.
+
+    Two steps of one size differ in their work by less than a factor of two.
+    """
+
+    requests_log2: int
+    context_log2: int
+    """Of the tokens whose KV the step's requests read, all together."""
+    steps: int
+    seconds: float
+    """Of all these steps: to compute the layers. Sampling and waits for a CPU are left out."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Only steps of the same size are compared."""
+        return (self.requests_log2, self.context_log2)
 
 
 class LaneCoverage(msgspec.Struct, frozen=True):

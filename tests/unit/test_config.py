@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from kevlarflow.config import Timeouts, check_timeouts
+from kevlarflow.config import Timeouts, check, check_timeouts
 from kevlarflow.errors import UsageError
+from toy_world import make_config
 
 
 def test_the_defaults_agree():
@@ -24,6 +26,9 @@ def test_the_defaults_agree():
         (Timeouts(report_interval_ms=500), "4 x report_interval_ms < engine_silent_after_ms"),
         (Timeouts(engine_silent_after_ms=10_000), "engine_silent_after_ms < engine_lost_after_ms"),
         (Timeouts(settle_ms=10_000), "settle_ms < engine_lost_after_ms"),
+        (Timeouts(pace_interval_ms=100), "heartbeat_interval_ms < pace_interval_ms"),
+        (Timeouts(slow_after_ms=5_000), "5 x pace_interval_ms < slow_after_ms"),
+        (Timeouts(slow_after_ms=3_000, pace_interval_ms=500), "confirm_after_ms < slow_after_ms"),
         (Timeouts(move_patience_ms=400), "2 x report_interval_ms < move_patience_ms"),
         (Timeouts(startup_timeout_s=8), "move_patience_ms < startup_timeout_s"),
         (Timeouts(heartbeat_interval_ms=0), "2 x heartbeat_interval_ms < suspect_after_ms"),
@@ -32,3 +37,14 @@ def test_the_defaults_agree():
 def test_a_contradiction_is_named(timeouts, relation):
     with pytest.raises(UsageError, match=relation):
         check_timeouts(timeouts)
+
+
+@pytest.mark.parametrize("ratio", [0, 2.5, 3.0])
+def test_a_ratio_that_can_only_come_from_a_slow_node_is_taken(ratio):
+    check(msgspec.structs.replace(make_config(), slow_ratio=ratio))
+
+
+@pytest.mark.parametrize("ratio", [2.0, 0.5, -1.0, float("nan")])
+def test_a_ratio_that_work_alone_could_explain_is_refused(ratio):
+    with pytest.raises(UsageError, match=r"--slow-node-ratio .* use 3 or more, or 0"):
+        check(msgspec.structs.replace(make_config(), slow_ratio=ratio))

@@ -32,6 +32,8 @@ class ServeFlags(msgspec.Struct):
     standby_memory_bytes: int | None = None
     replication_interval_tokens: int | None = None
     replication_bandwidth: int | None = None
+    slow_node_ratio: float | None = None
+    slow_node_seconds: float | None = None
     vllm_args: list[str] = msgspec.field(default_factory=list)
     help: str | None = None
     """Empty for ``--help``; the topic in ``--help=topic``, which is vLLM's to explain."""
@@ -65,6 +67,8 @@ _TAKEN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--standby-memory-bytes": ("standby_memory_bytes", _human_integer),
     "--replication-interval-tokens": ("replication_interval_tokens", _integer),
     "--replication-bandwidth": ("replication_bandwidth", _human_integer),
+    "--slow-node-ratio": ("slow_node_ratio", float),
+    "--slow-node-seconds": ("slow_node_seconds", float),
 }
 
 

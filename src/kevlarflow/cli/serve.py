@@ -17,7 +17,7 @@ from kevlarflow.cli import preflight
 from kevlarflow.cli.flags import DEFAULT_PORT, ServeFlags, parse, value_given
 from kevlarflow.cli.model_files import ModelFiles, find
 from kevlarflow.cli.preflight import GIB, Size, gib
-from kevlarflow.config import DEFAULT_BANDWIDTH, ServeConfig, Timeouts
+from kevlarflow.config import DEFAULT_BANDWIDTH, DEFAULT_SLOW_RATIO, ServeConfig, Timeouts
 from kevlarflow.errors import UsageError
 
 USAGE = f"""\
@@ -39,6 +39,9 @@ Runs in the foreground until Ctrl-C or SIGTERM.
                                the same however long the contexts are (as much as a lane has); 0: no replication
   --replication-interval-tokens N   copy a partly filled block again after N tokens (32); 0: full blocks only
   --replication-bandwidth N    bytes a second that a node may send as copies (128M); catching up takes longer with less
+  --slow-node-ratio X          a node is slow when its steps take X times as long as those of its peers (3): its lanes
+                               move to another node, and it is replaced; 0: slow nodes are left alone
+  --slow-node-seconds N        for how long it has to be that slow (10)
 
 All other flags are vLLM's, such as --max-model-len, --dtype or --enforce-eager, and go to it as they are.
 kevlarflow serve --help=all shows them; --help=GROUP or --help=WORD shows some."""
@@ -71,6 +74,7 @@ def run(arguments: list[str]) -> int:
         replication_bytes_per_second=_bandwidth(flags),
         vllm_args=tuple(flags.vllm_args),
         timeouts=_timeouts(flags),
+        slow_ratio=DEFAULT_SLOW_RATIO if flags.slow_node_ratio is None else flags.slow_node_ratio,
         run_folder=str(configuration.run_folder_of(flags.port)),
     )
     configuration.check(config)
@@ -154,10 +158,21 @@ def _bandwidth(flags: ServeFlags) -> int:
 def _timeouts(flags: ServeFlags) -> Timeouts:
     """The defaults; but who lets vLLM finish its requests at the end gives it the time."""
     usual = Timeouts()
+    if flags.slow_node_seconds is not None:
+        usual = msgspec.structs.replace(usual, slow_after_ms=_milliseconds(flags.slow_node_seconds))
     drain = value_given(flags.vllm_args, "--shutdown-timeout") or "0"
     if not drain.isdecimal():
         return usual  # vLLM says what is wrong with it.
     return msgspec.structs.replace(usual, stop_grace_s=usual.stop_grace_s + int(drain))
+
+
+def _milliseconds(seconds: float) -> int:
+    if not 0 < seconds < float("inf"):
+        raise UsageError(
+            f"--slow-node-seconds {seconds:g} is no time: use more than 5, or --slow-node-ratio 0 to leave slow nodes "
+            "alone"
+        )
+    return round(1_000 * seconds)
 
 
 def _supervise(config: ServeConfig) -> int:

@@ -37,6 +37,7 @@ from kevlarflow.recovery import events
 from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.detector import Beat, Detector
 from kevlarflow.recovery.events import AnyCommand, AnyEvent
+from kevlarflow.recovery.pace import Paces
 from kevlarflow.recovery.status import status_document
 from kevlarflow.types import Member, PipelineId
 from kevlarflow.wire import messages
@@ -117,6 +118,7 @@ class Controller:
         self.cluster = Cluster(config, unix_offset())
         self.watcher: LocalProcessWatcher[Member | EngineProcess] = LocalProcessWatcher()
         self.detector = Detector(config.timeouts, self)
+        self.paces = Paces(config)
         self.launcher = LauncherClient(config.launcher_path)
         self.observers = Observers(hub, self.cluster)
         self.peers = Peers()
@@ -241,6 +243,7 @@ class Controller:
     def _bury(self, member: Member, alive_at: float, now: float) -> None:
         self.handle(events.NodeExited(member, alive_at), now)
         self.detector.forget(member)
+        self.paces.forget(member)
         self.peers.remove_member(member)
 
     def _watch_member(self, member: Member, pids: tuple[int, ...], now: float) -> None:
@@ -312,6 +315,9 @@ class Controller:
         )
         for event in self.detector.beat(member, now, beat):
             self.handle(event, now)
+        if heartbeat.pace is not None:
+            for slow in self.paces.hear(member, self.cluster.slots[member.node].stage, heartbeat.pace, now):
+                self.handle(slow, now)
         if heartbeat.number and self._send(peer, messages.BeatHeard(heartbeat.number)):
             self.detector.answered(member, heartbeat.number, now)
 

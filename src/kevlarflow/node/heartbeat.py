@@ -14,6 +14,7 @@ from collections.abc import Callable
 import zmq
 
 from kevlarflow.config import ServeConfig
+from kevlarflow.node.pace import PaceMeter
 from kevlarflow.node.progress import Progress
 from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId
 from kevlarflow.wire.messages import (
@@ -38,6 +39,7 @@ class HeartbeatThread(threading.Thread):
         config: ServeConfig,
         starting: NodeStarting,
         progress: Progress,
+        pace: PaceMeter,
         epochs: Callable[[], dict[PipelineId, Epoch]],
     ) -> None:
         super().__init__(name="heartbeat", daemon=True)
@@ -45,6 +47,8 @@ class HeartbeatThread(threading.Thread):
         self._member: Member = starting.member
         self._introduction: AnyMessage = starting
         self._progress = progress
+        self._pace = pace
+        self._pace_due = 0.0
         self._epochs = epochs
         self._beats = 0
         self._heard = 0
@@ -100,6 +104,10 @@ class HeartbeatThread(threading.Thread):
     def _beat(self) -> Heartbeat:
         step = self._progress.look()
         self._beats += 1
+        now = time.monotonic()
+        reports = now >= self._pace_due
+        if reports:
+            self._pace_due = now + self._config.timeouts.pace_interval_ms / 1_000
         return Heartbeat(
             self._member,
             self._progress.steps_done,
@@ -108,6 +116,7 @@ class HeartbeatThread(threading.Thread):
             step.is_overdue,
             number=self._beats,
             heard=self._heard,
+            pace=self._pace.report() if reports else None,
         )
 
     def _answer(self, controller: zmq.Socket[bytes]) -> None:

@@ -27,6 +27,7 @@ from kevlarflow.node.device import stage_device
 from kevlarflow.node.heartbeat import HeartbeatThread
 from kevlarflow.node.lane_replicas import LaneReplicas
 from kevlarflow.node.lanes import Lane, Lanes, Work
+from kevlarflow.node.pace import PaceMeter
 from kevlarflow.node.progress import Progress
 from kevlarflow.node.replicator import Replicator
 from kevlarflow.node.stage import Activations, Sampled, StageDevice
@@ -55,9 +56,10 @@ def run(config: ServeConfig, member: Member, stage: Stage, configure: Callable[[
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     progress = Progress(config.timeouts.step_floor_ms / 1_000)
-    server = NodeServer(config, member, stage, progress)
+    pace = PaceMeter()
+    server = NodeServer(config, member, stage, progress, pace)
     starting = NodeStarting(member, stage, socket.gethostname(), (os.getpid(),))
-    heartbeat = HeartbeatThread(config, starting, progress, server.epochs)
+    heartbeat = HeartbeatThread(config, starting, progress, pace, server.epochs)
     heartbeat.start()
     try:
         device = stage_device(config, stage, configure(config))
@@ -78,11 +80,12 @@ def _for_people(error: Exception) -> str:
 class NodeServer:
     """The node's sockets and main loop."""
 
-    def __init__(self, config: ServeConfig, member: Member, stage: Stage, progress: Progress) -> None:
+    def __init__(self, config: ServeConfig, member: Member, stage: Stage, progress: Progress, pace: PaceMeter) -> None:
         self._config = config
         self._member = member
         self._stage = stage
         self._progress = progress
+        self._pace = pace
         self._lanes = Lanes([], 0, is_first_stage=stage == 0)
         self._description = b""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
@@ -294,7 +297,8 @@ class NodeServer:
             self._replicas.begin(lane, written)
         scheduled, grammar = pickle.loads(work.payload[0]), pickle.loads(work.payload[1])
         self._progress.measure(scheduled.total_num_scheduled_tokens)
-        result = lane.runner.execute(scheduled, activations, grammar)
+        self._pace.begin(scheduled)
+        result = lane.runner.execute(scheduled, activations, grammar, self._pace.end)
         if isinstance(result, Sampled):
             payload = pickle.dumps((result.output, result.generators), pickle.HIGHEST_PROTOCOL)
             self._answer(work.engine, steps.Executed(step.pipeline, step.epoch, step.sequence), payload)

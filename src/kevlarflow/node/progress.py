@@ -11,26 +11,15 @@ Sizes count in powers of two of the scheduled tokens, and each keeps the longest
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
-import time
 from typing import NamedTuple
 
+from kevlarflow.node.thread_clock import Spent, ThreadClock
 from kevlarflow.types import PipelineId
 
 OVERRUN_FACTOR = 10
 """A step may compute, or sleep, for so many times the longest that was seen of its size."""
 UNSEEN_FACTOR = 10
 """The floor is so many times higher for a step of a size that was never seen: libraries load what they need late."""
-
-
-class Spent(NamedTuple):
-    """How a thread's time is spent. Seconds."""
-
-    at: float
-    computing: float
-    waiting: float
 
 
 class Step(NamedTuple):
@@ -62,16 +51,13 @@ class Progress:
         self._floor = floor_seconds
         self._running: _Running | None = None
         self._longest: dict[int, Longest] = {}
-        self._clock: int | None = None
-        self._folder = f"/proc/self/task/{threading.get_native_id()}"
-        with contextlib.suppress(OSError):
-            self._clock = os.open(f"{self._folder}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        self._clock = ThreadClock()
 
     # ---- the main thread
 
     def begin(self, pipeline: PipelineId) -> None:
         """A step goes onto the device."""
-        self._running = _Running(pipeline, None, self._spent())
+        self._running = _Running(pipeline, None, self._clock.spent())
 
     def measure(self, tokens: int) -> None:
         """The step that runs computes so many tokens."""
@@ -84,7 +70,7 @@ class Progress:
         self.steps_done += 1
         if running is None or running.size is None:
             return
-        computing, sleeping = _since(running.began, self._spent())
+        computing, sleeping = _since(running.began, self._clock.spent())
         longest = self._longest.get(running.size, Longest(0.0, 0.0))
         self._longest[running.size] = Longest(max(longest.computing, computing), max(longest.sleeping, sleeping))
 
@@ -95,16 +81,11 @@ class Progress:
         running = self._running
         if running is None:
             return Step()
-        now = self._spent()
+        now = self._clock.spent()
         computing, sleeping = _since(running.began, now)
         longest_computing, longest_sleeping = self._limits(running.size)
-        overdue = computing > longest_computing or (sleeping > longest_sleeping and not self._wants_to_run())
-        return Step(now.at - running.began.at, running.pipeline, overdue and self._clock is not None)
-
-    def _wants_to_run(self) -> bool:
-        """Whether the thread runs or waits for a CPU at this moment: a wait is only counted once it has ended."""
-        with open(f"{self._folder}/stat", "rb") as stat:
-            return stat.read().rpartition(b")")[2].split()[0] == b"R"
+        overdue = computing > longest_computing or (sleeping > longest_sleeping and not self._clock.wants_to_run())
+        return Step(now.at - running.began.at, running.pipeline, overdue and self._clock.counts_waits)
 
     def _limits(self, size: int | None) -> tuple[float, float]:
         """(seconds that a step of this size may compute, seconds that it may sleep)."""
@@ -121,12 +102,6 @@ class Progress:
         scale = 2.0 ** max(0, size - largest)
         expected = scale * self._longest[largest].computing
         return max(UNSEEN_FACTOR * self._floor, OVERRUN_FACTOR * expected), UNSEEN_FACTOR * self._floor
-
-    def _spent(self) -> Spent:
-        if self._clock is None:
-            return Spent(time.monotonic(), 0.0, 0.0)
-        computing, waiting, _ = os.pread(self._clock, 128, 0).split()
-        return Spent(time.monotonic(), int(computing) / 1e9, int(waiting) / 1e9)
 
 
 def _since(before: Spent, now: Spent) -> tuple[float, float]:

@@ -8,7 +8,7 @@ with vLLM's V1 model runner is `kevlarflow.node.cpu` and `kevlarflow.node.v1_run
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -51,8 +51,13 @@ class Sampled:
 class LaneRunner(Protocol):
     """Request state of one lane, over the node's shared weights and KV memory."""
 
-    def execute(self, step: Any, activations: Activations | None, grammar: Any) -> Activations | Sampled | None:
-        """Run a vLLM `SchedulerOutput`; None for a step without tokens. `grammar` counts at the last stage only."""
+    def execute(
+        self, step: Any, activations: Activations | None, grammar: Any, computed: Callable[[], None]
+    ) -> Activations | Sampled | None:
+        """Run a vLLM `SchedulerOutput`; None for a step without tokens. `grammar` counts at the last stage only.
+
+        `computed` is called when the device is done with the layers, and nothing is sampled yet.
+        """
 
     def recompute(self, chunk: Chunk, activations: Activations | None) -> Activations | None:
         """Write the KV of a chunk without sampling; the last stage gathers owed prompt log-probabilities."""

@@ -11,7 +11,7 @@ Non-public names of vLLM that are used, all checked by `check_runner`: `requests
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,11 +64,14 @@ class V1LaneRunner:
 
     # ---- running
 
-    def execute(self, step: Any, activations: Activations | None, grammar: Any) -> Activations | Sampled | None:
+    def execute(
+        self, step: Any, activations: Activations | None, grammar: Any, computed: Callable[[], None]
+    ) -> Activations | Sampled | None:
         """See `LaneRunner.execute`."""
         translate_blocks(step, self._table)
         with torch.inference_mode():
             output = self._runner.execute_model(step, _wrap(activations))
+            computed()
             if isinstance(output, IntermediateTensors):
                 return dict(output.tensors)
             if output is not None:

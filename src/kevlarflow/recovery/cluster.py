@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kevlarflow.config import ServeConfig
-from kevlarflow.recovery import drain, events, formation, moves, nodes, standbys
+from kevlarflow.recovery import drain, events, formation, moves, nodes, slowness, standbys
 from kevlarflow.recovery.events import AnyCommand, AnyEvent, Snapshot
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import subject
@@ -83,6 +83,7 @@ _HANDLERS: dict[type, Callable[[Grid, Any], None]] = {
     events.NodeSuspected: nodes.on_suspected,
     events.NodeCleared: nodes.on_cleared,
     events.NodeSilent: nodes.on_silent,
+    events.NodeSlow: slowness.on_slow,
     events.EngineAttached: formation.on_attached,
     events.EngineReady: formation.on_engine_ready,
     events.EngineReport: formation.on_report,

@@ -23,7 +23,7 @@ def on_drain_requested(grid: Grid, event: events.DrainRequested) -> None:
     slot = grid.slots.get(event.node)
     if slot is not None and not refusal and slot.state is NodeState.READY:
         empty(grid, slot, Cause.DRAIN)
-        grid.narrate(f"{slot.node} is drained: it gives {_lanes_in_words(grid, slot)} away, then it leaves")
+        grid.narrate(f"{slot.node} is drained: it gives {lanes_in_words(grid, slot)} away, then it leaves")
     elif slot is not None and not refusal:
         slot.emptied_for = Cause.DRAIN
     grid.command(Answer(event.ticket, refusal, slot.member if slot is not None and not refusal else None))
@@ -39,10 +39,10 @@ def _why_not_drained(grid: Grid, event: events.DrainRequested) -> str:
         return f"{slot.node} cannot be drained while the cluster is starting: wait until it serves"
     if slot.state is not NodeState.READY or not slot.usable:
         return f"{slot.node} cannot be drained: it is {slot.state}"
-    if not _can_spare(grid, slot):
+    if not can_spare(grid, slot):
         return (
             f"{slot.node} cannot be drained: no other node of stage {slot.stage} has room for "
-            f"{_lanes_in_words(grid, slot)}"
+            f"{lanes_in_words(grid, slot)}"
         )
     return ""
 
@@ -73,7 +73,7 @@ def _unknown(grid: Grid, node: str) -> str:
 
 
 def empty(grid: Grid, slot: Slot, cause: Cause) -> None:
-    """From now on the lanes of a ready node move away."""
+    """From now on the lanes of a node move away."""
     grid.step_node(slot, NodeStep.DRAIN)
     slot.emptied_for = cause
 
@@ -109,16 +109,16 @@ def _see_it_leave(grid: Grid, slot: Slot) -> None:
 
 def _stay_if_needed(grid: Grid, slot: Slot) -> None:
     """Give up when for some time nobody else could have taken the lanes."""
-    if _can_spare(grid, slot):
+    if can_spare(grid, slot):
         slot.stuck_since = None
         return
     if slot.stuck_since is None:
         slot.stuck_since = grid.now
     if grid.now - slot.stuck_since >= grid.config.timeouts.move_patience_ms / 1_000:
-        keep(grid, slot, f"no other node of stage {slot.stage} has room for {_lanes_in_words(grid, slot)}")
+        keep(grid, slot, f"no other node of stage {slot.stage} has room for {lanes_in_words(grid, slot)}")
 
 
-def _can_spare(grid: Grid, slot: Slot) -> bool:
+def can_spare(grid: Grid, slot: Slot) -> bool:
     """Whether the other nodes of the stage have room for all lanes of a node together."""
     member = slot.member
     lanes = {each.id for each in grid.pipelines if member in each.members}
@@ -140,7 +140,8 @@ def _lanes(grid: Grid, member: Member) -> list[PipelineId]:
     return [each.id for each in grid.pipelines if member in each.lanes]
 
 
-def _lanes_in_words(grid: Grid, slot: Slot) -> str:
+def lanes_in_words(grid: Grid, slot: Slot) -> str:
+    """The lanes on a node, for a line that somebody reads."""
     lanes = _lanes(grid, slot.member)
     if len(lanes) == 1:
         return f"the lane of pipeline {lanes[0]}"

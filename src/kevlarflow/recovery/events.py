@@ -160,6 +160,16 @@ class NodeSilent(Event, frozen=True):
     """Completes "node-0-1 ...", followed by how long."""
 
 
+class NodeSlow(Event, frozen=True):
+    """Alive and well, but far slower than its peers for long; said again as long as that lasts."""
+
+    member: Member
+    ratio: float
+    """Times as long as they it takes for the same work."""
+    seconds: float
+    """For how long it has done so."""
+
+
 class EngineAttached(Event, frozen=True):
     """An engine waits for a formation (epoch 0), or still serves in one that an earlier controller made."""
 
@@ -234,7 +244,7 @@ class JoinRequested(Event, frozen=True):
 
 AnyEvent = (
     ClusterBegun | ControllerResumed | Tick | NodeLaunched | LaunchFailed | NodeStarting | NodeReady | NodeFailed
-    | NodeExited | NodeSuspected | NodeCleared | NodeSilent | EngineAttached | EngineReady | EngineReport
+    | NodeExited | NodeSuspected | NodeCleared | NodeSilent | NodeSlow | EngineAttached | EngineReady | EngineReport
     | EngineLost | Formed | MemberFailed | DrainRequested | JoinRequested
 )  # fmt: skip
 

@@ -43,6 +43,7 @@ NODE: dict[tuple[NodeState, NodeStep], NodeState] = {
     (NodeState.READY, NodeStep.LOSE): NodeState.DEAD,
     (NodeState.SUSPECT, NodeStep.LOSE): NodeState.DEAD,
     (NodeState.READY, NodeStep.DRAIN): NodeState.DRAINING,
+    (NodeState.SUSPECT, NodeStep.DRAIN): NodeState.DRAINING,
     (NodeState.DRAINING, NodeStep.KEEP): NodeState.READY,
     (NodeState.DRAINING, NodeStep.LOSE): NodeState.DEAD,
 }

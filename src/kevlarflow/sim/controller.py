@@ -17,6 +17,7 @@ from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.detector import Detector
 from kevlarflow.recovery.events import AnyCommand, AnyEvent, Snapshot
 from kevlarflow.recovery.invariants import Invariants
+from kevlarflow.recovery.pace import Paces
 from kevlarflow.sim.engine import Engine
 from kevlarflow.sim.network import Process
 from kevlarflow.sim.node import Node
@@ -46,6 +47,7 @@ class Controller(Process):
         self.cluster = Cluster(config)
         self.invariants = Invariants(self.cluster)
         self.detector = Detector(config.timeouts, self)
+        self.paces = Paces(config)
         self.snapshot: Snapshot | None = None
         self.life = 0
         self._engines: dict[PipelineId, Engine] = {}
@@ -65,6 +67,7 @@ class Controller(Process):
         self.cluster = Cluster(self.config)
         self.invariants = Invariants(self.cluster)
         self.detector = Detector(self.config.timeouts, self)
+        self.paces = Paces(self.config)
         self._engines, self._members = {}, {}
         self._known, self._asked_at, self._watched = set(), {}, set()
         if self.snapshot is None:
@@ -76,6 +79,7 @@ class Controller(Process):
                 if known.pids:
                     self._watch_member(self.fleet.nodes.get(known.member), known.member)
         self._every(TICK_SECONDS, self._tick)
+        self._every(self.config.timeouts.pace_interval_ms / 1_000, self._hear_paces)
         self.fleet.network.release()
 
     def _every(self, seconds: float, action: functools.partial[None] | object) -> None:
@@ -120,9 +124,8 @@ class Controller(Process):
     def _tick(self) -> None:
         now = self.timeline.now
         network = self.fleet.network
-        for node in self.fleet.living_nodes():
-            if not node.frozen and not (network.cuts and network.parted(node, self)):
-                self._take_beat(node, now)
+        for node in self._heard_nodes():
+            self._take_beat(node, now)
         frozen = (node for node in self.fleet.living_nodes() if node.frozen and not network.parted(node, self))
         self.detector.stopped({node.member: node.frozen_since for node in frozen})
         for verdict in self.detector.check(now):
@@ -135,6 +138,19 @@ class Controller(Process):
             return
         for event in self.detector.beat(node.member, now):
             self.handle(event)
+
+    def _heard_nodes(self) -> list[Node]:
+        network = self.fleet.network
+        nodes = (node for node in self.fleet.living_nodes() if not node.frozen)
+        return [node for node in nodes if not (network.cuts and network.parted(node, self))]
+
+    def _hear_paces(self) -> None:
+        now = self.timeline.now
+        for node in self._heard_nodes():
+            if node in self._known and self.cluster.member_is_current(node.member):
+                for slow in self.paces.hear(node.member, node.stage, node.speed.report(), now):
+                    self.fleet.check_slow(node, slow)
+                    self.handle(slow)
 
     def starved_seconds(self, member: Member) -> float | None:
         """See `recovery.detector.Surroundings`: everybody gets the CPU that it wants."""
@@ -164,6 +180,7 @@ class Controller(Process):
         now = self.timeline.now
         self.handle(events.NodeExited(member, min(now, max(alive_at, self.detector.beat_at(member)))))
         self.detector.forget(member)
+        self.paces.forget(member)
         node = self._members.pop(member, None)
         if node is not None:
             self._known.discard(node)

@@ -27,6 +27,14 @@ class NoReason(Violation):
     """A request ended with an error, or a pipeline was suspended, though it could have gone on."""
 
 
+class FalseAlarm(Violation):
+    """A node was taken for slow that computes as fast as its peers."""
+
+
+class Overlooked(Violation):
+    """A node is far slower than its peers for long, and nothing is done about it."""
+
+
 class Unbounded(Violation):
     """A queue holds more than it ever should."""
 

@@ -22,27 +22,27 @@ from kevlarflow.recovery.events import AnyCommand
 from kevlarflow.recovery.suspicion import MAX_COST
 from kevlarflow.sim.controller import REPORT_SECONDS, Controller
 from kevlarflow.sim.engine import Engine
-from kevlarflow.sim.errors import NoReason, NotFenced, Stuck, Unbounded, WrongCopy, WrongTokens
+from kevlarflow.sim.errors import FalseAlarm, NoReason, NotFenced, Stuck, Unbounded, WrongCopy, WrongTokens
 from kevlarflow.sim.mischief import Mischief
 from kevlarflow.sim.network import Network, Process, Timeline
 from kevlarflow.sim.node import Node
-from kevlarflow.sim.plan import LOAD_SECONDS, Demand, Plan
+from kevlarflow.sim.plan import Demand, Plan
 from kevlarflow.sim.scheduler import Request
 from kevlarflow.sim.words import words
-from kevlarflow.types import Epoch, Member, NodeState, PipelineId, PipelineState, Stage
+from kevlarflow.types import Cause, Epoch, Member, NodeState, PipelineId, PipelineState, Stage
 from kevlarflow.wire import steps
 
 BOOTED_SECONDS = 100.0
 """Seconds on the monotonic clock when a run begins."""
 START_SECONDS = 30.0
 """Within which a fleet without faults serves."""
-TROUBLE_SECONDS = LOAD_SECONDS + 1.0
-"""How long faults may last."""
 HEAL_SECONDS = 60.0
 """Within which everything ends well once the faults are over."""
 FRONT_RETRY_SECONDS = 0.05
 """After which a client that found no engine asks again."""
 MAX_HELD_MESSAGES = 20_000
+AFTERWARDS_SECONDS = 2.0
+"""For so long what a node says of its steps may be about a time when it was slow."""
 
 Content = tuple[int | None, ...]
 
@@ -101,7 +101,12 @@ class Fleet:
             pipelines=shape.pipelines,
             kv_cache_memory_bytes=1,
             timeouts=Timeouts(
-                heartbeat_interval_ms=100, suspect_after_ms=250, confirm_after_ms=600, startup_timeout_s=4
+                heartbeat_interval_ms=100,
+                suspect_after_ms=250,
+                confirm_after_ms=600,
+                pace_interval_ms=200,
+                slow_after_ms=1_200,
+                startup_timeout_s=4,
             ),
             run_folder="sim",
         )
@@ -117,7 +122,7 @@ class Fleet:
             self._open += 1
         for fault in self.plan.faults:
             self.timeline.after(fault.at, functools.partial(self.mischief.begin, fault))
-        self.timeline.run(begun + TROUBLE_SECONDS, lambda: False)
+        self.timeline.run(begun + self.plan.trouble_seconds, lambda: False)
         self.tell("world", "heals")
         self.mischief.end_all()
         if not self.timeline.run(self.timeline.now + HEAL_SECONDS, self._is_well):
@@ -163,7 +168,9 @@ class Fleet:
         if self.network.held > MAX_HELD_MESSAGES:
             raise Unbounded(f"{self.network.held} messages wait")
         self.counts["events"] += self.timeline.events
-        self.counts["recoveries"] += len(self.controller.cluster.recoveries)
+        recoveries = self.controller.cluster.recoveries
+        self.counts["recoveries"] += len(recoveries)
+        self.counts["lanes moved from slow nodes"] += sum(each.cause is Cause.SLOW for each in recoveries)
         self.counts["preemptions"] += sum(engine.scheduler.preemptions for engine in self.engines)
         self.counts["requests"] += len(self.clients)
         self.counts["requests ended with an error"] += sum(bool(client.error) for client in self.clients.values())
@@ -326,6 +333,12 @@ class Fleet:
         truth = self._truth.get((pipeline, stage, copy.block, copy.generation))
         if truth is None or content[: copy.filled] != truth[: copy.filled]:
             raise WrongCopy(f"{copy} of pipeline {pipeline} at stage {stage} is {content}, not {truth}")
+
+    def check_slow(self, node: Node, slow: events.NodeSlow) -> None:
+        """Nobody is taken for slow who is not, or was not just now."""
+        self.counts["reports of slow nodes"] += 1
+        if self.timeline.now > node.speed.slow_until + AFTERWARDS_SECONDS:
+            raise FalseAlarm(f"{node} is as fast as its peers: {words(slow)}")
 
     def check_orders(self, commands: Iterable[AnyCommand]) -> None:
         """Over all lives of the controller, an epoch is given to one order, and none is older than one before."""

@@ -7,6 +7,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from kevlarflow.recovery.pipeline import Phase
+from kevlarflow.sim.errors import Overlooked
 from kevlarflow.sim.network import Cut, Process
 from kevlarflow.sim.node import Node
 from kevlarflow.sim.plan import Fault
@@ -25,6 +26,8 @@ PHASE_OF: dict[type, str] = {
 }
 UNRECEIVED_SECONDS = 0.01
 """What a process sent so shortly before its death may be lost."""
+NOTICED_SECONDS = 3.0
+"""Within which a node that is slow, in a fleet that is busy and otherwise well, has to be on its way out."""
 MAX_FAILED_STARTS = 2
 """Starts of one place that fail in a row: one that is given up would not heal."""
 
@@ -69,8 +72,10 @@ class Mischief:
                 node.hard_to_kill = fault.detail == "hard to kill"
                 self._later(fault, functools.partial(self._thaw, node))
             case "slow":
-                node.pace = 2 + 30 * fault.strength
-                self._later(fault, functools.partial(setattr, node, "pace", 1.0))
+                node.speed.slow_down(2 + 30 * fault.strength)
+                self._later(fault, functools.partial(self._speed_up, node))
+                if fault.detail == "has to be noticed":
+                    self._fleet.timeline.after(NOTICED_SECONDS, functools.partial(self._expect_notice, node))
             case "raise":
                 node.raises = True
             case "partition":
@@ -87,7 +92,8 @@ class Mischief:
         fleet.network.slowness, fleet.network.echo = 1.0, 0.0
         fleet.network.cuts.clear()
         for node in fleet.living_nodes():
-            node.pace, node.raises = 1.0, False
+            self._speed_up(node)
+            node.raises = False
             self._thaw(node)
         for engine in fleet.engines:
             if not engine.alive:
@@ -174,6 +180,13 @@ class Mischief:
         fleet = self._fleet
         return fleet.timeline.now - fleet.rng.choice([0.0, 0.0, UNRECEIVED_SECONDS * fleet.rng.random()])
 
+    def _expect_notice(self, node: Node) -> None:
+        slot = self._fleet.controller.cluster.slots[node.member.node]
+        if slot.member == node.member and slot.emptied_for is None and not self.over:
+            raise Overlooked(
+                f"{node} is {node.speed.factor:.1f} times slower than it should be, and nothing is done about it"
+            )
+
     def _later(self, fault: Fault, action: functools.partial[None]) -> None:
         self._fleet.timeline.after(fault.seconds, action)
 
@@ -182,6 +195,9 @@ class Mischief:
         if node.frozen:
             node.thaw()
             self._fleet.network.release()
+
+    def _speed_up(self, node: Node) -> None:
+        node.speed.speed_up(self._fleet.timeline.now)
 
     def _mend(self, cut: Cut) -> None:
         if cut in self._fleet.network.cuts:

@@ -17,6 +17,7 @@ from kevlarflow.recovery.coverage import Replica
 from kevlarflow.sim.copies import SimReplicator, ToyKv, content_of
 from kevlarflow.sim.errors import NotFenced, Unbounded
 from kevlarflow.sim.network import Process
+from kevlarflow.sim.speed import Speed
 from kevlarflow.sim.stage import LaneMemory, Memory, ToyStage
 from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import messages, steps
@@ -41,8 +42,7 @@ class Node(Process):
         self.stage = stage
         self.pid = pid
         self.ready = False
-        self.pace = 1.0
-        """How much slower than it should be."""
+        self.speed = Speed()
         self.hard_to_kill = False
         self.raises = False
         """Whether its next step fails."""
@@ -186,12 +186,13 @@ class Node(Process):
         if activations is not None and activations["epoch"] != header.epoch:
             raise NotFenced(f"{self} runs {header} with activations of epoch {activations['epoch']}")
         self._busy = True
+        self.speed.begin(self.timeline.now)
         self.fleet.tell(self, header, work.payload if not isinstance(header, steps.Execute) else ())
         if self.fleet.poisons(self, header, _computed(work, self.stage)):
             return
         engine = self._engines[lane.pipeline]
         shape = self.fleet.plan.shape
-        seconds = shape.step * self.pace * (0.2 + self.fleet.rng.random())
+        seconds = shape.step * self.speed.factor * (0.2 + self.fleet.rng.random())
         if self.raises and isinstance(header, steps.Execute):
             self.raises = False
             self._end_after(seconds, functools.partial(self._fail, engine, lane, header))
@@ -243,6 +244,8 @@ class Node(Process):
 
     def _finish(self, lane: Lane, engine: Engine, header: Any, written: tuple[Replica, ...], sampled: Any) -> None:
         pipeline, epoch = header.pipeline, header.epoch
+        if isinstance(header, steps.Execute):
+            self.speed.end(lane.runner.decoded, self.timeline.now)  # type: ignore[attr-defined]
         match header:
             case steps.Restore():
                 self._answer(engine, steps.Restored(pipeline, epoch, self.stage))

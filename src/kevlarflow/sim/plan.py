@@ -7,12 +7,17 @@ them can be left out (`without`) and the others stay what they were: that is how
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kevlarflow.sim.stage import VOCABULARY, next_token
 
 LOAD_SECONDS = 0.8
 """Requests arrive, and faults begin, within this time."""
+STEADY_SHARE = 0.01
+"""Of the seeds: fleets that are busy for longer."""
+STEADY_SECONDS = 5.0
+STEADY_REQUESTS = 25
+"""For each pipeline: together they take longer than that."""
 PHASES = ("join", "place", "recompute", "restore", "reissue")
 POISONOUS = 0.04
 """How many of the requests are deadly for the nodes that compute them."""
@@ -100,6 +105,8 @@ class Plan:
     shape: Shape
     demands: tuple[Demand, ...]
     faults: tuple[Fault, ...]
+    trouble_seconds: float = LOAD_SECONDS + 1.0
+    """How long faults may last."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -111,11 +118,53 @@ class Plan:
 
 def draw(seed: int, without: frozenset[str] = frozenset()) -> Plan:
     """The plan of a seed, without the named requests, faults, pipelines and stages."""
+    if random.Random(f"{seed} steady").random() < STEADY_SHARE:
+        return _draw_steady(seed, without)
     shape = _shape(random.Random(f"{seed} shape"), without)
     demands = _demands(seed, shape)
     faults = _faults(seed, shape, demands)
     kept = tuple(each for each in demands if each.name not in without)
     return Plan(seed, shape, kept, tuple(each for each in faults if each.name not in without))
+
+
+def _draw_steady(seed: int, without: frozenset[str]) -> Plan:
+    """A fleet that is busy for seconds, so that slowness shows: in one node, in none, or in one amid other faults."""
+    rng = random.Random(f"{seed} steady load")
+    pipelines = rng.choice([2, 3])
+    drawn = _shape(random.Random(f"{seed} shape"), without)
+    shape = replace(
+        drawn, pipelines=pipelines - sum(f"p{index}" in without for index in range(1, pipelines)),
+        lanes=pipelines, blocks=24, block_size=4, budget=16, max_running=2, latency=0.002, step=0.005, start=0.3,
+    )  # fmt: skip
+    longest = (shape.blocks - 1) * shape.block_size - 1
+    common = [rng.randrange(VOCABULARY) for _ in range(longest)]
+    demands = []
+    for index in range(STEADY_REQUESTS * pipelines):
+        name = f"r{index}"
+        each = random.Random(f"{seed} {name}")
+        demand = _demand(each, name, shape, common, burst=True)
+        demands.append(replace(demand, pipeline=index % shape.pipelines, cancelled_after=None, poisons=None))
+    faults = _steady_faults(seed, rng, shape, tuple(demands))
+    kept = tuple(each for each in demands if each.name not in without)
+    return Plan(seed, shape, kept, tuple(each for each in faults if each.name not in without), STEADY_SECONDS)
+
+
+def _steady_faults(seed: int, rng: random.Random, shape: Shape, demands: tuple[Demand, ...]) -> tuple[Fault, ...]:
+    kind = rng.choice(["slow", "slow", "well", "slow and more"])
+    others = _faults(seed, shape, demands)[:2] if kind == "slow and more" else ()
+    others = tuple(replace(each, at=each.at + 3 * rng.random()) for each in others if each.kind != "slow")
+    slow = Fault(
+        name="slow",
+        at=0.3 * rng.random(),
+        kind="slow",
+        pipeline=rng.randrange(shape.pipelines),
+        stage=rng.randrange(shape.stages),
+        whose="own",
+        seconds=STEADY_SECONDS,
+        detail="has to be noticed" if kind == "slow" else "",
+        strength=0.15 + 0.15 * rng.random(),
+    )
+    return () if kind == "well" else (slow, *others)
 
 
 def _shape(rng: random.Random, without: frozenset[str]) -> Shape:

@@ -118,6 +118,8 @@ class ToyStage:
     is_last: bool
     aborted: set[str]
     requests: dict[str, Running] = field(default_factory=dict)
+    decoded: tuple[int, int] | None = None
+    """Size of the last step, as `node.pace.size_of` has it."""
 
     def use_blocks(self, table: Sequence[int]) -> None:
         """See `LaneRunner.use_blocks`."""
@@ -155,12 +157,19 @@ class ToyStage:
             running.computed = going_on.computed
             running.blocks = [*([] if going_on.resumed else running.blocks), *going_on.new_blocks]
         sampled = {}
+        self.decoded = self._size(step)
         for request, count in step.scheduled.items():
             running = self.requests[request]
             if not self.is_last or len(running.tokens) < len(known_tokens[request]):
                 running.tokens = list(known_tokens[request])
             sampled[request] = self._compute(request, running, count)
         return sampled
+
+    def _size(self, step: Step) -> tuple[int, int] | None:
+        if not step.scheduled or any(count > 1 for count in step.scheduled.values()):
+            return None
+        context = sum(self.requests[request].computed for request in step.scheduled)
+        return len(step.scheduled).bit_length(), context.bit_length()
 
     def _compute(self, request: str, running: Running, count: int) -> list[int]:
         end = running.computed + count

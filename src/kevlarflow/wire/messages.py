@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import msgspec
 
-from kevlarflow.types import Cause, Epoch, LaneCoverage, Member, NodeId, NodeInfo, Phases, PipelineId, Stage
+from kevlarflow.types import Cause, Epoch, LaneCoverage, Member, NodeId, NodeInfo, Pace, Phases, PipelineId, Stage
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -63,6 +63,8 @@ class Heartbeat(Message, frozen=True):
     """Counts the beats of a member."""
     heard: int = 0
     """The number of the newest beat that was answered, as far as the node knows."""
+    pace: tuple[Pace, ...] | None = None
+    """Steps since the last report of them, every `pace_interval_ms`; None in the beats between."""
 
 
 # ---- controller -> node

@@ -122,7 +122,7 @@ def test_the_users_environment_wins(model: Path, served: list[ServeConfig], monk
 def test_help_names_every_flag_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
     assert serve.run(["--help"]) == 0
     text = capsys.readouterr().out
-    for flag in ("MODEL", "-pp", "-dp", "-tp", "--host", "--port", "--kv-cache-memory-bytes"):
+    for flag in ("MODEL", "-pp", "-dp", "-tp", "--host", "--port", "--kv-cache-memory-bytes", "--slow-node-ratio"):
         assert flag in text
 
 
@@ -156,4 +156,29 @@ def test_what_cannot_be_replicated_is_refused(
 ) -> None:
     with pytest.raises((UsageError, NotEnoughMemory), match=words):
         serve.run([str(model), "-dp", "2", "--kv-cache-memory-bytes", "64M", flag, value])
+    assert not served
+
+
+def test_slow_nodes_are_sought_unless_that_is_turned_off(model: Path, served: list[ServeConfig]) -> None:
+    for flags in ([], ["--slow-node-ratio", "2.5", "--slow-node-seconds=20"], ["--slow-node-ratio=0"]):
+        assert serve.run([str(model), *flags]) == 0
+    found = [(config.slow_ratio, config.timeouts.slow_after_ms) for config in served]
+    assert found == [(3.0, 10_000), (2.5, 20_000), (0.0, 10_000)]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--slow-node-ratio", "1.5", "would blame nodes for their work"),
+        ("--slow-node-ratio", "very", "is not a number"),
+        ("--slow-node-seconds", "0", "is no time"),
+        ("--slow-node-seconds", "nan", "is no time"),
+        ("--slow-node-seconds", "4", "5 x pace_interval_ms < slow_after_ms"),
+    ],
+)
+def test_what_makes_no_node_slow_is_refused(
+    flag: str, value: str, words: str, model: Path, served: list[ServeConfig]
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        serve.run([str(model), flag, value])
     assert not served

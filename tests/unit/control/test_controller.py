@@ -9,7 +9,7 @@ import pytest
 from kevlarflow.control.controller import Controller
 from kevlarflow.control.observers import MAX_SUBSCRIBERS
 from kevlarflow.control.watcher import Death
-from kevlarflow.types import Epoch, Member, NodeId, NodeInfo, Phases, PipelineId, Stage
+from kevlarflow.types import Epoch, Member, NodeId, NodeInfo, Pace, Phases, PipelineId, Stage
 from kevlarflow.wire import messages
 from kevlarflow.wire.channel import MemoryHub, MemoryPeer
 from kevlarflow.wire.messages import AnyMessage, decode, encode
@@ -17,10 +17,10 @@ from toy_world import make_config
 
 
 class Shell:
-    """A controller of one node and one engine, both this process."""
+    """A controller of nodes and engines that are all this process; one of each unless more are asked for."""
 
-    def __init__(self, folder) -> None:
-        config = make_config(stages=1, pipelines=1)
+    def __init__(self, folder, pipelines: int = 1) -> None:
+        config = make_config(stages=1, pipelines=pipelines)
         self.hub = MemoryHub()
         self.config = type(config)(
             **{name: getattr(config, name) for name in config.__struct_fields__} | {"run_folder": str(folder)}
@@ -39,18 +39,20 @@ class Shell:
         self.now += seconds
         self.controller.turn()
 
-    def ready(self) -> messages.NodeReady:
+    def ready(self, pipeline: int = 0, lanes: int = 1) -> messages.NodeReady:
         pid = os.getpid()
-        info = NodeInfo(Member(NodeId("node-0-0"), 1), Stage(0), "here", pid, (pid,), "steps", "activations", 1, 50)
-        return messages.NodeReady(info, {})
+        member = Member(NodeId(f"node-{pipeline}-0"), 1)
+        return messages.NodeReady(
+            NodeInfo(member, Stage(0), "here", pid, (pid,), "steps", "activations", lanes, 50), {}
+        )
 
-    def serve(self) -> tuple[MemoryPeer, MemoryPeer]:
+    def serve(self, pipeline: int = 0, lanes: int = 1) -> tuple[MemoryPeer, MemoryPeer]:
         node, engine = self.hub.connect(), self.hub.connect()
-        self.say(node, self.ready())
-        (form,) = self.say(engine, messages.EngineAttached(PipelineId(0), os.getpid(), Epoch(0), ()))
+        self.say(node, self.ready(pipeline, lanes))
+        (form,) = self.say(engine, messages.EngineAttached(PipelineId(pipeline), os.getpid(), Epoch(0), ()))
         assert isinstance(form, messages.Form)
-        self.say(engine, messages.Formed(PipelineId(0), form.epoch, Phases(), 0, 0, 0))
-        self.say(engine, messages.EngineReady(PipelineId(0), 50))
+        self.say(engine, messages.Formed(PipelineId(pipeline), form.epoch, Phases(), 0, 0, 0))
+        self.say(engine, messages.EngineReady(PipelineId(pipeline), 50))
         return node, engine
 
 
@@ -97,6 +99,21 @@ def test_the_number_of_subscribers_is_bounded(shell):
     for _ in range(MAX_SUBSCRIBERS + 5):
         shell.say(shell.hub.connect(), messages.Subscribe())
     assert len(shell.controller.observers._subscribers) == MAX_SUBSCRIBERS
+
+
+def test_a_node_that_says_that_its_steps_take_long_is_emptied(tmp_path):
+    shell = Shell(tmp_path, pipelines=2)
+    peers = [shell.serve(pipeline, lanes=2) for pipeline in (0, 1)]
+    # They are this very process: nobody must come to the point where it is killed.
+    shell.controller.watcher.kill = lambda *_: None
+    for second in range(20):
+        shell.turn(1.0)
+        for pipeline, (node, engine) in enumerate(peers):
+            pace = (Pace(2, 8, 10, 1.0 if pipeline else 0.2),)
+            member = Member(NodeId(f"node-{pipeline}-0"), 1)
+            shell.say(node, messages.Heartbeat(member, second, 0.0, pace=pace), messages.Heartbeat(member, second, 0.0))
+            shell.say(engine, messages.EngineReport(PipelineId(pipeline), 2, 0, 50, 1))
+    assert [slot.state for slot in shell.controller.cluster.slots.values()] == ["ready", "draining"]
 
 
 def test_silence_is_judged_after_what_waits_was_read(shell):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 
 import pytest
 
+from kevlarflow.config import ServeConfig
 from kevlarflow.sim import fleet, plan
-from kevlarflow.sim.errors import WrongKv
+from kevlarflow.sim.errors import FalseAlarm, Overlooked, WrongKv
 from kevlarflow.sim.many import run_many
 from kevlarflow.sim.scheduler import Blocks
 from kevlarflow.sim.shrink import failure_of, shrink, story_of
@@ -78,3 +80,24 @@ def test_the_end_is_only_well_when_every_request_has_ended(monkeypatch: pytest.M
     monkeypatch.setattr("kevlarflow.sim.engine.Engine.poke", lambda _: None)
     with pytest.raises(fleet.Stuck, match="has not ended"):
         fleet.run(plan.draw(0))
+
+
+STEADY = [seed for seed in range(2_000) if plan.draw(seed).trouble_seconds == plan.STEADY_SECONDS]
+SLOW_ONLY = [seed for seed in STEADY if [each.kind for each in plan.draw(seed).faults] == ["slow"]]
+
+
+def test_a_slow_node_gives_its_lane_away() -> None:
+    counts = fleet.run(plan.draw(SLOW_ONLY[1])).counts
+    assert counts["lanes moved from slow nodes"] == 1
+
+
+def test_a_slow_node_that_is_left_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kevlarflow.recovery.pace.FEWEST_STEPS", 10_000)
+    with pytest.raises(Overlooked, match="times slower than it should be"):
+        fleet.run(plan.draw(SLOW_ONLY[0]))
+
+
+def test_a_node_that_is_blamed_for_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kevlarflow.sim.fleet.ServeConfig", functools.partial(ServeConfig, slow_ratio=0.5))
+    with pytest.raises(FalseAlarm, match="as fast as its peers"):
+        fleet.run(plan.draw(STEADY[0], frozenset({"slow"})))
