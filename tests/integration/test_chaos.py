@@ -59,7 +59,7 @@ def test_a_check_that_cannot_hold_fails_and_a_fault_that_cannot_be_is_void(grid:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["crash", "hang", "controller"])
+@pytest.mark.parametrize("name", ["crash", "hang", "controller", "slow"])
 def test_a_shipped_scenario_passes_and_leaves_nothing_behind(name: str) -> None:
     done = chaos("chaos", name, "--json", timeout=LONG_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr

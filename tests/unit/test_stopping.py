@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -100,9 +101,34 @@ def test_a_slowdown_takes_turns_and_ends(spinner: subprocess.Popen[str]) -> None
         wait(lambda: is_stopped(target.processes[0]))
     finally:
         slowdown.close()
+    assert 0.25 <= slowdown.verify() <= 1
     wait(lambda: not is_stopped(target.processes[0]))
     after = cpu_ticks(spinner)
     wait(lambda: cpu_ticks(spinner) > after + 1)
+
+
+def test_a_slowdown_that_somebody_else_undoes_did_not_happen(spinner: subprocess.Popen[str]) -> None:
+    slowdown = Slowdown(aim(spinner), share=0.2, period_seconds=0.05)
+    slowdown.start()
+    try:
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            spinner.send_signal(signal.SIGCONT)
+    finally:
+        slowdown.close()
+    with pytest.raises(FaultDidNotHappen, match="of the time only"):
+        slowdown.verify()
+
+
+def test_a_slowdown_ends_with_its_target(spinner: subprocess.Popen[str]) -> None:
+    slowdown = Slowdown(aim(spinner), share=0.5, period_seconds=0.04)
+    slowdown.start()
+    spinner.kill()
+    spinner.wait()
+    began = time.monotonic()
+    slowdown.wait(30)
+    assert time.monotonic() - began < 10
+    slowdown.close()
 
 
 def test_a_cut_breaks_named_connections_until_it_ends(tmp_path: Path) -> None:

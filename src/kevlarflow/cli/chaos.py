@@ -131,6 +131,7 @@ def _account(seen: Observed, verdicts: list[Verdict], *, holds: bool) -> dict[st
         "requests": len(seen.answers),
         "tokens": sum(answer.stream.tokens for answer in seen.answers),
         "lane_back_seconds": seen.lane_back_seconds,
+        "moved_seconds": seen.moved_seconds,
         "recoveries": seen.recoveries,
         "left_behind": seen.left_behind,
     }

@@ -51,20 +51,30 @@ def thaw(target: Target) -> int:
 
 
 class Slowdown:
-    """Lets a target run for `share` of each period and stands it still for the rest, from `start` to `close`."""
+    """Lets a target run for `share` of each period and stands it still for the rest, from `start` to `close`.
+
+    Before each stop ends, /proc is asked whether it took place. A target that leaves ends the slowdown.
+    """
 
     def __init__(self, target: Target, share: float, period_seconds: float) -> None:
         self._target = target
         self._running_seconds = share * period_seconds
         self._still_seconds = period_seconds - self._running_seconds
+        self._began_at = self._ended_at = 0.0
+        self._seen_still_seconds = 0.0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="slowdown", daemon=True)
 
     def start(self) -> Struck:
         """Stop it for the first time and go on from there; that this one is seen is for `verify_stopped`."""
         struck = stop(self._target)
+        self._began_at = self._ended_at = time.monotonic()
         self._thread.start()
         return struck
+
+    def wait(self, seconds: float) -> None:
+        """Until so many seconds have passed, or the target has left."""
+        self._thread.join(seconds)
 
     def close(self) -> None:
         """Let it run for good."""
@@ -73,9 +83,27 @@ class Slowdown:
             self._thread.join()
         thaw(self._target)
 
+    def verify(self) -> float:
+        """The share of the time for which it was seen standing still. Raises `FaultDidNotHappen` if that is too little.
+
+        Half of what was asked for is enough: on a crowded machine both kinds of turns last longer.
+        """
+        total = self._ended_at - self._began_at
+        seen = self._seen_still_seconds / total if total > 0 else 0.0
+        wanted = self._still_seconds / (self._still_seconds + self._running_seconds)
+        if seen < wanted / 2:
+            raise FaultDidNotHappen(f"{self._target.name} was seen standing still for {seen:.0%} of the time only")
+        return seen
+
     def _run(self) -> None:
-        while not self._closing.wait(self._still_seconds) and thaw(self._target):
+        stopped_at = self._began_at
+        while not self._closing.wait(self._still_seconds):
+            stood_still = all(map(is_stopped, self._target.processes))
+            if not thaw(self._target):
+                return
+            self._ended_at = time.monotonic()
+            self._seen_still_seconds += (self._ended_at - stopped_at) if stood_still else 0.0
             if self._closing.wait(self._running_seconds):
                 return
             with contextlib.suppress(FaultDidNotHappen):
-                stop(self._target)
+                stopped_at = stop(self._target).at

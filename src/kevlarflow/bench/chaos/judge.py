@@ -37,6 +37,8 @@ class Observed(msgspec.Struct):
     reference: list[Answer] | None = None
     """The answers to the same requests without faults."""
     lane_back_seconds: float | None = None
+    moved_seconds: list[float | None] = []
+    """Of each node that was made slow."""
     recoveries: list[dict[str, Any]] = []
     """The cluster's own records, from before the run without faults on."""
     left_behind: list[str] | None = None
@@ -67,6 +69,7 @@ def judge(checks: Checks, seen: Observed) -> list[Verdict]:
     limits = (
         ("largest gap", checks.largest_gap_seconds, largest_gap(seen.answers, since)),
         ("detected within", checks.detected_seconds, _slowest(detected)),
+        ("moved within", checks.moved_seconds, _slowest(seen.moved_seconds)),
         ("lane back within", checks.lane_back_seconds, seen.lane_back_seconds),
     )
     verdicts += [_limited(name, limit, value) for name, limit, value in limits if limit is not None]

@@ -52,7 +52,7 @@ class Answer(msgspec.Struct):
 
 
 def tasks(load: Load, pipelines: int, seed: str = "chaos") -> list[list[Task]]:
-    """The tasks of each client, one after the other; kinds and pipelines are mixed evenly."""
+    """The tasks of each client, one after the other; kinds and pipelines are mixed evenly, unless clients stay."""
     return [
         [
             _task(
@@ -60,7 +60,7 @@ def tasks(load: Load, pipelines: int, seed: str = "chaos") -> list[list[Task]]:
                 f"client {client} request {number}",
                 f"{seed}/{client}/{number}",
                 load.tokens,
-                (client + number) % pipelines,
+                (client + (0 if load.stay else number)) % pipelines,
             )
             for number in range(load.requests)
         ]

@@ -15,7 +15,7 @@ from typing import Any
 from kevlarflow.bench.chaos import load as loads
 from kevlarflow.bench.chaos import places
 from kevlarflow.bench.chaos.judge import Observed
-from kevlarflow.bench.chaos.scenario import AnyFault, Scenario
+from kevlarflow.bench.chaos.scenario import AnyFault, Scenario, Slow
 from kevlarflow.bench.chaos.strikes import Strike, described
 from kevlarflow.bench.experiment import until
 from kevlarflow.bench.streams import Address, Stream
@@ -159,6 +159,11 @@ class Performance:
         """Keep the cluster's records that are new, those of losses that nobody here has caused among them."""
         recoveries = (self._watcher.latest or {"recoveries": []})["recoveries"]
         self.seen.recoveries = [record for record in recoveries if record["id"] not in known]
+        self.seen.moved_seconds = [
+            places.moved_after(self.seen.recoveries, strike.target, strike.unix_time)
+            for strike in self._strikes
+            if isinstance(strike.fault, Slow)
+        ]
         for record in self.seen.recoveries:
             self._say(places.told(record, self._strikes[0].unix_time))
         for strike in self._strikes:

@@ -11,6 +11,7 @@ import psutil
 from kevlarflow.bench.chaos.scenario import Aim, Phase, Role
 from kevlarflow.bench.watch import LOST
 from kevlarflow.faults import FaultDidNotHappen, KillNode, KillProcesses, StatusDocument, Target
+from kevlarflow.types import Cause
 
 CLOCK_SLACK_SECONDS = 0.05
 """Records of the cluster carry Unix times that it derives from another clock."""
@@ -109,6 +110,17 @@ def detected_after(recoveries: list[dict[str, Any]], target: Target, unix_time: 
         if record["from"] == node and record["cause"] in LOST and seconds >= -CLOCK_SLACK_SECONDS:
             return max(0.0, seconds)
     return None
+
+
+def moved_after(recoveries: list[dict[str, Any]], target: Target, unix_time: float) -> float | None:
+    """Seconds from `unix_time` until the last lane had left its slow node; None when none has."""
+    node = target.name.partition("#")[0]
+    moves = [
+        float(record["time"]) - unix_time + float(record["seconds"]["total"])
+        for record in recoveries
+        if record["from"] == node and (record["cause"], record["state"]) == (Cause.SLOW, "done")
+    ]
+    return max((seconds for seconds in moves if seconds >= 0), default=None)
 
 
 def told(record: dict[str, Any], fault_unix_time: float) -> str:

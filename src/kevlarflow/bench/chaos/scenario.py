@@ -102,6 +102,8 @@ class Load(Part, frozen=True, kw_only=True):
     """Of each client."""
     tokens: Annotated[int, Meta(ge=8)] = 96
     """Output tokens of a request, at most."""
+    stay: bool = False
+    """Each client sends all its requests to one pipeline, instead of to all in turn."""
     kinds: Annotated[tuple[Kind, ...], Meta(min_length=1)] = tuple(Kind)
 
 
@@ -150,9 +152,10 @@ class Slow(Fault, frozen=True, kw_only=True, tag="slow"):
     """It may run for a share of the time only."""
 
     seconds: Seconds
-    """For how long."""
+    """For how long, at most: it ends when the node leaves."""
     share: Share = 0.5
     period_seconds: Annotated[float, Meta(gt=0)] = 0.1
+    """The part in which it stands still has to be shorter than `stopped_after_ms`, or it counts as stopped."""
 
 
 class Cut(Fault, frozen=True, kw_only=True, tag="cut"):
@@ -175,6 +178,8 @@ class Checks(Part, frozen=True, kw_only=True):
     """Of the waits between two tokens of a stream, from the first fault on."""
     detected_seconds: Seconds | None = None
     """From each crash or stop of a node to the cluster's decision that it is lost."""
+    moved_seconds: Seconds | None = None
+    """From the moment at which a node becomes slow until the last of its lanes has moved to another node, planned."""
     lane_back_seconds: Seconds | None = None
     """From the last fault until every node is there and serves its own lane."""
     left_behind: Index | None = 0

@@ -43,13 +43,24 @@ class Strike:
     async def outlast(self) -> None:
         """Wait for the end of what passes by itself, and undo it."""
         fault = self.fault
-        if isinstance(fault, scenario.Slow | scenario.Cut):
+        if isinstance(self._undo, Slowdown) and isinstance(fault, scenario.Slow):
+            await self._outlast_slowdown(self._undo, fault.seconds)
+            return
+        if isinstance(fault, scenario.Cut):
             await asyncio.sleep(fault.seconds)
         elif isinstance(fault, scenario.Stop) and fault.thaw_after_seconds is not None:
             await asyncio.sleep(max(0.0, self.unix_time + fault.thaw_after_seconds - time.time()))
         else:
             return
         self.undo()
+
+    async def _outlast_slowdown(self, slowdown: Slowdown, seconds: float) -> None:
+        """One that did not last would make the run void: whoever leaves meanwhile has been slow until then."""
+        await asyncio.to_thread(slowdown.wait, seconds)
+        self.undo()
+        still = slowdown.verify()
+        if self.happened is not None:
+            self.happened.proof += f", and for {still:.0%} of the time"
 
     def undo(self) -> None:
         """End it, whatever it is; a second time does no harm."""

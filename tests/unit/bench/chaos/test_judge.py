@@ -27,14 +27,19 @@ def found(checks: Checks, seen: Observed) -> dict[str, bool]:
 
 FAULT = Happened("crash node-0-1#1", 11.5, "gone", is_to_be_detected=True, detected_seconds=0.1)
 GOOD = Observed(
-    faults=[FAULT], answers=[answer()], reference=[answer()], lane_back_seconds=8.0, left_behind=[]
-)  # fmt: skip
-ALL = Checks(largest_gap_seconds=1, detected_seconds=0.1, lane_back_seconds=8)
+    faults=[FAULT],
+    answers=[answer()],
+    reference=[answer()],
+    lane_back_seconds=8.0,
+    moved_seconds=[15.0],
+    left_behind=[],
+)
+ALL = Checks(largest_gap_seconds=1, detected_seconds=0.1, lane_back_seconds=8, moved_seconds=15)
 
 
 def test_all_checks_hold() -> None:
     verdicts = judge(ALL, GOOD)
-    assert len(verdicts) == 6
+    assert len(verdicts) == 7
     assert all(verdict.holds for verdict in verdicts)
     assert last_line("crash", verdicts).startswith("PASSED crash: requests lost: 0 of 1, texts identical: all")
 
@@ -53,6 +58,9 @@ def test_all_checks_hold() -> None:
         ({"faults": [FAULT, msgspec.structs.replace(FAULT, detected_seconds=None)]}, "detected within"),
         ({"lane_back_seconds": 8.1}, "lane back within"),
         ({"lane_back_seconds": None}, "lane back within"),
+        ({"moved_seconds": [15.0, 15.1]}, "moved within"),
+        ({"moved_seconds": [15.0, None]}, "moved within"),
+        ({"moved_seconds": []}, "moved within"),
         ({"left_behind": ["kevlarflow node"]}, "left behind"),
     ],
 )

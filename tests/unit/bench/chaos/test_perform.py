@@ -22,10 +22,11 @@ from kevlarflow.faults.processes import identify
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 TOKEN_SECONDS = 0.005
-BASE = """
+LOAD = "load: {streams: 3, tokens: 30, kinds: [greedy, cancelled]}"
+BASE = f"""
 about: for a test
-cluster: {stages: 1, pipelines: 1}
-load: {streams: 3, tokens: 30, kinds: [greedy, cancelled]}
+cluster: {{stages: 1, pipelines: 1}}
+{LOAD}
 """
 CRASH = "faults: [{kind: crash, at: {tokens: 12}}]\n"
 
@@ -105,8 +106,8 @@ def standin() -> Iterator[Standin]:
     cluster.node.wait()
 
 
-def perform(cluster: Standin, text: str, lines: list[str] | None = None) -> Observed:
-    scenario = parse(BASE + text, "s.yaml")
+def perform(cluster: Standin, text: str, lines: list[str] | None = None, base: str = BASE) -> Observed:
+    scenario = parse(base + text, "s.yaml")
 
     async def main() -> Observed:
         async with await asyncio.start_server(cluster.serve, "127.0.0.1", 0) as server:
@@ -158,6 +159,15 @@ def test_a_frozen_process_is_thawed(standin: Standin) -> None:
     assert broken(text, seen) == []
     assert "state T" in seen.faults[0].proof
     assert standin.node.poll() is None
+
+
+def test_a_slow_process_is_slow_for_its_time_and_proved_to_have_been(standin: Standin) -> None:
+    text = "faults: [{kind: slow, seconds: 0.3, share: 0.3, period_seconds: 0.03, at: {tokens: 3}}]"
+    load = "load: {streams: 1, requests: 4, tokens: 30, stay: true, kinds: [greedy]}"
+    seen = perform(standin, text, base=BASE.replace(LOAD, load))
+    assert "of the time" in seen.faults[0].proof
+    assert standin.node.poll() is None
+    assert broken(text + "\nchecks: {moved_seconds: 60}", seen) == ["moved within"]
 
 
 @pytest.mark.parametrize("moment", ["{tokens: 100000}", "{seconds: 60}", "{phase: recovering}"])

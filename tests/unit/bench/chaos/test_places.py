@@ -154,3 +154,11 @@ def test_detection_counts_from_the_fault_to_the_first_record_of_it() -> None:
     assert places.detected_after(records, target, 102.0) is None
     assert places.detected_after([loss("done", cause="rejoin")], target, 99.8) is None
     assert places.detected_after([loss("done") | {"from": "node-1-1"}], target, 99.8) is None
+
+
+def test_a_move_counts_from_the_fault_to_the_end_of_the_last_one_from_that_node() -> None:
+    target = places.aim(Aim(stage=1), status())
+    move = loss("done", cause="slow") | {"time": 115.0, "seconds": {"total": 0.5}}
+    assert places.moved_after([move, move | {"time": 116.0}], target, 100.0) == pytest.approx(16.5)
+    for other in ({"cause": "crash"}, {"state": "running"}, {"from": "node-1-1"}, {"time": 90.0}):
+        assert places.moved_after([move | other], target, 100.0) is None
