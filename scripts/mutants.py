@@ -242,6 +242,12 @@ MUTANTS = (
         "tests/unit/recovery/test_pipeline.py",
     ),
     Mutant(
+        "only nodes that the controller knows of are left",
+        "recovery/pipeline.py",
+        "left = {*order.released, *self.nodes} - {*order.nodes}",
+        "left = {*order.released}",
+    ),
+    Mutant(
         "a hole in a prefix hit is overlooked",
         "recovery/recompute.py",
         "            if sorted(in_step) != in_step:\n",

@@ -13,6 +13,9 @@ from kevlarflow.wire import steps
 
 log = logging.getLogger("kevlarflow.engine")
 
+FAREWELL_MS = 60_000
+"""How long a message to a node that is not used any more may wait for it to listen. One that gets no CPU is not declared
+dead, and a lane that it went on having would keep its blocks from others."""
 MAX_WAITING_MESSAGES = 10_000
 """High-water mark of each socket, in messages."""
 
@@ -64,7 +67,7 @@ class NodeLinks:
         """Send to a node that is not part of the pipeline any more."""
         sock = self._open(address)
         self._send(sock, header, ())
-        sock.close(linger=1_000)
+        sock.close(linger=FAREWELL_MS)
 
     def _send(self, sock: zmq.Socket[bytes], header: steps.AnyStepMessage, payload: Sequence[bytes]) -> None:
         try:

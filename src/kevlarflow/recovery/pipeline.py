@@ -164,6 +164,8 @@ class Pipeline:
         changed = {after.stage for before, after in zip(self.nodes, order.nodes, strict=False) if before != after}
         doomed = self._in_flight.blame(changed, self._forming) if order.lost and changed else {}
         self._in_flight.recall()
+        # Whether or not the controller knows of them: one that has lost its memory may not.
+        left = {*order.released, *self.nodes} - {*order.nodes}
         self.epoch, self.nodes, self.reason = order.epoch, order.nodes, ""
         self.phase = Phase.FORMING
         self.formations += 1
@@ -182,7 +184,7 @@ class Pipeline:
             first_step=None,
             lost=lost,
         )
-        commands += [Leave(node) for node in order.released]
+        commands += [Leave(node) for node in sorted(left, key=lambda node: node.member)]
         commands += [Join(stage, self._giving_way.usable, order.orphans) for stage in sorted(stages)]
         commands += [
             AssignStandby(stage, self._watermarks.standby_for(stage, self.nodes[stage].member))

@@ -21,7 +21,7 @@ from kevlarflow.recovery.pace import Paces
 from kevlarflow.sim.engine import Engine
 from kevlarflow.sim.network import Process
 from kevlarflow.sim.node import Node
-from kevlarflow.types import Member, PipelineId
+from kevlarflow.types import Member, NodeId, PipelineId
 from kevlarflow.wire import messages
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ TICK_SECONDS = 0.1
 REPORT_SECONDS = 0.2
 INTRODUCTION_PAUSE_SECONDS = 0.5
 KILL_AGAIN_SECONDS = 0.5
+TICKET = 0
+"""Whose request it was does not matter here."""
 FORK_SECONDS = 0.01
 """What the zygote takes to fork a node and to say so."""
 
@@ -243,6 +245,18 @@ class Controller(Process):
         assert callable(deliver)
         self.fleet.network.send(self, peer, ("orders", self.life, peer.name), deliver)
 
+    # ---- requests of people
+
+    def drain(self, node: NodeId) -> None:
+        """Somebody wants a node to be emptied."""
+        if self.alive:
+            self.handle(events.DrainRequested(node, TICKET))
+
+    def join(self, node: NodeId) -> None:
+        """Somebody has started a process that is to fill a place; it ends if it may not, or hears nothing."""
+        if self.alive:
+            self.handle(events.JoinRequested(node, self.fleet.next_pid(), TICKET))
+
     # ---- commands
 
     def _carry_out(self, command: AnyCommand) -> None:
@@ -262,6 +276,8 @@ class Controller(Process):
                 engine = self.fleet.engines[pipeline]
                 if engine.pid == pid:
                     self.fleet.end_process(engine)
+            case events.Answer(member=Member() as member, stage=int() as stage):
+                self._watch_member(self.fleet.fork(member, stage, self.cluster.slots[member.node].pids[0]), member)
             case events.Retire(member=member):
                 node = self._members.get(member)
                 if node is not None:

@@ -186,8 +186,7 @@ class Fleet:
     def start_engine(self, pipeline: PipelineId) -> None:
         """The next life of an engine."""
         life = self._lives[pipeline] = self._lives[pipeline] + 1
-        self._pids += 1
-        engine = Engine(self, pipeline, life, self._pids)
+        engine = Engine(self, pipeline, life, self.next_pid())
         if life == 1:
             self.engines.append(engine)
         else:
@@ -202,12 +201,16 @@ class Fleet:
 
         engine.after(0.1 + REPORT_SECONDS * self.rng.random(), again)
 
-    def fork(self, member: Member, stage: int) -> Node:
-        """A new node process, which begins to load."""
+    def next_pid(self) -> int:
+        """The number of a new process."""
+        self._pids += 1
+        return self._pids
+
+    def fork(self, member: Member, stage: int, pid: int | None = None) -> Node:
+        """A new node process, which begins to load; `pid`: a process that exists already becomes the node."""
         if member in self.nodes:
             raise NotFenced(f"{member} is started a second time")
-        self._pids += 1
-        node = Node(self, member, Stage(stage), self._pids)
+        node = Node(self, member, Stage(stage), pid or self.next_pid())
         self.nodes[member] = self._living[member] = node
         info = node.info
         for address in (info.step_address, info.activation_address, info.replica_address):

@@ -31,6 +31,9 @@ NOTICED_SECONDS = 3.0
 MAX_FAILED_STARTS = 2
 """Starts of one place that fail in a row: one that is given up would not heal."""
 
+JOIN_SECONDS = 0.5
+"""Between two looks for places that have to be filled by hand."""
+
 
 class Mischief:
     """See the module's text."""
@@ -78,6 +81,9 @@ class Mischief:
                     self._fleet.timeline.after(NOTICED_SECONDS, functools.partial(self._expect_notice, node))
             case "raise":
                 node.raises = True
+            case "drain":
+                self._fleet.controller.drain(node.member.node)
+                self._later(fault, functools.partial(self._fleet.controller.join, node.member.node))
             case "partition":
                 kinds = frozenset(fault.detail.split())
                 cut = Cut(node, kinds, inward=fault.strength < 0.7, outward=fault.strength > 0.3)
@@ -100,7 +106,15 @@ class Mischief:
                 fleet.start_engine(engine.pipeline)
         if not fleet.controller.alive:
             fleet.controller.start()
+        self._fill_vacant_places()
         fleet.network.release()
+
+    def _fill_vacant_places(self) -> None:
+        """Somebody starts nodes by hand where others were drained."""
+        for slot in self._fleet.controller.cluster.slots.values():
+            if slot.vacant:
+                self._fleet.controller.join(slot.node)
+        self._fleet.timeline.after(JOIN_SECONDS, self._fill_vacant_places)
 
     def trigger(self, header: steps.AnyStepMessage, node: Node) -> bool:
         """A node takes a message: the phase of a recovery in which something was to happen may have come.

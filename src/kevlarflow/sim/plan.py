@@ -30,6 +30,7 @@ KINDS = {
     "delay": 1,
     "echo": 1,
     "raise": 1,
+    "drain": 2,
     "engine": 1,
     "controller": 3,
     "forgetful controller": 1,

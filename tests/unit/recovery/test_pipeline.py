@@ -17,7 +17,8 @@ def node(name, stage, incarnation=1):
     return NodeInfo(Member(name, incarnation), stage, "host", 1, (1,), f"ipc://{name}.s", f"ipc://{name}.a", 2, 50)
 
 
-A0, A1, B1 = node("node-0-0", 0), node("node-0-1", 1), node("node-1-1", 1)
+A0, A1 = node("node-0-0", 0), node("node-0-1", 1)
+B0, B1 = node("node-1-0", 0), node("node-1-1", 1)
 
 
 def admit(sequence, request="r", formation=1, computed=0, blocks=(1, 2), tokens=3):
@@ -172,7 +173,7 @@ def test_a_loss_recomputes_restores_and_issues_again():
     pipeline.handle(executed(1, 1), 1.1)
     pipeline.handle(p.StepIssued(go_on(2)), 1.2)
     commands = pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
-    assert kinds(commands) == ["Join", "Join", "Recompute", "Restore", "Execute", "EvictPrefixCache"]
+    assert kinds(commands) == ["Leave", "Join", "Join", "Recompute", "Restore", "Execute", "EvictPrefixCache"]
     assert sent(commands) == [2]
 
 
@@ -375,6 +376,13 @@ def test_a_request_that_cost_two_nodes_while_it_was_computed_again_ends():
     for epoch, donor, doomed in ((2, B1, []), (3, A1, []), (4, B1, ["deadly"])):
         assert ended(pipeline.handle(p.FormationOrdered(epoch, (A0, donor), lost=True), 2.0)) == doomed
         pipeline.handle(p.StageJoined(epoch, 1), 2.1)
+
+
+def test_a_node_that_is_used_no_more_is_left_though_the_controller_has_forgotten_it():
+    pipeline = serving()
+    pipeline.handle(p.FormationOrdered(2, (A0, B1), released=(A1,)), 1.0)
+    commands = pipeline.handle(p.FormationOrdered(3, (A0, A1)), 1.1)
+    assert [each for each in commands if isinstance(each, p.Leave)] == [p.Leave(B1)]
 
 
 def test_lanes_that_share_a_node_use_a_part_of_the_blocks():
