@@ -185,8 +185,8 @@ MUTANTS = (
     Mutant(
         "replicas of evicted blocks stay valid",
         "recovery/coverage.py",
-        "            self._generation[block] = mark\n",
-        "            pass\n",
+        "        self.forget(self._generation.keys() - needed)\n",
+        "        pass\n",
         "tests/unit/recovery/test_claims.py",
     ),
     Mutant(
@@ -239,6 +239,13 @@ MUTANTS = (
         "recovery/in_flight.py",
         "        if forming is None or not changed <= forming.to_restore:\n",
         "        if forming is None or forming.prepared:\n",
+        "tests/unit/recovery/test_pipeline.py",
+    ),
+    Mutant(
+        "copies of blocks that nobody fills stay valid",
+        "recovery/giving_way.py",
+        "        self._generations.forget(found.spoilt)\n",
+        "",
         "tests/unit/recovery/test_pipeline.py",
     ),
     Mutant(

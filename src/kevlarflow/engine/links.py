@@ -14,8 +14,8 @@ from kevlarflow.wire import steps
 log = logging.getLogger("kevlarflow.engine")
 
 FAREWELL_MS = 60_000
-"""How long a message to a node that is not used any more may wait for it to listen. One that gets no CPU is not declared
-dead, and a lane that it went on having would keep its blocks from others."""
+"""How long a message to a node that is not used any more may wait for it to listen. One that gets no CPU is not
+declared dead, and a lane that it went on having would keep its blocks from others."""
 MAX_WAITING_MESSAGES = 10_000
 """High-water mark of each socket, in messages."""
 

@@ -33,6 +33,9 @@ class Generations:
 
     def __init__(self) -> None:
         self._generation: dict[int, int] = {}
+        self.mark = 0
+        """The generation of blocks that hold nothing: the epoch. Epochs of a pipeline are never used again either, and
+        steps are numbered from the time of day, far above them."""
 
     def __getitem__(self, block: int) -> int:
         return self._generation.get(block, 0)
@@ -42,14 +45,13 @@ class Generations:
         for block in allocated(step, block_size):
             self._generation[block] = step.sequence
 
-    def void(self, needed: Set[int], mark: int) -> None:
-        """Whatever is not `needed` may be missing on a new node: what was copied of it counts no more.
+    def void(self, needed: Set[int]) -> None:
+        """Whatever is not `needed` may be missing on a new node: what was copied of it counts no more."""
+        self.forget(self._generation.keys() - needed)
 
-        `mark` is the generation that such a block has from now on. An epoch will do: epochs of a pipeline are never
-        used again either, and steps are numbered from the time of day, far above them.
-        """
-        for block in self._generation.keys() - needed:
-            self._generation[block] = mark
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Some stages may not have these, whatever others have copied of them."""
+        self._generation.update(dict.fromkeys(blocks, self.mark))
 
     def of(self, blocks: Iterable[int]) -> dict[int, int]:
         """Generations of these blocks."""

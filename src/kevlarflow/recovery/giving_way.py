@@ -100,6 +100,7 @@ class GivingWay:
                 aside.append(Aside(request, reasons.get(request, ""), known))
                 self._aside[request] = _Told(count, known)
         self._spoilt = found.spoilt
+        self._generations.forget(found.spoilt)
         if not aside:
             return []
         self._changed_at = count

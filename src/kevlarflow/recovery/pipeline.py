@@ -167,6 +167,7 @@ class Pipeline:
         # Whether or not the controller knows of them: one that has lost its memory may not.
         left = {*order.released, *self.nodes} - {*order.nodes}
         self.epoch, self.nodes, self.reason = order.epoch, order.nodes, ""
+        self._generations.mark = order.epoch
         self.phase = Phase.FORMING
         self.formations += 1
         lost = self._note_lost_stages()
@@ -256,7 +257,7 @@ class Pipeline:
         if forming.lost:
             commands.append(EvictPrefixCache(keep))
             # Nobody computes what is evicted on the new node: even a replica that is confirmed late is void.
-            self._generations.void(set(keep) | needed_blocks(self.ledger, steps, self.limits.block_size), self.epoch)
+            self._generations.void(set(keep) | needed_blocks(self.ledger, steps, self.limits.block_size))
             # A step that is being scheduled now does not know of the eviction yet.
             self.formations += 1
             self._lost_at[self.formations] = forming.lost

@@ -302,6 +302,19 @@ def test_who_counts_on_a_block_of_a_step_that_raised_is_computed_again():
     assert [(each.request, each.reason) for each in aside.requests] == [("a", "boom"), ("b", "")]
 
 
+def test_copies_of_a_step_that_only_some_stages_have_run_are_not_put_in_place():
+    pipeline = serving()
+    pipeline.handle(p.StandbysAssigned((B0, None)), 1.0)
+    pipeline.handle(p.StepIssued(admit(1, "a", blocks=(1,), tokens=4)), 1.0)
+    pipeline.handle(p.ReplicasConfirmed(0, A0.member, B0.member, (Replica(1, 1, 4),)), 1.0)
+    pipeline.handle(p.StepBroken(1, 1, 1, "boom"), 1.1)
+    prepared(pipeline, 2, pipeline.handle(p.FormationOrdered(2, (A0, A1)), 1.2))
+    # The scheduler has heard of it and has forgotten the block.
+    pipeline.handle(p.StepIssued(Step(2, (), (), {}, frozenset({"a"}), frozenset(), 9)), 2.1)
+    commands = pipeline.handle(p.FormationOrdered(3, (B0, A1)), 2.2)
+    assert not [each for each in commands if isinstance(each, p.Place)]
+
+
 def test_recovery_work_that_raised_for_nobody_in_particular_ends_all():
     pipeline = serving()
     pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
