@@ -113,6 +113,20 @@ MUTANTS = (
         "            pass\n",
     ),
     Mutant(
+        "tokens are put behind whatever is there",
+        "replication/store.py",
+        "if entry is None or entry.replica.generation != replica.generation or entry.replica.filled < start:",
+        "if entry is None:",
+        "tests/unit/replication/test_store.py",
+    ),
+    Mutant(
+        "a copy goes on from what the standby has dropped",
+        "replication/queue.py",
+        "0 if block in self._dropped else self._sent_of(replica)",
+        "self._sent_of(replica)",
+        "tests/unit/replication/test_queue.py",
+    ),
+    Mutant(
         "a copy is not looked at again after it was made",
         "replication/queue.py",
         "            if held is None or held.generation != replica.generation:\n                return False\n",

@@ -86,8 +86,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """KV memory of one node, as vLLM's `--kv-cache-memory-bytes`; the pipelines that it serves share it."""
     standby_memory_bytes: int = 0
     """Host memory of each node for the replicas of other lanes; 0: no replication."""
-    replication_interval_tokens: int = 32
-    """Copy a partly filled block again after so many tokens, in long contexts sooner; 0: copy full blocks only."""
+    replication_interval_tokens: int = 4
+    """Copy the tokens of a partly filled block so many at a time, in long contexts fewer; 0: copy full blocks only."""
     replication_bytes_per_second: int = DEFAULT_BANDWIDTH
     """What one node may send to its standbys: catching up must not take what decoding needs."""
     slow_ratio: float = DEFAULT_SLOW_RATIO

@@ -37,7 +37,7 @@ Runs in the foreground until Ctrl-C or SIGTERM.
                                while a node serves several
   --standby-memory-bytes N     host memory of a node for copies of other nodes' KV blocks, so that a failure costs
                                the same however long the contexts are (as much as a lane has); 0: no replication
-  --replication-interval-tokens N   copy a partly filled block again after N tokens (32); 0: full blocks only
+  --replication-interval-tokens N   copy the tokens of a partly filled block N at a time (4); 0: full blocks only
   --replication-bandwidth N    bytes a second that a node may send as copies (128M); catching up takes longer with less
   --slow-node-ratio X          a node is slow when its steps take X times as long as those of its peers (3): its lanes
                                move to another node, and it is replaced; 0: slow nodes are left alone

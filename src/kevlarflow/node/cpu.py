@@ -10,7 +10,8 @@ one lane; `node.block_map` says which of their blocks are whose.
 
 Non-public names of vLLM, all used in this module only: `parallel_state._PP`, the attributes of `GroupCoordinator`,
 `gpu_worker.init_worker_distributed_environment`, `CPUModelRunner.initialize_kv_cache_tensors`,
-`sampler.batched_count_greater_than`, `topk_topp_sampler.compiled_random_sample`.
+`sampler.batched_count_greater_than`, `topk_topp_sampler.compiled_random_sample`,
+`CompilationConfig.static_forward_context`, `CPUAttentionBackendImpl.do_kv_cache_update`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from __future__ import annotations
 import collections
 import functools
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import torch.testing._internal.distributed.fake_pg  # It registers the "fake" backend.
 import vllm.distributed.parallel_state as parallel_state
@@ -41,10 +44,12 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from kevlarflow.errors import StartupFailed
 from kevlarflow.node.compiled import load_or_compile
-from kevlarflow.node.kv_blocks import HostKvBlocks
+from kevlarflow.node.kv_blocks import HostKvBlocks, find_token_slots
 from kevlarflow.node.stage import LaneRunner, StageDescription
 from kevlarflow.node.v1_runner import V1LaneRunner
 from kevlarflow.replication.memory import map_memory
+
+log = logging.getLogger("kevlarflow.node")
 
 WARM_UP_TOKENS = 32
 """How many tokens go through a stage whose compiled code is loaded, to see that it runs."""
@@ -265,8 +270,24 @@ class CpuStage:
             compilation_seconds=times.language_model,
         )
 
+    def _token_slots(self, kv_cache: torch.Tensor) -> numpy.ndarray | None:
+        """Where attention puts the tokens of a block, which depends on the machine and on the type of the KV."""
+        layer = next(iter(self._config.compilation_config.static_forward_context.values()))
+        block_size = kv_cache.shape[2]
+
+        def write(block: torch.Tensor, values: torch.Tensor, first: int) -> None:
+            shape = (len(values), layer.num_kv_heads, layer.head_size)
+            kv = values.to(self._config.model_config.dtype).view(-1, 1, 1).expand(shape).contiguous()
+            layer.impl.do_kv_cache_update(layer, kv, kv, block, torch.arange(first, first + len(values)))
+
+        try:
+            return find_token_slots(kv_cache, block_size, write)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            log.warning("where the tokens of a KV block lie is not known, so blocks are copied whole: %s", error)
+            return None
+
     def _make_runners(self, first: CPUModelRunner, kv_cache: KVCacheConfig) -> None:
-        self._kv_blocks = HostKvBlocks(first.kv_caches)
+        self._kv_blocks = HostKvBlocks(first.kv_caches, self._token_slots(first.kv_caches[0]))
         runners = [first]
         for _ in range(1, self._lanes):
             runner = _LaneModelRunner(self._config, first)

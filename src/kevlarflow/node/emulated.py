@@ -14,8 +14,9 @@ vLLM's model runner, which both of them use:
   takes a real-time policy: niceness counts only among the processes of one session, and each server has its own.
 
 Non-public names of vLLM, all used in this module only: `GPUModelRunner.execute_model` and `sample_tokens`,
-`Attention.get_kv_cache_spec`, `CPUAttentionBackendImpl.forward`, `CPUAttentionMetadataBuilder.num_kv_heads`,
-`SpinCondition.busy_loop_s`, `CpuCommunicator._all_group_ranks_share_shm_group_name`, `EngineCore.add_request`.
+`Attention.get_kv_cache_spec`, `CPUAttentionBackendImpl.forward` and `do_kv_cache_update`,
+`CPUAttentionMetadataBuilder.num_kv_heads`, `SpinCondition.busy_loop_s`,
+`CpuCommunicator._all_group_ranks_share_shm_group_name`, `EngineCore.add_request`.
 """
 
 from __future__ import annotations
@@ -176,6 +177,7 @@ def _hook_kv(profile: Profile) -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadataBuilder
 
     spec_of, forward = Attention.get_kv_cache_spec, CPUAttentionBackendImpl.forward
+    write = CPUAttentionBackendImpl.do_kv_cache_update
     make_builder = CPUAttentionMetadataBuilder.__init__
 
     def get_kv_cache_spec(self: Any, vllm_config: Any) -> Any:
@@ -189,15 +191,17 @@ def _hook_kv(profile: Profile) -> None:
 
     def attend(self: Any, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, attn_metadata: Any,
                *args: Any, **kwargs: Any) -> Any:  # fmt: skip
-        if attn_metadata is None:
-            return forward(self, layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
-        output = forward(self, layer, query, key, value, kv_cache[:, :1], attn_metadata, *args, **kwargs)
-        fill(kv_cache, key, value, attn_metadata.slot_mapping[: attn_metadata.num_actual_tokens])
-        return output
+        computed = kv_cache if attn_metadata is None else kv_cache[:, :1]
+        return forward(self, layer, query, key, value, computed, attn_metadata, *args, **kwargs)
+
+    def update(self: Any, layer: Any, key: Any, value: Any, kv_cache: Any, slots: Any) -> None:
+        write(self, layer, key, value, kv_cache[:, :1], slots)
+        fill(kv_cache, key, value, slots)
 
     Attention.get_kv_cache_spec = get_kv_cache_spec
     CPUAttentionMetadataBuilder.__init__ = builder
     CPUAttentionBackendImpl.forward = attend
+    CPUAttentionBackendImpl.do_kv_cache_update = update
 
 
 def heads_of(spec: Any, profile: Profile) -> int:
@@ -212,12 +216,13 @@ def heads_of(spec: Any, profile: Profile) -> int:
 def fill(kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
     """Write a layer's one computed head, (tokens, 1, head size), into the others of `kv_cache`.
 
-    `kv_cache` has the shape (blocks, heads, block size, 2 * head size). The order of the values in the other heads is
-    ours: those of a token lie together, so that it is one copy.
+    `kv_cache` has the shape (blocks, heads, block size, 2 * head size); a slot below 0 is padding. The order of the
+    values in the other heads is ours: those of a token lie together, so that it is one copy.
     """
     blocks, heads, block_size, width = kv_cache.shape
     rest = kv_cache[:, 1:].view(blocks, block_size, heads - 1, width)
-    row = torch.cat((key[: len(slots), 0], value[: len(slots), 0]), dim=1)
+    row = torch.cat((key[: len(slots), 0], value[: len(slots), 0]), dim=1)[slots >= 0]
+    slots = slots[slots >= 0]
     rest[slots // block_size, slots % block_size] = row.unsqueeze(1).expand(-1, heads - 1, -1)
 
 

@@ -1,10 +1,12 @@
 """KV blocks as bytes: the one place that knows that KV memory is host memory.
 
-A block is copied whole. On the CPU each layer is a tensor whose first dimension is the block, with K and V packed
-inside, so a slice of tokens would be meaningless. An accelerator build copies through a pinned buffer here.
+On the CPU each layer is a tensor whose first dimension is the block, so a block is a run of bytes in each layer, moved
+as such: `memmove` works without Python's lock and adds a microsecond to each run, a third of what tensor operations
+do. An accelerator build copies through a pinned buffer here.
 
-A block is a run of bytes in each layer, moved as such: `memmove` works without Python's lock and adds a microsecond to
-each run, a third of what tensor operations do.
+Inside a block K and V are packed as the machine's attention kernel likes them, and no slice of the block is a token.
+`find_token_slots` finds out where each token's values lie, by letting the kernel write them; then the tokens of a block
+can be copied apart from the others.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy
 import torch
@@ -22,11 +24,41 @@ POPULATE_WRITE = 23
 
 _libc = ctypes.CDLL(None)
 
+TOKENS_AT_A_TIME = 16
+"""As many small numbers as every type of KV can tell apart."""
+
+
+def find_token_slots(
+    layer: torch.Tensor, block_size: int, write: Callable[[torch.Tensor, torch.Tensor, int], None]
+) -> numpy.ndarray | None:
+    """Where the tokens of a block lie: (block size, values of a token), counted in values of `layer`'s part of a block.
+
+    None when the tokens do not share the block evenly.
+
+    `write(block, values, first)` has to write tokens into a tensor like one block of `layer`, from token `first` on, so
+    that K and V of token i consist of `values[i]`.
+    """
+    slots = []
+    scratch = torch.empty_like(layer[:1])
+    for first in range(0, block_size, TOKENS_AT_A_TIME):
+        count = min(TOKENS_AT_A_TIME, block_size - first)
+        scratch.zero_()
+        write(scratch, torch.arange(1.0, count + 1), first)
+        held = scratch.flatten().float().numpy()
+        slots += [numpy.flatnonzero(held == value) for value in range(1, count + 1)]
+    size = layer[0].numel() // block_size
+    if any(len(each) != size for each in slots) or len(numpy.unique(numpy.concatenate(slots))) != layer[0].numel():
+        return None
+    return numpy.stack(slots).astype(numpy.intp)
+
 
 class HostKvBlocks:
-    """Reads and writes blocks of all lanes, by their physical number."""
+    """Reads and writes blocks of all lanes, by their physical number.
 
-    def __init__(self, layers: Sequence[torch.Tensor]) -> None:
+    `slots` says where the tokens of a block lie, the same in all layers; without it blocks are copied whole.
+    """
+
+    def __init__(self, layers: Sequence[torch.Tensor], slots: numpy.ndarray | None = None) -> None:
         if not all(layer.is_contiguous() for layer in layers):
             raise ValueError("the layers' first dimension has to be the block, in one piece each")
         self._layers = list(layers)
@@ -35,12 +67,42 @@ class HostKvBlocks:
         self._runs = [(t.data_ptr(), o, n) for t, o, n in zip(self._layers, offsets, self._sizes, strict=False)]
         self._count = min(layer.shape[0] for layer in self._layers)
         self.block_bytes = sum(self._sizes)
+        alike = len({(layer[0].numel(), layer.element_size()) for layer in self._layers}) == 1
+        self._slots = slots if alike else None
+        self.token_bytes = 0
+        if self._slots is not None:
+            self._unit = numpy.dtype(f"u{self._layers[0].element_size()}")
+            self.token_bytes = len(self._layers) * self._slots.shape[1] * self._unit.itemsize
+            self._values = [_values_of(layer, self._unit) for layer in self._layers]
 
     def read(self, block: int, into: memoryview) -> None:
         """Copy a block into `into`: its layers one after another."""
         target = self._checked(block, into)
         for address, offset, size in self._runs:
             ctypes.memmove(target + offset, address + block * size, size)
+
+    def read_tokens(self, block: int, start: int, end: int, into: memoryview) -> None:
+        """Copy tokens `start` to `end` of a block into `into`: their values in one layer after another."""
+        if not 0 <= block < self._count:
+            raise ValueError(f"block {block} of {self._count}")
+        slots = self._slots_of(start, end, into)
+        target = numpy.frombuffer(into, self._unit).reshape(len(self._values), len(slots))
+        for values, row in zip(self._values, target, strict=True):
+            # "clip" writes to `row` directly. No slot is beyond its block.
+            numpy.take(values[block], slots, out=row, mode="clip")
+
+    def merge_tokens(self, data: memoryview, start: int, end: int, into: memoryview) -> None:
+        """Put what `read_tokens` has copied where it belongs in the bytes of a block."""
+        slots = self._slots_of(start, end, data)
+        source = numpy.frombuffer(data, self._unit).reshape(len(self._layers), len(slots))
+        numpy.frombuffer(into, self._unit).reshape(len(self._layers), -1)[:, slots] = source
+
+    def _slots_of(self, start: int, end: int, data: memoryview) -> numpy.ndarray:
+        if self._slots is None:
+            raise ValueError("where the tokens of a block lie is not known: it can only be copied whole")
+        if not 0 <= start < end <= len(self._slots) or data.nbytes != (end - start) * self.token_bytes:
+            raise ValueError(f"tokens {start} to {end} of {len(self._slots)}, {data.nbytes} bytes")
+        return self._slots[start:end].reshape(-1)
 
     def write(self, copies: Sequence[tuple[int, memoryview]]) -> None:
         """Put copied blocks in place. All are looked at first: in between, the copying would lose its pace."""
@@ -62,6 +124,13 @@ class HostKvBlocks:
         Content stays as it is, whoever writes it meanwhile.
         """
         return all(_populate(address + block * size, size) for address, _, size in self._runs)
+
+
+def _values_of(layer: torch.Tensor, unit: numpy.dtype) -> numpy.ndarray:
+    """A layer's memory as (blocks, values of a block), whatever type of number a value is."""
+    size = layer.numel() * layer.element_size()
+    raw = (ctypes.c_char * size).from_address(layer.data_ptr())
+    return numpy.frombuffer(raw, unit).reshape(layer.shape[0], -1)
 
 
 def _populate(address: int, size: int) -> bool:

@@ -134,7 +134,9 @@ class NodeServer:
         """Start to copy lanes, and to keep copies of others; returns the address where those are to be sent."""
         config, description, kv = self._config, device.description(), device.kv_blocks()
         address = f"ipc://{config.path(f'{self._member.node}-{self._member.incarnation}.kv')}"
-        bounds = Bounds(config.pipelines, description.num_blocks, description.block_size, kv.block_bytes)
+        bounds = Bounds(
+            config.pipelines, description.num_blocks, description.block_size, kv.block_bytes, kv.token_bytes
+        )
         transfer = ZmqTransfer(address, kv.block_bytes, config.pipelines)
         replicator = Replicator(config, self._member, self._stage, kv, bounds, transfer)
         replicator.start()

@@ -33,6 +33,8 @@ MAX_OUTCOMES = 10_000
 MAX_ARRIVALS = 16
 """Copies that are stored before it is the turn of this node's own."""
 AFTER_FAILURE_SECONDS = 0.1
+WHOLE_BLOCK_INTERVAL_TOKENS = 32
+"""Where a block can only be copied whole, that is done no more often than after so many tokens."""
 
 
 class Replicator(threading.Thread):
@@ -54,7 +56,7 @@ class Replicator(threading.Thread):
         self._bounds = bounds
         self._transfer = transfer
         self._backed: set[int] = set()
-        self.store = StandbyStore(config.standby_memory_bytes, blocks.block_bytes)
+        self.store = StandbyStore(config.standby_memory_bytes, blocks)
         self._standby = Standby(member, stage, self.store, bounds)
         self._source = Source(member, stage, blocks, config.replication_bytes_per_second, self._report)
         self.outcomes: deque[steps.Replicated] = deque(maxlen=MAX_OUTCOMES)
@@ -65,7 +67,10 @@ class Replicator(threading.Thread):
 
     def lane(self, pipeline: PipelineId, table: Sequence[int]) -> LaneReplication:
         """Begin to replicate a lane whose block b is at physical block `table[b]`."""
-        queue = ReplicationQueue(self._bounds.block_size, self._config.replication_interval_tokens)
+        interval = self._config.replication_interval_tokens
+        if interval and not self._blocks.token_bytes:
+            interval = max(interval, WHOLE_BLOCK_INTERVAL_TOKENS)
+        queue = ReplicationQueue(self._bounds.block_size, interval)
         return self._source.lane(pipeline, table, queue)
 
     def leave(self, pipeline: PipelineId) -> None:

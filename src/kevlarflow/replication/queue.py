@@ -2,18 +2,27 @@
 
 The main thread notes what a step is about to write and what it has written; the replication thread asks for the next
 block, and after copying it asks whether the block still holds what it held before: the step after may have given it to
-another request. A copy is taken when the block is full, or when enough tokens were added since the last one.
+another request. A copy is due when the block is full, or when enough tokens were added since the last one, and it is
+of those tokens only: a copy that says where it starts goes on from what the standby has already.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from kevlarflow.recovery.coverage import Replica
 
 LONG_CONTEXT_TOKENS = 1_024
 """With so many tokens before a block the interval is half of the usual one, with twice as many a third."""
+
+
+class Due(NamedTuple):
+    """A copy to be made: what it makes of the replica, and the first token that the standby lacks."""
+
+    replica: Replica
+    start: int
 
 
 class ReplicationQueue:
@@ -25,6 +34,8 @@ class ReplicationQueue:
         self._lock = threading.Lock()
         self._holds: dict[int, Replica] = {}
         self._sent: dict[int, Replica] = {}
+        self._dropped: set[int] = set()
+        """Blocks whose earlier copies the standby has not kept: the next one starts from the first token."""
         self._due: dict[int, None] = {}
 
     def begin(self, writes: Iterable[Replica]) -> None:
@@ -61,6 +72,7 @@ class ReplicationQueue:
         with self._lock:
             self._interval = self._usual_interval
             self._sent.clear()
+            self._dropped.clear()
             self._look_for_due()
 
     def hasten(self) -> bool:
@@ -78,9 +90,13 @@ class ReplicationQueue:
         if self._is_due(replica):
             self._due[replica.block] = None
 
-    def _is_due(self, replica: Replica) -> bool:
+    def _sent_of(self, replica: Replica) -> int:
+        """Tokens of this content that were sent."""
         sent = self._sent.get(replica.block)
-        known = sent.filled if sent is not None and sent.generation == replica.generation else 0
+        return sent.filled if sent is not None and sent.generation == replica.generation else 0
+
+    def _is_due(self, replica: Replica) -> bool:
+        known = self._sent_of(replica)
         if self.is_full(replica):
             return known < replica.filled
         return bool(self._interval) and replica.filled - known >= self._interval_at(replica.depth)
@@ -89,24 +105,27 @@ class ReplicationQueue:
         """A token costs the more to compute again the more come before it: so long contexts are copied more often."""
         return max(1, self._interval // (1 + depth * self._block_size // LONG_CONTEXT_TOKENS))
 
-    def next(self) -> Replica | None:
-        """The block to copy next, oldest first; it is no longer due."""
+    def next(self) -> Due | None:
+        """The copy to make next, oldest first; it is no longer due."""
         with self._lock:
             while self._due:
                 block = next(iter(self._due))
                 del self._due[block]
                 replica = self._holds.get(block)
                 if replica is not None and self._is_due(replica):
-                    return replica
+                    return Due(replica, 0 if block in self._dropped else self._sent_of(replica))
             return None
 
-    def still_holds(self, replica: Replica) -> bool:
-        """Whether a finished copy of `replica` is what it claims to be; if so it counts as sent."""
+    def still_holds(self, copied: Due) -> bool:
+        """Whether a finished copy is what it claims to be; if so it counts as sent."""
+        replica = copied.replica
         with self._lock:
             held = self._holds.get(replica.block)
             if held is None or held.generation != replica.generation:
                 return False
             self._sent[replica.block] = replica
+            if copied.start == 0:
+                self._dropped.discard(replica.block)
             return True
 
     def not_sent(self, replica: Replica) -> None:
@@ -117,6 +136,18 @@ class ReplicationQueue:
             held = self._holds.get(replica.block)
             if held is not None:
                 self._note(held)
+
+    def dropped(self, blocks: Iterable[int]) -> None:
+        """The standby had no room to keep these: it gets them again when they are due, from the first token."""
+        with self._lock:
+            self._dropped.update(block for block in blocks if block in self._sent)
+
+    def lacking(self, blocks: Iterable[int]) -> None:
+        """The standby has not what a copy of these went on from: they are due again, from the first token."""
+        with self._lock:
+            for block in blocks:
+                self._sent.pop(block, None)
+            self._look_for_due()
 
     @property
     def backlog(self) -> int:

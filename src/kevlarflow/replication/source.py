@@ -1,9 +1,10 @@
 """The source's half of replication: copy what is due to the standby of each lane, one block at a time.
 
-The block is copied first and looked at again afterwards: only if it still holds what it held is the copy sent. No step
-waits for any of it. A standby that is slow, stopped or gone costs nothing but coverage: a few copies may be unanswered;
-then copying stops, and what was not answered in time is due again. Traffic is capped, so that catching up after a
-failure does not take the memory bandwidth that decoding needs.
+Of a block whose first tokens the standby has, only those behind them are copied. The copy is made first and the block
+looked at again afterwards: only if it still holds what it held is the copy sent. No step waits for any of it. A standby
+that is slow, stopped or gone costs nothing but coverage: a few copies may be unanswered; then copying stops, and what
+was not answered in time is due again. Traffic is capped, so that catching up after a failure does not take the memory
+bandwidth that decoding needs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import msgspec
 
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.replication.blocks import KvBlocks
-from kevlarflow.replication.queue import ReplicationQueue
+from kevlarflow.replication.queue import Due, ReplicationQueue
 from kevlarflow.replication.transfer import CHANNEL_PLACES, Outlet, Transfer
 from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import replicas, steps
@@ -156,16 +157,17 @@ class Source:
             return BLOCKED_SECONDS
         if now < self._next_copy_at:
             return self._next_copy_at - now
-        replica = lane.queue.next()
-        if replica is None:
+        due = lane.queue.next()
+        if due is None:
             return IDLE_SECONDS
-        return self._copy(lane, channel, replica, now)
+        return self._copy(lane, channel, due, now)
 
-    def _copy(self, lane: LaneReplication, channel: _Channel, replica: Replica, now: float) -> float:
-        data = channel.buffers.pop()
-        self._blocks.read(lane.table[replica.block], data)
-        if not lane.queue.still_holds(replica):
-            channel.buffers.append(data)
+    def _copy(self, lane: LaneReplication, channel: _Channel, due: Due, now: float) -> float:
+        buffer = channel.buffers.pop()
+        due, data = self._read(lane, due, buffer)
+        replica = due.replica
+        if not lane.queue.still_holds(due):
+            channel.buffers.append(buffer)
             return 0.0
         header = replicas.Store(
             pipeline=lane.pipeline,
@@ -173,6 +175,7 @@ class Source:
             stage=self._stage,
             block=replica.block,
             generation=replica.generation,
+            start=due.start,
             filled=replica.filled,
             depth=replica.depth,
             length=len(data),
@@ -180,9 +183,9 @@ class Source:
         )
         if not channel.outlet.send(replicas.encode(header), data):
             lane.queue.not_sent(replica)
-            channel.buffers.append(data)
+            channel.buffers.append(buffer)
             return BLOCKED_SECONDS
-        channel.unanswered[replica.block, replica.generation, replica.filled] = (replica, data)
+        channel.unanswered[replica.block, replica.generation, replica.filled] = (replica, buffer)
         channel.sent_at = lane.copied_at = now
         if lane.queue.is_full(replica):
             lane.full_bytes += len(data)
@@ -191,6 +194,17 @@ class Source:
         pause = len(data) / self._bytes_per_second
         self._next_copy_at = now + pause
         return pause
+
+    def _read(self, lane: LaneReplication, due: Due, buffer: memoryview) -> tuple[Due, memoryview]:
+        """Copy what is due, or the whole block where it is all due or cannot be taken apart; what was copied."""
+        replica, start = due
+        block, tokens = lane.table[replica.block], replica.filled - start
+        if self._blocks.token_bytes == 0 or (start == 0 and lane.queue.is_full(replica)):
+            self._blocks.read(block, buffer)
+            return Due(replica, 0), buffer
+        data = buffer[: tokens * self._blocks.token_bytes]
+        self._blocks.read_tokens(block, start, replica.filled, data)
+        return due, data
 
     def _give_up(self, lane: LaneReplication, channel: _Channel) -> None:
         """Take back what the standby does not answer; it may still be read, so its buffers are not used again."""
@@ -206,10 +220,12 @@ class Source:
             except msgspec.MsgspecError:
                 answer = replicas.Closed("the standby's answer makes no sense")
             match answer:
-                case replicas.Outcome(stored=stored, dropped=dropped):
-                    for tag in (*stored, *dropped):
+                case replicas.Outcome(stored=stored, dropped=dropped, lacking=lacking):
+                    for tag in (*stored, *dropped, *lacking):
                         if tag in channel.unanswered:
                             channel.buffers.append(channel.unanswered.pop(tag)[1])
+                    lane.queue.dropped(block for block, _, _ in dropped)
+                    lane.queue.lacking(block for block, _, _ in lacking)
                     self._tell(lane, answer)
                 case replicas.Closed(reason):
                     self._closed(lane, channel, reason, now)

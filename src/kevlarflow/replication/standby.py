@@ -9,12 +9,13 @@ from __future__ import annotations
 import collections
 import logging
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
 
 from kevlarflow.recovery.coverage import Replica
-from kevlarflow.replication.store import Dropped, StandbyStore
+from kevlarflow.replication.store import Dropped, NothingToGoOnFrom, StandbyStore
 from kevlarflow.replication.transfer import Arrival, Transfer
 from kevlarflow.types import Epoch, Member, PipelineId, Stage
 from kevlarflow.wire import replicas
@@ -34,6 +35,14 @@ class Bounds(NamedTuple):
     block_size: int
     """Tokens of a block."""
     block_bytes: int
+    token_bytes: int
+    """Of each token in a block; 0 where a block is copied as a whole."""
+
+    def length(self, start: int, filled: int) -> int:
+        """Bytes of a copy of these tokens."""
+        if self.token_bytes and (start, filled) != (0, self.block_size):
+            return (filled - start) * self.token_bytes
+        return self.block_bytes
 
 
 class Standby:
@@ -62,11 +71,15 @@ class Standby:
         pipeline, peer = copy.pipeline, arrival.peer
         self._epochs[pipeline], self._sources[pipeline] = copy.epoch, peer
         replica = Replica(copy.block, copy.generation, copy.filled, copy.depth)
-        dropped = self._store.put(pipeline, replica, arrival.data)
+        try:
+            dropped = self._store.put(pipeline, replica, arrival.data, copy.start)
+        except NothingToGoOnFrom:
+            self._say(peer, pipeline, transfer, lacking=(_tag(replica),))
+            return None
         stored = () if (pipeline, replica) in dropped else (_tag(replica),)
-        self._say(peer, pipeline, stored, dropped, transfer)
+        self._say(peer, pipeline, transfer, stored=stored, dropped=dropped)
         for other in {owner for owner, _ in dropped if owner != pipeline and owner in self._sources}:
-            self._say(self._sources[other], other, (), dropped, transfer)
+            self._say(self._sources[other], other, transfer, dropped=dropped)
         return replica if stored else None
 
     def _judge(self, arrival: Arrival) -> replicas.Store | str:
@@ -80,8 +93,9 @@ class Standby:
         wrong = self._wrong_tag(copy)
         if wrong:
             return wrong
-        if not len(arrival.data) == copy.length == self._bounds.block_bytes:
-            return f"{len(arrival.data)} bytes, said to be {copy.length}, for a block of {self._bounds.block_bytes}"
+        expected = self._bounds.length(copy.start, copy.filled)
+        if not len(arrival.data) == copy.length == expected:
+            return f"{len(arrival.data)} bytes, said to be {copy.length}, where {expected} are right"
         if copy.epoch < self._epochs.get(copy.pipeline, 0):
             return f"epoch {copy.epoch} of pipeline {copy.pipeline}, which is at {self._epochs[copy.pipeline]}"
         if zlib.crc32(arrival.data) != copy.checksum:
@@ -94,8 +108,10 @@ class Standby:
             return f"stage {copy.stage} for a standby of stage {self._stage}"
         if not 0 <= copy.pipeline < bounds.pipelines:
             return f"pipeline {copy.pipeline} of {bounds.pipelines}"
-        if not (0 <= copy.block < bounds.blocks and 0 < copy.filled <= bounds.block_size):
-            return f"block {copy.block} of {bounds.blocks}, {copy.filled} tokens of {bounds.block_size}"
+        if not (0 <= copy.block < bounds.blocks and 0 <= copy.start < copy.filled <= bounds.block_size):
+            return f"block {copy.block} of {bounds.blocks}, tokens {copy.start} to {copy.filled} of {bounds.block_size}"
+        if copy.start and not bounds.token_bytes:
+            return f"tokens from {copy.start} on, where blocks are copied as a whole"
         if copy.generation < 0 or not 0 <= copy.depth < bounds.blocks:
             return f"generation {copy.generation}, depth {copy.depth}"
         return ""
@@ -112,15 +128,17 @@ class Standby:
         self,
         peer: bytes,
         pipeline: PipelineId,
-        stored: tuple[replicas.Tag, ...],
-        dropped: list[Dropped],
         transfer: Transfer,
+        stored: tuple[replicas.Tag, ...] = (),
+        dropped: Sequence[Dropped] = (),
+        lacking: tuple[replicas.Tag, ...] = (),
     ) -> None:
         outcome = replicas.Outcome(
             pipeline=pipeline,
             standby=self._member,
             stored=stored,
             dropped=tuple(_tag(replica) for owner, replica in dropped if owner == pipeline),
+            lacking=lacking,
             used_bytes=self._store.bytes_of(pipeline),
             limit_bytes=self._store.limit_bytes,
         )

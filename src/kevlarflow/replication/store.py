@@ -7,6 +7,8 @@ When it is full it drops what is cheapest to compute again. A request resumes fr
 in its sequence costs only itself, while the first block takes everything behind it along: the deepest goes first, and
 among equally deep ones the oldest. A replica that would be dropped at once is not taken. Requests are never touched.
 
+A copy that goes on from what is here already is put behind it, in place.
+
 The replication thread stores, the main thread reads what it puts back into a lane. While it does so the lane is
 pinned: its replicas stay where they are, and no others of that lane are taken.
 """
@@ -21,6 +23,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from kevlarflow.recovery.coverage import Replica
+from kevlarflow.replication.blocks import KvBlocks
 from kevlarflow.replication.memory import map_memory
 from kevlarflow.types import PipelineId
 
@@ -31,17 +34,22 @@ class _Entry(NamedTuple):
     age: int
 
 
+class NothingToGoOnFrom(Exception):
+    """A copy starts behind the first token, and the tokens before it are not here."""
+
+
 Dropped = tuple[PipelineId, Replica]
 
 
 class StandbyStore:
     """See the module's text. Each block of a lane has at most one replica: the newest that was stored."""
 
-    def __init__(self, limit_bytes: int, block_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, blocks: KvBlocks) -> None:
         self.limit_bytes = limit_bytes
-        self._block_bytes = block_bytes
-        places = limit_bytes // block_bytes
-        self._arena = map_memory(places * block_bytes)
+        self._blocks = blocks
+        self._block_bytes = blocks.block_bytes
+        places = limit_bytes // self._block_bytes
+        self._arena = map_memory(places * self._block_bytes)
         self._free = list(reversed(range(places)))
         self._lock = threading.Lock()
         self._entries: dict[tuple[PipelineId, int], _Entry] = {}
@@ -59,23 +67,42 @@ class StandbyStore:
         """Bytes of one lane's replicas."""
         return self._count[pipeline] * self._block_bytes
 
-    def put(self, pipeline: PipelineId, replica: Replica, data: bytes | memoryview) -> list[Dropped]:
-        """Store a replica of `block_bytes`; returns what had to be dropped for it, itself included when not taken."""
+    def put(self, pipeline: PipelineId, replica: Replica, data: memoryview, start: int = 0) -> list[Dropped]:
+        """Store a replica; returns what had to be dropped for it, itself included when not taken.
+
+        `data` is the whole block if it is as long as that, else tokens `start` to `replica.filled`. Raises
+        `NothingToGoOnFrom` when the tokens before `start` are not here; then nothing has changed.
+        """
         with self._lock:
             if pipeline in self._pinned:
                 return [(pipeline, replica)]
+            if start > 0:
+                self._go_on(pipeline, replica, data, start)
+                return []
             self._remove(pipeline, replica.block)
             dropped = [] if self._free else self._make_room(replica)
             if not self._free:
                 return [(pipeline, replica)]
             place, age = self._free.pop(), next(self._ages)
-            self._bytes_at(place)[:] = data
+            if len(data) == self._block_bytes:
+                self._bytes_at(place)[:] = data
+            else:
+                self._blocks.merge_tokens(data, 0, replica.filled, self._bytes_at(place))
             self._entries[pipeline, replica.block] = _Entry(replica, place, age)
             self._count[pipeline] += 1
             heapq.heappush(self._order, (-replica.depth, age, pipeline, replica.block))
             if len(self._order) > 2 * len(self._entries) + 1_024:
                 self._forget_replaced()
             return dropped
+
+    def _go_on(self, pipeline: PipelineId, replica: Replica, data: memoryview, start: int) -> None:
+        key = (pipeline, replica.block)
+        entry = self._entries.get(key)
+        if entry is None or entry.replica.generation != replica.generation or entry.replica.filled < start:
+            raise NothingToGoOnFrom
+        self._blocks.merge_tokens(data, start, replica.filled, self._bytes_at(entry.place))
+        if replica.filled > entry.replica.filled:
+            self._entries[key] = entry._replace(replica=replica)
 
     def find(
         self, pipeline: PipelineId, replicas: Iterable[Replica]

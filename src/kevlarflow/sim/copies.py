@@ -46,6 +46,7 @@ class ToyKv:
         self._memory = memory
         self._slots = struct.Struct(f"{memory.block_size}q")
         self.block_bytes = self._slots.size
+        self.token_bytes = SLOT_BYTES
         self.before_read: Callable[[], None] = lambda: None
         """Called when a block was chosen and is about to be copied."""
 
@@ -54,6 +55,16 @@ class ToyKv:
         self.before_read()
         content = self._memory.read(block)
         self._slots.pack_into(into, 0, *(NOTHING if each is None else each for each in content))
+
+    def read_tokens(self, block: int, start: int, end: int, into: memoryview) -> None:
+        """See `KvBlocks.read_tokens`."""
+        whole = memoryview(bytearray(self.block_bytes))
+        self.read(block, whole)
+        into[:] = whole[start * SLOT_BYTES : end * SLOT_BYTES]
+
+    def merge_tokens(self, data: memoryview, start: int, end: int, into: memoryview) -> None:
+        """See `KvBlocks.merge_tokens`."""
+        into[start * SLOT_BYTES : end * SLOT_BYTES] = data
 
     def write(self, copies: Sequence[tuple[int, memoryview]]) -> None:
         """See `KvBlocks.write`."""
@@ -150,9 +161,9 @@ class SimReplicator:
         self._fleet = fleet
         self._node = node
         self._transfer = SimTransfer(fleet, self, node)
-        bounds = Bounds(shape.pipelines, shape.blocks, shape.block_size, kv.block_bytes)
+        bounds = Bounds(shape.pipelines, shape.blocks, shape.block_size, kv.block_bytes, kv.token_bytes)
         self._block_size, self._interval = shape.block_size, shape.interval
-        self.store = StandbyStore(shape.standby_blocks * kv.block_bytes, kv.block_bytes)
+        self.store = StandbyStore(shape.standby_blocks * kv.block_bytes, kv)
         self._standby = Standby(node.member, node.stage, self.store, bounds)
         self._source = Source(node.member, node.stage, kv, UNLIMITED_BYTES_PER_SECOND, self._outcome)
         self._outcomes: deque[steps.Replicated] = deque()

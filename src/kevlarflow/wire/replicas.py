@@ -2,7 +2,8 @@
 
 A copy carries its tag (lane, block, generation, tokens filled) and what is needed to doubt it: the epoch of the lane
 that sends it, the stage, the length and a checksum. A standby takes a copy only if all of that is right, and closes
-the channel to whoever sends one that is not.
+the channel to whoever sends one that is not. A copy may hold the last tokens of its block only; then the standby must
+have those before them, under the same generation, and says so if it has not.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ class ReplicaMessage(msgspec.Struct, frozen=True, tag=True):
 
 
 class Store(ReplicaMessage, frozen=True):
-    """Keep this copy; payload: the block's bytes."""
+    """Keep this copy; payload: the bytes of tokens `start` to `filled`, or those of the block if that is all of it."""
 
     pipeline: PipelineId
     epoch: Epoch
     stage: Stage
     block: int
     generation: int
+    start: int
     filled: int
     depth: int
     length: int
@@ -41,6 +43,8 @@ class Outcome(ReplicaMessage, frozen=True):
     standby: Member
     stored: tuple[Tag, ...]
     dropped: tuple[Tag, ...]
+    lacking: tuple[Tag, ...]
+    """Not stored, because what they go on from is not here."""
     used_bytes: int
     """Of the lane's replicas."""
     limit_bytes: int

@@ -1,9 +1,13 @@
 """KV blocks survive the way to bytes and back, whole and exact."""
 
+import itertools
+
+import numpy
 import pytest
 import torch
+from vllm import _custom_ops as ops
 
-from kevlarflow.node.kv_blocks import HostKvBlocks
+from kevlarflow.node.kv_blocks import HostKvBlocks, find_token_slots
 
 
 def layers(dtype):
@@ -70,3 +74,64 @@ def test_backing_a_block_leaves_its_content_alone():
     for block in range(6):
         blocks.populate(block)
     assert all(torch.equal(now, then) for now, then in zip(source, before, strict=True))
+
+
+HEADS, BLOCK_SIZE, HEAD_SIZE = 2, 64, 32
+KINDS = [("vec", torch.float32), ("vec", torch.bfloat16), ("vec16", torch.float32)]
+if torch.cpu._is_amx_tile_supported():
+    KINDS.append(("amx", torch.bfloat16))
+
+
+def written_by_vllm(isa, cache, keys, values, first):
+    """What attention does with keys and values, each (tokens, heads, head size)."""
+    key_cache, value_cache = cache.view(len(cache), HEADS, 2 * BLOCK_SIZE, HEAD_SIZE).chunk(2, dim=2)
+    slots = torch.arange(first, first + len(keys))
+    ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, slots, isa)
+
+
+def slots_of(isa, dtype):
+    def write(block, values, first):
+        kv = values.to(dtype).view(-1, 1, 1).expand(-1, HEADS, HEAD_SIZE).contiguous()
+        written_by_vllm(isa, block, kv, kv, first)
+
+    return find_token_slots(torch.zeros(3, HEADS, BLOCK_SIZE, 2 * HEAD_SIZE, dtype=dtype), BLOCK_SIZE, write)
+
+
+@pytest.mark.parametrize(("isa", "dtype"), KINDS)
+def test_tokens_are_copied_apart_wherever_attention_puts_them(isa, dtype):
+    torch.manual_seed(0)
+    caches = [torch.zeros(3, HEADS, BLOCK_SIZE, 2 * HEAD_SIZE, dtype=dtype) for _ in range(4)]
+    for cache in caches:
+        keys, values = (torch.randn(BLOCK_SIZE, HEADS, HEAD_SIZE).to(dtype) for _ in range(2))
+        written_by_vllm(isa, cache, keys, values, BLOCK_SIZE)
+    blocks = HostKvBlocks(caches, slots_of(isa, dtype))
+    assert blocks.token_bytes * BLOCK_SIZE == blocks.block_bytes
+    whole = copied(blocks, 1)
+
+    put_together = memoryview(bytearray(blocks.block_bytes))
+    cuts = [0, 1, 7, 40, 63, BLOCK_SIZE]
+    for start, end in itertools.pairwise(cuts):
+        tokens = memoryview(bytearray((end - start) * blocks.token_bytes))
+        blocks.read_tokens(1, start, end, tokens)
+        before = numpy.frombuffer(put_together, numpy.uint8).copy()
+        blocks.merge_tokens(tokens, start, end, put_together)
+        changed = numpy.count_nonzero(before != numpy.frombuffer(put_together, numpy.uint8))
+        assert changed <= len(tokens), "a merge touches nothing but its tokens"
+    assert put_together == whole
+
+
+def test_a_block_whose_tokens_cannot_be_told_apart_is_copied_whole():
+    cache = torch.zeros(3, HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
+    assert find_token_slots(cache, BLOCK_SIZE, lambda block, values, first: block.fill_(1.0)) is None
+    blocks = HostKvBlocks([cache])
+    assert blocks.token_bytes == 0
+    with pytest.raises(ValueError, match="only be copied whole"):
+        blocks.read_tokens(0, 0, 1, memoryview(bytearray(8)))
+
+
+def test_tokens_beyond_the_block_are_never_touched():
+    blocks = HostKvBlocks([torch.zeros(3, HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)], slots_of("vec", torch.float32))
+    with pytest.raises(ValueError, match="of 64"):
+        blocks.read_tokens(0, 60, 65, memoryview(bytearray(5 * blocks.token_bytes)))
+    with pytest.raises(ValueError, match="bytes"):
+        blocks.merge_tokens(memoryview(bytes(3)), 0, 1, memoryview(bytearray(blocks.block_bytes)))

@@ -7,13 +7,14 @@ from kevlarflow.types import Member, NodeInfo
 from kevlarflow.wire import replicas
 
 BLOCK_SIZE = 4
-BOUNDS = Bounds(pipelines=2, blocks=100, block_size=BLOCK_SIZE, block_bytes=8)
+BOUNDS = Bounds(pipelines=2, blocks=100, block_size=BLOCK_SIZE, block_bytes=8, token_bytes=2)
 
 
 class Memory:
     """KV memory of 8-byte blocks."""
 
     block_bytes = BOUNDS.block_bytes
+    token_bytes = BOUNDS.token_bytes
 
     def __init__(self):
         self.blocks = {}
@@ -21,6 +22,12 @@ class Memory:
 
     def read(self, block, into):
         into[:] = self.blocks.get(block, bytes(8))
+
+    def read_tokens(self, block, start, end, into):
+        into[:] = self.blocks.get(block, bytes(8))[2 * start : 2 * end]
+
+    def merge_tokens(self, data, start, end, into):
+        into[2 * start : 2 * end] = data
 
     def write(self, copies):
         self.blocks.update((block, bytes(data)) for block, data in copies)
@@ -36,7 +43,7 @@ def standby_info(address, name="b"):
 
 def header(payload=b"12345678", **changes):
     fields = {
-        "pipeline": 0, "epoch": 5, "stage": 0, "block": 1, "generation": 1, "filled": 4, "depth": 0,
+        "pipeline": 0, "epoch": 5, "stage": 0, "block": 1, "generation": 1, "start": 0, "filled": 4, "depth": 0,
         "length": len(payload), "checksum": zlib.crc32(payload),
     } | changes  # fmt: skip
     return replicas.encode(replicas.Store(**fields))

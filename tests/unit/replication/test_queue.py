@@ -3,7 +3,7 @@
 import pytest
 
 from kevlarflow.recovery.coverage import Replica
-from kevlarflow.replication.queue import ReplicationQueue
+from kevlarflow.replication.queue import Due, ReplicationQueue
 
 
 def wrote(queue, *replicas):
@@ -14,7 +14,7 @@ def wrote(queue, *replicas):
 def test_a_full_block_is_due():
     queue = ReplicationQueue(block_size=4, interval=0)
     assert wrote(queue, Replica(1, 1, 4))
-    assert queue.next() == Replica(1, 1, 4)
+    assert queue.next().replica == Replica(1, 1, 4)
     assert queue.next() is None
 
 
@@ -55,7 +55,7 @@ def test_a_new_standby_gets_everything_again():
         queue.still_holds(queue.next())
     assert queue.next() is None
     queue.restart()
-    assert [queue.next(), queue.next()] == [Replica(1, 1, 4), Replica(2, 1, 4)]
+    assert [queue.next().replica, queue.next().replica] == [Replica(1, 1, 4), Replica(2, 1, 4)]
 
 
 @pytest.mark.parametrize("interval", [0, 4])
@@ -74,7 +74,7 @@ def test_after_a_re_forming_only_what_is_held_is_copied():
     queue = ReplicationQueue(block_size=4, interval=0)
     wrote(queue, Replica(1, 1, 4), Replica(2, 1, 4))
     assert queue.hold([Replica(2, 1, 4)])
-    assert queue.next() == Replica(2, 1, 4)
+    assert queue.next().replica == Replica(2, 1, 4)
     assert queue.next() is None
 
 
@@ -90,7 +90,7 @@ def test_a_copy_that_could_not_be_sent_is_due_again():
     wrote(queue, Replica(1, 1, 4))
     copied = queue.next()
     assert queue.still_holds(copied)
-    queue.not_sent(copied)
+    queue.not_sent(copied.replica)
     assert queue.next() == copied
 
 
@@ -100,3 +100,53 @@ def test_the_deeper_a_block_the_sooner_it_is_copied_again():
         return next(filled for filled in range(1, 129) if wrote(queue, Replica(1, 1, filled, depth)))
 
     assert [tokens_until_due(depth) for depth in (0, 7, 8, 16, 58, 10_000)] == [32, 32, 16, 10, 4, 1]
+
+
+def test_only_what_was_added_since_the_last_copy_is_copied():
+    queue = ReplicationQueue(block_size=8, interval=2)
+    wrote(queue, Replica(1, 1, 3))
+    assert queue.still_holds(queue.next())
+    wrote(queue, Replica(1, 1, 5))
+    assert queue.next() == Due(Replica(1, 1, 5), start=3)
+
+
+def test_another_content_of_the_block_is_copied_from_its_first_token():
+    queue = ReplicationQueue(block_size=8, interval=2)
+    wrote(queue, Replica(1, 1, 3))
+    assert queue.still_holds(queue.next())
+    wrote(queue, Replica(1, 2, 5))
+    assert queue.next() == Due(Replica(1, 2, 5), start=0)
+
+
+def test_what_the_standby_dropped_is_copied_from_the_first_token_but_no_sooner():
+    queue = ReplicationQueue(block_size=8, interval=2)
+    wrote(queue, Replica(1, 1, 3))
+    assert queue.still_holds(queue.next())
+    queue.dropped([1])
+    assert queue.next() is None
+    wrote(queue, Replica(1, 1, 5))
+    whole = queue.next()
+    assert queue.still_holds(whole)
+    assert whole == Due(Replica(1, 1, 5), start=0)
+    wrote(queue, Replica(1, 1, 7))
+    assert queue.next() == Due(Replica(1, 1, 7), start=5)
+
+
+def test_what_the_standby_had_nothing_to_go_on_from_for_is_due_at_once():
+    queue = ReplicationQueue(block_size=4, interval=2)
+    wrote(queue, Replica(1, 1, 2))
+    assert queue.still_holds(queue.next())
+    wrote(queue, Replica(1, 1, 4))
+    assert queue.still_holds(queue.next())
+    queue.lacking([1])
+    assert queue.next() == Due(Replica(1, 1, 4), start=0)
+
+
+def test_a_copy_that_was_given_up_starts_from_the_first_token():
+    queue = ReplicationQueue(block_size=8, interval=2)
+    wrote(queue, Replica(1, 1, 3))
+    copied = queue.next()
+    assert queue.still_holds(copied)
+    queue.not_sent(copied.replica)
+    wrote(queue, Replica(1, 1, 5))
+    assert queue.next() == Due(Replica(1, 1, 5), start=0)

@@ -60,7 +60,7 @@ class Bench:
         for peer, copy, _ in copies:
             tag = (copy.block, copy.generation, copy.filled)
             stored, lost = ((), (tag,)) if copy.block in dropped else ((tag,), ())
-            self.there.answer(peer, replicas.encode(replicas.Outcome(copy.pipeline, STANDBY, stored, lost, 8, 80)))
+            self.there.answer(peer, replicas.encode(replicas.Outcome(copy.pipeline, STANDBY, stored, lost, (), 8, 80)))
 
 
 def test_a_copy_carries_its_tag_its_epoch_and_a_checksum():
@@ -83,7 +83,7 @@ def test_what_was_confirmed_is_told_with_the_bytes_of_full_and_of_partial_blocks
     bench.confirm(bench.arrived())
     bench.turn()
     assert [each.stored for each in bench.told] == [((1, 1, 4),), ((2, 1, 2),)]
-    assert (bench.told[-1].full_bytes, bench.told[-1].partial_bytes, bench.told[-1].used_bytes) == (8, 8, 8)
+    assert (bench.told[-1].full_bytes, bench.told[-1].partial_bytes, bench.told[-1].used_bytes) == (8, 4, 8)
 
 
 def test_a_block_that_changes_hands_during_the_copy_is_not_sent():
@@ -225,3 +225,40 @@ def test_nothing_due_means_a_long_wait_and_a_cap_a_short_one():
     bench.write(lane, 2)
     bench.turn()
     assert bench.turn(0.04) == pytest.approx(0.06)
+
+
+def test_a_partly_filled_block_travels_a_few_tokens_at_a_time():
+    bench = Bench(interval=1)
+    lane = bench.lane()
+    for filled in (2, 3, 4):
+        bench.write(lane, 1, filled)
+        bench.turn(0.01)
+    assert [(copy.start, copy.filled, data) for _, copy, data in bench.arrived()] == [
+        (0, 2, b"1234"), (2, 3, b"56"), (3, 4, b"78"),
+    ]  # fmt: skip
+
+
+def test_where_a_block_cannot_be_taken_apart_it_travels_whole():
+    bench = Bench()
+    bench.memory.token_bytes = 0
+    lane = bench.lane()
+    for filled in (2, 4):
+        bench.write(lane, 1, filled)
+        bench.turn(0.01)
+    assert [(copy.start, copy.filled, data) for _, copy, data in bench.arrived()] == [
+        (0, 2, b"12345678"), (0, 4, b"12345678"),
+    ]  # fmt: skip
+
+
+def test_what_the_standby_lacks_is_sent_whole():
+    bench = Bench(interval=1)
+    lane = bench.lane()
+    bench.write(lane, 1, 2)
+    bench.turn(0.01)
+    bench.write(lane, 1, 3)
+    bench.turn(0.01)
+    _, (peer, copy, _) = bench.arrived()
+    lacking = ((copy.block, copy.generation, copy.filled),)
+    bench.there.answer(peer, replicas.encode(replicas.Outcome(0, STANDBY, (), (), lacking, 8, 80)))
+    bench.turn(0.01)
+    assert [(copy.start, data) for _, copy, data in bench.arrived()] == [(0, b"123456")]

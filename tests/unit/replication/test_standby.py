@@ -12,7 +12,7 @@ from kevlarflow.replication.store import StandbyStore
 from kevlarflow.replication.transfer import Arrival
 from kevlarflow.types import Member
 from kevlarflow.wire import replicas
-from unit.replication.parts import BOUNDS, content, header
+from unit.replication.parts import BOUNDS, Memory, content, header
 
 DATA = b"12345678"
 
@@ -29,7 +29,7 @@ class Answers:
 
 class Bench:
     def __init__(self, limit=800):
-        self.store = StandbyStore(limit, BOUNDS.block_bytes)
+        self.store = StandbyStore(limit, Memory())
         self.standby = Standby(Member("b", 1), 0, self.store, BOUNDS)
         self.answers = Answers()
 
@@ -42,7 +42,7 @@ def test_a_right_copy_is_stored_and_confirmed():
     bench = Bench()
     bench.send()
     assert content(bench.store, 0, Replica(1, 1, 4)) == DATA
-    assert bench.answers.sent == [(b"a", replicas.Outcome(0, Member("b", 1), ((1, 1, 4),), (), 8, 800))]
+    assert bench.answers.sent == [(b"a", replicas.Outcome(0, Member("b", 1), ((1, 1, 4),), (), (), 8, 800))]
 
 
 WRONG = {
@@ -57,6 +57,10 @@ WRONG = {
     "said length": {"length": 7},
     "length": {"payload": b"123"},
     "longer": {"payload": b"x" * 9},
+    "some tokens in the length of all": {"filled": 3},
+    "negative start": {"start": -1},
+    "no token from its start on": {"start": 4},
+    "the length of other tokens": {"start": 2, "payload": b"123456"},
     "checksum": {"checksum": 1},
     "epoch": {"epoch": 4},
     "no header": {"raw_header": b""},
@@ -120,3 +124,21 @@ def test_a_full_disk_for_logs_costs_the_line_and_nothing_else():
     assert len(lost) == 1, "the disk was to be full"
     assert bench.standby.refused == 1
     assert content(bench.store, 0, Replica(1, 1, 4)) == DATA
+
+
+def test_tokens_with_nothing_before_them_are_named_and_the_channel_stays_open():
+    bench = Bench()
+    bench.send(payload=b"5678", start=2)
+    bench.send(payload=b"1234", filled=2)
+    bench.send(payload=b"5678", start=2)
+    lacking, first, second = (answer for _, answer in bench.answers.sent)
+    assert (lacking.stored, lacking.lacking) == ((), ((1, 1, 4),))
+    assert (first.stored, second.stored) == (((1, 1, 2),), ((1, 1, 4),))
+    assert content(bench.store, 0, Replica(1, 1, 4)) == DATA
+
+
+def test_where_blocks_are_copied_whole_no_tokens_are_taken():
+    bench = Bench()
+    bench.standby = Standby(Member("b", 1), 0, bench.store, BOUNDS._replace(token_bytes=0))
+    bench.send(payload=b"5678", start=2)
+    assert bench.standby.refused == 1

@@ -2,15 +2,17 @@
 
 import random
 
-from kevlarflow.recovery.coverage import Replica
-from kevlarflow.replication.store import StandbyStore
-from unit.replication.parts import content
+import pytest
 
-DATA = b"x" * 10
+from kevlarflow.recovery.coverage import Replica
+from kevlarflow.replication.store import NothingToGoOnFrom, StandbyStore
+from unit.replication.parts import BOUNDS, Memory, content
+
+DATA = b"x" * BOUNDS.block_bytes
 
 
 def store_of(limit):
-    return StandbyStore(limit, len(DATA))
+    return StandbyStore(limit // 10 * BOUNDS.block_bytes, Memory())
 
 
 def replica(block, depth=0, generation=1, filled=4):
@@ -35,9 +37,9 @@ def test_a_newer_copy_of_a_block_replaces_the_older():
 
 def test_a_newer_copy_serves_who_only_knows_of_an_older():
     store = store_of(100)
-    store.put(0, replica(1, filled=2), b"o" * 10)
-    store.put(0, replica(1, filled=4), b"n" * 10)
-    assert content(store, 0, replica(1, filled=2)) == b"n" * 10
+    store.put(0, replica(1, filled=2), b"o" * 8)
+    store.put(0, replica(1, filled=4), b"n" * 8)
+    assert content(store, 0, replica(1, filled=2)) == b"n" * 8
 
 
 def test_the_deepest_block_is_dropped_first():
@@ -87,16 +89,16 @@ def test_the_bytes_of_each_lane_are_known():
     store.put(0, replica(1), DATA)
     store.put(1, replica(1), DATA)
     store.put(1, replica(2), DATA)
-    assert (store.bytes_of(0), store.bytes_of(1), store.used_bytes) == (10, 20, 30)
+    assert (store.bytes_of(0), store.bytes_of(1), store.used_bytes) == (8, 16, 24)
     store.forget(1)
-    assert (store.bytes_of(0), store.bytes_of(1)) == (10, 0)
+    assert (store.bytes_of(0), store.bytes_of(1)) == (8, 0)
 
 
 def test_contents_are_not_mixed_up_when_places_are_used_again():
     store = store_of(30)
     for block in range(9):
-        store.put(0, replica(block), bytes([block]) * 10)
-    assert [(content(store, 0, replica(block))) for block in (6, 7, 8)] == [bytes([block]) * 10 for block in (6, 7, 8)]
+        store.put(0, replica(block), bytes([block]) * 8)
+    assert [(content(store, 0, replica(block))) for block in (6, 7, 8)] == [bytes([block]) * 8 for block in (6, 7, 8)]
 
 
 def test_a_pinned_lane_is_neither_dropped_nor_replaced():
@@ -105,7 +107,7 @@ def test_a_pinned_lane_is_neither_dropped_nor_replaced():
     store.put(0, replica(2, depth=4), DATA)
     store.pin(0)
     assert store.put(1, replica(7), DATA) == [(1, replica(7))]
-    assert store.put(0, replica(1, generation=2), b"y" * 10) == [(0, replica(1, generation=2))]
+    assert store.put(0, replica(1, generation=2), b"y" * 8) == [(0, replica(1, generation=2))]
     assert content(store, 0, replica(1)) == DATA
     store.unpin(0)
     assert store.put(1, replica(7), DATA) == [(0, replica(1))]
@@ -115,3 +117,46 @@ def test_a_store_smaller_than_a_block_takes_nothing():
     store = store_of(9)
     assert store.put(0, replica(1), DATA) == [(0, replica(1))]
     assert store.used_bytes == 0
+
+
+def test_a_copy_that_goes_on_from_an_earlier_one_is_put_behind_it():
+    store = store_of(100)
+    store.put(0, replica(1, filled=2), b"abcd", 0)
+    assert store.put(0, replica(1, filled=3), b"ef", 2) == []
+    assert store.put(0, replica(1, filled=4), b"gh", 3) == []
+    assert content(store, 0, replica(1, filled=4)) == b"abcdefgh"
+    assert store.used_bytes == BOUNDS.block_bytes
+
+
+@pytest.mark.parametrize(
+    "here", [(), (replica(1, filled=1),), (replica(1, generation=2, filled=2),), (replica(2, filled=2),)]
+)
+def test_a_copy_that_has_nothing_to_go_on_from_is_not_taken(here):
+    store = store_of(100)
+    for each in here:
+        store.put(0, each, b"??" * each.filled, 0)
+    with pytest.raises(NothingToGoOnFrom):
+        store.put(0, replica(1, filled=3), b"ef", 2)
+    assert content(store, 0, replica(1, filled=3)) is None
+
+
+def test_a_late_copy_of_fewer_tokens_takes_none_away():
+    store = store_of(100)
+    store.put(0, replica(1, filled=4), b"abcdefgh")
+    store.put(0, replica(1, filled=3), b"ef", 2)
+    assert content(store, 0, replica(1, filled=4)) == b"abcdefgh"
+
+
+def test_nothing_is_put_behind_a_replica_that_is_being_put_in_place():
+    store = store_of(100)
+    store.put(0, replica(1, filled=2), b"abcd", 0)
+    store.pin(0)
+    assert store.put(0, replica(1, filled=3), b"ef", 2) == [(0, replica(1, filled=3))]
+    assert content(store, 0, replica(1, filled=3)) is None
+
+
+def test_what_was_put_behind_a_replica_is_dropped_with_it():
+    store = store_of(10)
+    store.put(0, replica(1, depth=1, filled=2), b"abcd", 0)
+    store.put(0, replica(1, depth=1, filled=3), b"ef", 2)
+    assert store.put(0, replica(2), DATA) == [(0, replica(1, filled=3))]
