@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import shutil
 import signal
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kevlarflow.errors import KevlarFlowError, UsageError
+from kevlarflow.cli.log_folder import log_folder
+from kevlarflow.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,18 +107,8 @@ def _observe(scenario: Scenario, port: int | None, screen: Screen, console: Cons
         return stage.on_cluster(scenario, stage.local(port), screen)
     if scenario.cluster.model is None:
         ensure_default_model()
-    folder = Path(tempfile.mkdtemp(prefix="kevlarflow-chaos-"))
-    keep_logs = False
-    try:
+    with log_folder("chaos", functools.partial(console.print, markup=False)) as folder:
         return stage.on_own_cluster(scenario, folder, screen)
-    except KevlarFlowError:
-        keep_logs = True
-        raise
-    finally:
-        if keep_logs:
-            console.print(f"the cluster's log is kept in {folder}", markup=False)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _account(seen: Observed, verdicts: list[Verdict], *, holds: bool) -> dict[str, Any]:

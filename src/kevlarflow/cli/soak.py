@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import shlex
-import shutil
 import signal
-import tempfile
 from pathlib import Path
 
-from kevlarflow.errors import KevlarFlowError, UsageError
+from kevlarflow.cli.log_folder import log_folder
+from kevlarflow.errors import UsageError
 
 FAILED = 1
 DEFAULT_OUTPUT = Path("docs/benchmarks")
@@ -48,23 +48,9 @@ def _soak(options: argparse.Namespace, command: str) -> int:
         plan=soak.Plan(faults=options.faults, seed=options.seed), command=command, machine=machine.describe()
     )
     stem = f"{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}-soak"
-    folder = Path(tempfile.mkdtemp(prefix="kevlarflow-soak-"))
-    keep_logs = False
-    try:
-        soak.run(
-            result,
-            folder,
-            lambda line: console.print(line, markup=False),
-            lambda: soak_report.save(result, options.output, stem),
-        )
-    except KevlarFlowError:
-        keep_logs = True
-        raise
-    finally:
-        if keep_logs:
-            console.print(f"the cluster's log is kept in {folder}", markup=False)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+    say = functools.partial(console.print, markup=False)
+    with log_folder("soak", say) as folder:
+        soak.run(result, folder, say, lambda: soak_report.save(result, options.output, stem))
     verdicts = soak.judge(result)
     console.print(show.verdicts(verdicts))
     console.print(f"saved {options.output / stem}.json and .md", markup=False)
