@@ -242,8 +242,8 @@ class Session:
                 self._handle(core.ChunkRecomputed(epoch, -sequence))
             case steps.Restored(epoch=epoch, stage=stage):
                 self._handle(core.StageRestored(epoch, stage))
-            case steps.Placed(epoch=epoch, stage=stage, missing=missing):
-                self._handle(core.ReplicasPlaced(epoch, stage, _replicas(missing)))
+            case steps.Placed(epoch=epoch, stage=stage, missing=missing, fuller=fuller):
+                self._handle(core.ReplicasPlaced(epoch, stage, _replicas(missing), _replicas(fuller)))
             case steps.Refused(epoch=epoch, stage=stage, reason=reason):
                 if epoch == self._core.epoch:
                     self._member_failed(stage, reason)

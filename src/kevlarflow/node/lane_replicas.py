@@ -83,14 +83,20 @@ class LaneReplicas:
 
     # ---- as a donor
 
-    def place(self, lane: Lane, now: Sequence[Replica], later: Sequence[Replica]) -> list[Replica]:
-        """Write the replicas of `now` into the lane and keep those of `later`; returns what is not here."""
+    def place(
+        self, lane: Lane, now: Sequence[Replica], later: Sequence[Replica]
+    ) -> tuple[list[Replica], list[Replica]]:
+        """Write the replicas of `now` into the lane and keep those of `later`.
+
+        Returns what is not here, and of what was written that which holds more tokens than were asked for.
+        """
         store = self._replicator.store
         store.pin(lane.pipeline)
         found, missing = store.find(lane.pipeline, now)
         self._write(lane, found)
         lane.rest, missing_later = store.find(lane.pipeline, later)
-        return missing + missing_later
+        fuller = {replica for replica, _ in found}.difference(now)
+        return missing + missing_later, sorted(fuller, key=lambda replica: replica.block)
 
     def _write(self, lane: Lane, copies: Sequence[tuple[Replica, memoryview]]) -> None:
         table = lane.blocks.table

@@ -12,7 +12,7 @@ import os
 import pickle
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -289,9 +289,9 @@ class NodeServer:
 
     def _place(self, lane: Lane, work: Work) -> None:
         now, later = pickle.loads(work.payload[0])
-        missing = self._replicas.place(lane, now, later) if self._replicas else (*now, *later)
-        tags = tuple((replica.block, replica.generation, replica.filled) for replica in missing)
-        self._answer(work.engine, steps.Placed(lane.pipeline, lane.epoch, self._stage, tags))
+        missing, fuller = self._replicas.place(lane, now, later) if self._replicas else ([*now, *later], [])
+        placed = steps.Placed(lane.pipeline, lane.epoch, self._stage, _tags(missing), _tags(fuller))
+        self._answer(work.engine, placed)
 
     def _execute(self, lane: Lane, work: Work, step: steps.Execute, activations: Activations | None) -> None:
         written = [Replica(*each) for each in step.writes]
@@ -327,6 +327,10 @@ class NodeServer:
         except zmq.Again:
             self.dropped += 1
             log.warning("%s: a message was dropped: %d wait for a peer already", self._member, MAX_WAITING_MESSAGES)
+
+
+def _tags(replicas: Iterable[Replica]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((replica.block, replica.generation, replica.filled) for replica in replicas)
 
 
 def _unlink(lane: Lane) -> None:

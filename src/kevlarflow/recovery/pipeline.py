@@ -219,6 +219,9 @@ class Pipeline:
         forming.to_place.discard(event.stage)
         for replica in event.missing:
             forming.placed[event.stage].pop(replica.block, None)
+        forming.placed[event.stage] |= {
+            replica.block: replica for replica in event.fuller if replica.block in forming.placed[event.stage]
+        }
         self._watermarks.drop(event.stage, event.missing)
         if forming.to_place:
             return []

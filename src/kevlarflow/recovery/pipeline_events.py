@@ -60,11 +60,15 @@ class ReplicasConfirmed:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReplicasPlaced:
-    """A new node has put its replicas into the lane; these it did not have after all. After `PlaceRest` once more."""
+    """A new node has put its replicas into the lane; `missing` it did not have after all. After `PlaceRest` once more.
+
+    `fuller` are replicas that hold more tokens than the pipeline knew of: their confirmations were still on their way.
+    """
 
     epoch: Epoch
     stage: Stage
     missing: tuple[Replica, ...]
+    fuller: tuple[Replica, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -107,17 +107,18 @@ class StandbyStore:
     def find(
         self, pipeline: PipelineId, replicas: Iterable[Replica]
     ) -> tuple[list[tuple[Replica, memoryview]], list[Replica]]:
-        """The stored copies of these contents, which stay as they are while the lane is pinned, and what is not here.
+        """What is here of these contents, which stays as it is while the lane is pinned, and what is not.
 
         A later copy of the same generation will do: it holds the same tokens and further ones. Those who ask often
-        know of an older copy only, since what was stored last is still on its way to them.
+        know of an older copy only, since what was stored last is still on its way to them; so the copies come with
+        the replicas that they are.
         """
         found, missing = [], []
         with self._lock:
             for replica in replicas:
                 entry = self._entries.get((pipeline, replica.block))
                 if entry is not None and _serves(entry.replica, replica):
-                    found.append((replica, self._bytes_at(entry.place)))
+                    found.append((entry.replica, self._bytes_at(entry.place)))
                 else:
                     missing.append(replica)
         return found, missing

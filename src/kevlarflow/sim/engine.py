@@ -306,8 +306,8 @@ class Engine(Process):
                 return core.ChunkRecomputed(epoch, -sequence)
             case steps.Restored(epoch=epoch, stage=stage):
                 return core.StageRestored(epoch, stage)
-            case steps.Placed(epoch=epoch, stage=stage, missing=missing):
-                return core.ReplicasPlaced(epoch, stage, _replicas(missing))
+            case steps.Placed(epoch=epoch, stage=stage, missing=missing, fuller=fuller):
+                return core.ReplicasPlaced(epoch, stage, _replicas(missing), _replicas(fuller))
         return None
 
     def _take_answer(self, source: Node, event: Any) -> None:

@@ -250,7 +250,7 @@ class Node(Process):
             case steps.Restore():
                 self._answer(engine, steps.Restored(pipeline, epoch, self.stage))
             case steps.Place():
-                self._answer(engine, steps.Placed(pipeline, epoch, self.stage, sampled))
+                self._answer(engine, steps.Placed(pipeline, epoch, self.stage, *sampled))
             case steps.PlaceRest():
                 self._answer(engine, steps.Placed(pipeline, epoch, self.stage, ()))
             case steps.Recompute(through=through) if self.stage == through:
@@ -280,14 +280,17 @@ class Node(Process):
     # ---- replicas
 
     def _place(self, lane: Lane, now: tuple[Replica, ...], later: tuple[Replica, ...]) -> tuple[Any, ...]:
-        """Put replicas in place; returns the tags of what is not here."""
-        missing = [*now, *later]
+        """Put replicas in place; returns the tags of what is not here, and of what holds more than was asked for."""
+        missing, fuller = [*now, *later], list[Replica]()
         if self.replicas is not None and self.replicator is not None:
-            missing = self.replicas.place(lane, now, later)
+            missing, fuller = self.replicas.place(lane, now, later)
             found, _ = self.replicator.store.find(lane.pipeline, [*now, *later])
             for replica, data in found:
                 self.fleet.check_copy(lane.pipeline, self.stage, replica, content_of(data))
-        return tuple((replica.block, replica.generation, replica.filled) for replica in missing)
+        return tuple(
+            tuple((replica.block, replica.generation, replica.filled) for replica in replicas)
+            for replicas in (missing, fuller)
+        )
 
 
 def _computed(work: Work, stage: Stage) -> Iterator[tuple[str, int]]:

@@ -133,6 +133,8 @@ class Placed(StepMessage, frozen=True):
     epoch: Epoch
     stage: Stage
     missing: tuple[tuple[int, int, int], ...]
+    fuller: tuple[tuple[int, int, int], ...] = ()
+    """Of the others, those that hold more tokens than were asked for."""
 
 
 class Replicated(StepMessage, frozen=True):

@@ -474,6 +474,24 @@ def test_what_turns_out_to_be_missing_is_computed():
     assert chunk.num_tokens == 6
 
 
+def test_tokens_whose_confirmation_was_on_its_way_are_not_computed():
+    pipeline = replicating()
+    confirm(pipeline, Replica(1, 1, 4), Replica(2, 1, 1))
+    pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
+    unknown = Replica(3, 1, 4)
+    commands = pipeline.handle(p.ReplicasPlaced(2, 1, (), (Replica(2, 1, 2), unknown)), 2.1)
+    assert "Recompute" not in kinds(commands)
+
+
+def test_a_fuller_replica_of_another_content_counts_for_nothing():
+    pipeline = replicating()
+    confirm(pipeline, Replica(1, 1, 4), Replica(2, 1, 1))
+    pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
+    commands = pipeline.handle(p.ReplicasPlaced(2, 1, (), (Replica(2, 7, 2),)), 2.1)
+    (chunk,) = [command.chunk for command in commands if isinstance(command, p.Recompute)]
+    assert [(span.start, span.end) for span in chunk.spans] == [(4, 6)]
+
+
 def test_another_node_than_the_standby_has_no_replicas():
     pipeline = replicating()
     confirm(pipeline, Replica(1, 1, 4))
