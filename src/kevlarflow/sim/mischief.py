@@ -10,8 +10,8 @@ from kevlarflow.recovery.pipeline import Phase
 from kevlarflow.sim.errors import Overlooked
 from kevlarflow.sim.network import Cut, Process
 from kevlarflow.sim.node import Node
-from kevlarflow.sim.plan import Fault
-from kevlarflow.types import PipelineId
+from kevlarflow.sim.plan import SLOW_PLACE, Fault
+from kevlarflow.types import NodeId, PipelineId
 from kevlarflow.wire import steps
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Mischief:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._armed: dict[str, list[Fault]] = {}
+        self._slow_places: dict[NodeId, float] = {}
         self.over = False
 
     def begin(self, fault: Fault) -> None:
@@ -77,8 +78,10 @@ class Mischief:
             case "slow":
                 node.speed.slow_down(2 + 30 * fault.strength)
                 self._later(fault, functools.partial(self._speed_up, node))
-                if fault.detail == "has to be noticed":
+                if fault.detail:
                     self._fleet.timeline.after(NOTICED_SECONDS, functools.partial(self._expect_notice, node))
+                if fault.detail == SLOW_PLACE:
+                    self._slow_places[node.member.node] = node.speed.factor
             case "raise":
                 node.raises = True
             case "drain":
@@ -95,6 +98,7 @@ class Mischief:
         fleet = self._fleet
         self.over = True
         self._armed.clear()
+        self._slow_places.clear()
         fleet.network.slowness, fleet.network.echo = 1.0, 0.0
         fleet.network.cuts.clear()
         for node in fleet.living_nodes():
@@ -193,6 +197,11 @@ class Mischief:
         """Since when what a dying process has sent, and nobody has received, is lost."""
         fleet = self._fleet
         return fleet.timeline.now - fleet.rng.choice([0.0, 0.0, UNRECEIVED_SECONDS * fleet.rng.random()])
+
+    def haunt(self, node: Node) -> None:
+        """A node begins its life: where the place is slow, so is every node in it."""
+        if node.member.node in self._slow_places:
+            node.speed.slow_down(self._slow_places[node.member.node])
 
     def _expect_notice(self, node: Node) -> None:
         slot = self._fleet.controller.cluster.slots[node.member.node]

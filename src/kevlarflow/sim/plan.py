@@ -13,11 +13,14 @@ from kevlarflow.sim.stage import VOCABULARY, next_token
 
 LOAD_SECONDS = 0.8
 """Requests arrive, and faults begin, within this time."""
-STEADY_SHARE = 0.01
+STEADY_SHARE = 0.006
 """Of the seeds: fleets that are busy for longer."""
-STEADY_SECONDS = 5.0
-STEADY_REQUESTS = 25
-"""For each pipeline: together they take longer than that."""
+STEADY_KINDS = ("slow", "slow place", "well", "slow and more")
+SLOW_NODE, SLOW_PLACE = "the node, which has to be noticed", "the place, whatever node is in it"
+STEADY_SECONDS, STEADY_REQUESTS = 5.0, 25
+"""How long faults last in them, and how many requests each pipeline has to serve."""
+SLOW_PLACE_SECONDS, SLOW_PLACE_REQUESTS = 9.0, 80
+"""The same where a place is slow: a second judgement on it has to be possible."""
 PHASES = ("join", "place", "recompute", "restore", "reissue")
 POISONOUS = 0.04
 """How many of the requests are deadly for the nodes that compute them."""
@@ -131,8 +134,15 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Plan:
 def _draw_steady(seed: int, without: frozenset[str]) -> Plan:
     """A fleet that is busy for seconds, so that slowness shows: in one node, in none, or in one amid other faults."""
     rng = random.Random(f"{seed} steady load")
+    kind = rng.choice(STEADY_KINDS)
+    seconds, requests = STEADY_SECONDS, STEADY_REQUESTS
+    if kind == "slow place":
+        seconds, requests = SLOW_PLACE_SECONDS, SLOW_PLACE_REQUESTS
     pipelines = rng.choice([2, 3])
     drawn = _shape(random.Random(f"{seed} shape"), without)
+    if kind == "slow place":
+        # Without copies a lane moves late, and what is slow in the end has no time to be judged again.
+        drawn = replace(drawn, replicates=True, standby_blocks=100)
     shape = replace(
         drawn, pipelines=pipelines - sum(f"p{index}" in without for index in range(1, pipelines)),
         lanes=pipelines, blocks=24, block_size=4, budget=16, max_running=2, latency=0.002, step=0.005, start=0.3,
@@ -140,18 +150,19 @@ def _draw_steady(seed: int, without: frozenset[str]) -> Plan:
     longest = (shape.blocks - 1) * shape.block_size - 1
     common = [rng.randrange(VOCABULARY) for _ in range(longest)]
     demands = []
-    for index in range(STEADY_REQUESTS * pipelines):
+    for index in range(requests * pipelines):
         name = f"r{index}"
         each = random.Random(f"{seed} {name}")
         demand = _demand(each, name, shape, common, burst=True)
         demands.append(replace(demand, pipeline=index % shape.pipelines, cancelled_after=None, poisons=None))
-    faults = _steady_faults(seed, rng, shape, tuple(demands))
+    faults = _steady_faults(seed, kind, rng, shape, tuple(demands))
     kept = tuple(each for each in demands if each.name not in without)
-    return Plan(seed, shape, kept, tuple(each for each in faults if each.name not in without), STEADY_SECONDS)
+    return Plan(seed, shape, kept, tuple(each for each in faults if each.name not in without), seconds)
 
 
-def _steady_faults(seed: int, rng: random.Random, shape: Shape, demands: tuple[Demand, ...]) -> tuple[Fault, ...]:
-    kind = rng.choice(["slow", "slow", "well", "slow and more"])
+def _steady_faults(
+    seed: int, kind: str, rng: random.Random, shape: Shape, demands: tuple[Demand, ...]
+) -> tuple[Fault, ...]:
     others = _faults(seed, shape, demands)[:2] if kind == "slow and more" else ()
     others = tuple(replace(each, at=each.at + 3 * rng.random()) for each in others if each.kind != "slow")
     slow = Fault(
@@ -161,8 +172,8 @@ def _steady_faults(seed: int, rng: random.Random, shape: Shape, demands: tuple[D
         pipeline=rng.randrange(shape.pipelines),
         stage=rng.randrange(shape.stages),
         whose="own",
-        seconds=STEADY_SECONDS,
-        detail="has to be noticed" if kind == "slow" else "",
+        seconds=SLOW_PLACE_SECONDS,
+        detail={"slow": SLOW_NODE, "slow place": SLOW_PLACE}.get(kind, ""),
         strength=0.15 + 0.15 * rng.random(),
     )
     return () if kind == "well" else (slow, *others)
