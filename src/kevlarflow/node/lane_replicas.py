@@ -30,11 +30,9 @@ class LaneReplicas:
     # ---- as a source
 
     def open(self, lane: Lane) -> None:
-        """The lane was opened under a new epoch: until it is restored, nobody knows what its blocks hold."""
+        """The lane was opened under a new epoch."""
         self._replicator.store.unpin(lane.pipeline)
-        replication = self._of(lane)
-        replication.epoch = lane.epoch
-        replication.queue.hold(())
+        self._of(lane).epoch = lane.epoch
 
     def close(self, lane: Lane) -> None:
         """The lane was left."""

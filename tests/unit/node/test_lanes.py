@@ -1,6 +1,9 @@
 """Lanes: what may run next, and what an epoch fences off."""
 
 from kevlarflow.node.lanes import Lanes, Work
+from kevlarflow.recovery.coverage import Replica
+from kevlarflow.replication.queue import ReplicationQueue
+from kevlarflow.replication.source import LaneReplication
 from kevlarflow.wire.steps import Execute, PlaceRest, Recompute, Restore
 
 
@@ -148,3 +151,15 @@ def test_a_lane_works_once_it_has_its_blocks():
     table.share(own, frozenset({5, 6, 7, 8}))
     assert table.next_work()[0] is guest
     assert guest.runner.table == [0, 4, 3, 2, 1, 0, 0, 0, 0]
+
+
+def test_a_copy_that_is_under_way_when_a_lane_is_left_is_not_believed():
+    table = lanes()
+    lane = table.open(0, 1)
+    table.share(lane, None)
+    lane.replication = LaneReplication(0, lane.blocks.table, ReplicationQueue(4, 0))
+    lane.replication.queue.end([Replica(3, 1, 4)])
+    copied = lane.replication.queue.next()
+    table.leave(0, 2)
+    assert lane.blocks.table[3] == 0, "it is anybody's"
+    assert not lane.replication.queue.still_holds(copied)
