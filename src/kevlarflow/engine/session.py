@@ -219,7 +219,7 @@ class Session:
     def _receive(self, header: steps.AnyStepMessage, payload: list[bytes]) -> None:
         match header:
             case steps.Executed(epoch=epoch, sequence=sequence):
-                if epoch == self._core.epoch:
+                if epoch == self._core.epoch and sequence in self._futures:
                     output, generators = pickle.loads(payload[0])
                     self._outputs[sequence] = output
                     result = translate.result_of(output, generators)
