@@ -263,6 +263,12 @@ MUTANTS = (
         "tests/unit/recovery/test_pipeline.py",
     ),
     Mutant(
+        "a stopped engine outlives a restart of the controller",
+        "recovery/cluster.py",
+        "        if pipeline.id in snapshot.engines:\n",
+        "        if False:\n",
+    ),
+    Mutant(
         "only nodes that the controller knows of are left",
         "recovery/pipeline.py",
         "left = {*order.released, *self.nodes} - {*order.nodes}",

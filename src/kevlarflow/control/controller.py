@@ -150,6 +150,9 @@ class Controller:
         for known in snapshot.nodes:
             if known.pids and not self.watcher.watch(known.member, known.pids, remembered.start_times):
                 self._bury(known.member, now, now)
+        for pipeline, pid in snapshot.engines.items():
+            if not self.watcher.watch(EngineProcess(pipeline, pid), (pid,), remembered.start_times):
+                self.handle(events.EngineLost(pipeline, pid), now)
 
     def turn(self, *, messages_wait: bool = True) -> None:
         """Everything that is due: messages, deaths, answers of the launcher, and time."""

@@ -122,8 +122,8 @@ class Lanes:
         lane.rest.clear()
         lane.runner.reset()
         if lane.replication is not None:
-            # Until the lane is restored nobody knows what its blocks hold. And another thread may be copying one that is
-            # about to be given away: it looks once more when it is done.
+            # Until the lane is restored nobody knows what its blocks hold. And another thread may be copying one that
+            # is about to be given away: it looks once more when it is done.
             lane.replication.queue.hold(())
         stale = [key for key in self._activations if key[0] == lane.pipeline and key[1] < epoch]
         for key in stale:

@@ -20,7 +20,7 @@ from kevlarflow.recovery import drain, events, formation, moves, nodes, slowness
 from kevlarflow.recovery.events import AnyCommand, AnyEvent, Snapshot
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import subject
-from kevlarflow.types import Epoch, Member, NodeState, PipelineState, RecoveryState
+from kevlarflow.types import EngineState, Epoch, Member, NodeState, PipelineState, RecoveryState
 
 DEFAULT_START_SECONDS = 10.0
 """What a node takes to start, until one has been seen to."""
@@ -48,6 +48,11 @@ def _resume(grid: Grid, event: events.ControllerResumed) -> None:
         pipeline.epoch = snapshot.epochs.get(pipeline.id, Epoch(unused))
         pipeline.served = snapshot.served
         pipeline.leaving = set(snapshot.lanes.get(pipeline.id, ()))
+        if pipeline.id in snapshot.engines:
+            # Should it not introduce itself, it is stopped, and nobody else would ever end it.
+            pipeline.engine.pid = snapshot.engines[pipeline.id]
+            pipeline.engine.state = EngineState.SILENT
+            pipeline.engine.heard_at = grid.now
     for kept in snapshot.recoveries:
         # A mutable record must not be shared with an event.
         recovery = copy.copy(kept)
@@ -134,6 +139,7 @@ class Cluster(Grid):
             recoveries=tuple(map(copy.copy, self.recoveries)),
             next_recovery=self.next_recovery,
             start_seconds=tuple(self.start_seconds),
+            engines={each.id: each.engine.pid for each in self.pipelines if each.engine.pid and each.engine.living},
         )
 
     # ---- what observers ask

@@ -71,6 +71,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     recoveries: tuple[Recovery, ...] = ()
     next_recovery: RecoveryId = RecoveryId(1)
     start_seconds: tuple[float, ...] = ()
+    engines: dict[PipelineId, int] = {}
+    """Pids of the engines that may be at work."""
 
 
 # ---- events

@@ -139,9 +139,10 @@ def _hear(grid: Grid, pipeline: Pipeline, report: events.EngineReport) -> None:
 def on_engine_lost(grid: Grid, event: events.EngineLost) -> None:
     """The process is gone. A later one will attach."""
     pipeline = grid.pipeline(event.pipeline)
-    if pipeline is None or pipeline.engine.pid != event.pid or not pipeline.engine.attached:
+    if pipeline is None or pipeline.engine.pid != event.pid or not pipeline.engine.living:
         return
     detach(grid, pipeline)
+    pipeline.engine.state = EngineState.DEAD
     grid.narrate(f"the engine of {subject(pipeline.id)} ended (pid {event.pid}): its requests are lost")
 
 
@@ -188,14 +189,15 @@ def on_tick(grid: Grid, event: events.Tick) -> None:
 
 def _look_after_engine(grid: Grid, pipeline: Pipeline) -> None:
     """Show an engine that does not report; kill it when that lasts, so that it is started again."""
-    engine = pipeline.engine
-    if not engine.attached or engine.pid is None or engine.state not in (EngineState.READY, EngineState.SILENT):
+    engine, timeouts = pipeline.engine, grid.config.timeouts
+    if not engine.living or engine.pid is None:
         return
     silence_ms = (grid.now - engine.heard_at) * 1_000
-    if silence_ms >= grid.config.timeouts.engine_silent_after_ms and engine.state is EngineState.READY:
+    if silence_ms >= timeouts.engine_silent_after_ms and engine.state is EngineState.READY:
         engine.state = EngineState.SILENT
         grid.narrate(f"the engine of {subject(pipeline.id)} does not report (pid {engine.pid})")
-    if silence_ms >= grid.config.timeouts.engine_lost_after_ms:
+    starting = engine.state is EngineState.STARTING
+    if silence_ms >= (1_000 * timeouts.startup_timeout_s if starting else timeouts.engine_lost_after_ms):
         engine.heard_at = grid.now
         grid.narrate(f"the engine of {subject(pipeline.id)} is killed, since it does not report (pid {engine.pid})")
         grid.command(KillEngine(pipeline.id, engine.pid))

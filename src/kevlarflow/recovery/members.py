@@ -124,6 +124,11 @@ class Engine:
     kv_blocks: int = 0
 
     @property
+    def living(self) -> bool:
+        """Whether it was not seen to end."""
+        return self.attached or self.state is EngineState.SILENT
+
+    @property
     def quiet(self) -> bool:
         """Whether it is known to have no request and no step."""
         report = self.report

@@ -80,6 +80,12 @@ class Controller(Process):
             for known in snapshot.nodes:
                 if known.pids:
                     self._watch_member(self.fleet.nodes.get(known.member), known.member)
+            for pipeline, pid in snapshot.engines.items():
+                engine = self.fleet.engines[pipeline]
+                if engine.pid == pid and engine.alive:
+                    self._watched.add(engine)
+                else:
+                    self.handle(events.EngineLost(pipeline, pid))
         self._every(TICK_SECONDS, self._tick)
         self._every(self.config.timeouts.pace_interval_ms / 1_000, self._hear_paces)
         self.fleet.network.release()

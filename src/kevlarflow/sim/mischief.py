@@ -7,6 +7,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from kevlarflow.recovery.pipeline import Phase
+from kevlarflow.sim.engine import Engine
 from kevlarflow.sim.errors import Overlooked
 from kevlarflow.sim.network import Cut, Process
 from kevlarflow.sim.node import Node
@@ -43,6 +44,8 @@ class Mischief:
         self._armed: dict[str, list[Fault]] = {}
         self._slow_places: dict[NodeId, float] = {}
         self.over = False
+        self._stopped: list[Engine] = []
+        """Engines that go on some time."""
 
     def begin(self, fault: Fault) -> None:
         """Do it."""
@@ -58,6 +61,8 @@ class Mischief:
                 self._crash(node)
             case "engine":
                 fleet.end_process(fleet.engines[fault.pipeline], self._loses())
+            case "engine freeze":
+                self._freeze_engine(fault)
             case "controller" | "forgetful controller":
                 self._crash_controller(fault)
             case "delay":
@@ -68,6 +73,21 @@ class Mischief:
                 self._later(fault, functools.partial(setattr, fleet.network, "echo", 0.0))
             case _ if node is not None:
                 self._trouble(fault, node)
+
+    def _freeze_engine(self, fault: Fault) -> None:
+        """One that is stopped for good has to be killed; who has forgotten all pids cannot do that."""
+        engine = self._fleet.engines[fault.pipeline]
+        forgets = any(each.kind == "forgetful controller" for each in self._fleet.plan.faults)
+        if engine.alive:
+            engine.freeze()
+            if fault.detail != "for good" or forgets:
+                self._stopped.append(engine)
+                self._later(fault, functools.partial(self._thaw_engine, engine))
+
+    def _thaw_engine(self, engine: Engine) -> None:
+        if engine.frozen:
+            engine.thaw()
+            self._fleet.network.release()
 
     def _trouble(self, fault: Fault, node: Node) -> None:
         match fault.kind:
@@ -105,6 +125,8 @@ class Mischief:
             self._speed_up(node)
             node.raises = False
             self._thaw(node)
+        for engine in self._stopped:
+            self._thaw_engine(engine)
         for engine in fleet.engines:
             if not engine.alive:
                 fleet.start_engine(engine.pipeline)

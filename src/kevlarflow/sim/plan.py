@@ -35,6 +35,7 @@ KINDS = {
     "raise": 1,
     "drain": 2,
     "engine": 1,
+    "engine freeze": 2,
     "controller": 3,
     "forgetful controller": 1,
 }
@@ -251,6 +252,7 @@ def _fault(rng: random.Random, name: str, shape: Shape, moments: list[tuple[floa
         "partition": ("controller", "engine", "node", "controller engine node"),
         "freeze": ("", "", "hard to kill"),
         "controller": ("", "as it acts"),
+        "engine freeze": ("", "", "for good"),
     }
     at, busy = rng.choice(moments)
     return Fault(

@@ -71,3 +71,36 @@ def test_an_order_that_did_not_arrive_is_sent_again():
     driver.now += RESEND_SECONDS
     # It has arrived: what is awaited now is its end.
     assert driver.report(0, running=1, epoch=2) == []
+
+
+def resumed(snapshot):
+    driver = Driver()
+    driver.now = 200.0
+    driver.do(events.ControllerResumed(snapshot))
+    return driver
+
+
+def kills(commands):
+    return [each for each in commands if isinstance(each, KillEngine)]
+
+
+def test_an_engine_that_the_next_life_of_the_controller_never_hears_of_is_killed():
+    before = serving()
+    driver = resumed(before.cluster.snapshot())
+    members = tuple(before.cluster.pipelines[1].members)
+    driver.attach(1, epoch=1, members=members)
+    assert kills(pass_time(driver, LOST - 0.2, reporting=[1])) == []
+    assert kills(pass_time(driver, 0.4, reporting=[1])) == [KillEngine(PipelineId(0), 70)]
+    driver.do(events.EngineLost(PipelineId(0), 70))
+    assert engine_state(driver, 0) is EngineState.DEAD
+    assert kills(pass_time(driver, 2 * LOST, reporting=[1])) == []
+
+
+def test_an_engine_that_falls_silent_while_it_starts_is_given_its_time():
+    driver = Driver()
+    driver.do(events.ClusterBegun())
+    for node in driver.cluster.slots:
+        driver.ready(node)
+    driver.attach(0)
+    assert kills(pass_time(driver, 2 * LOST)) == []
+    assert kills(pass_time(driver, TIMES.startup_timeout_s - 2 * LOST + 1)) == [KillEngine(PipelineId(0), 70)]
