@@ -282,6 +282,31 @@ MUTANTS = (
         "tests/unit/recovery/test_capacity.py",
     ),
     Mutant(
+        "the bound of a wait runs on when the pipeline serves again",
+        "recovery/formation.py",
+        "    pipeline.wait_until = None\n    if isinstance",
+        "    if isinstance",
+    ),
+    Mutant(
+        "nobody looks whether the bound of a wait has passed",
+        "recovery/waiting.py",
+        "return _lets_wait(pipeline) and grid.now >= (pipeline.wait_until or 0.0)",
+        "return False",
+    ),
+    Mutant(
+        "a step that was being scheduled is in flight without a node",
+        "recovery/pipeline.py",
+        "        if self.phase is Phase.WAITING:\n",
+        "        if False:\n",
+    ),
+    Mutant(
+        "a loss is held against nobody while requests wait for a node",
+        "recovery/pipeline.py",
+        "doomed = self._in_flight.blame(lost, self._forming)",
+        "doomed: dict[str, str] = {}",
+        "tests/unit/recovery/test_waiting.py",
+    ),
+    Mutant(
         "an engine that is introduced twice is taken over twice",
         "recovery/formation.py",
         "    if again and pipeline.formed and engine.claim is None:",

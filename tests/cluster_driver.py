@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from kevlarflow.recovery import events
 from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.events import Form, Narrate, Suspend
@@ -17,8 +19,16 @@ def member(node: str, incarnation: int = 1) -> Member:
 class Driver:
     """A cluster with a clock, and short words for what happens to it."""
 
-    def __init__(self, stages: int = 2, pipelines: int = 2, lanes: int = 2, *, replication: bool = False) -> None:
-        self.config = make_config(stages, pipelines)
+    def __init__(
+        self,
+        stages: int = 2,
+        pipelines: int = 2,
+        lanes: int = 2,
+        *,
+        replication: bool = False,
+        replacement_wait_s: float = 45.0,
+    ) -> None:
+        self.config = msgspec.structs.replace(make_config(stages, pipelines), replacement_wait_s=replacement_wait_s)
         self.cluster = Cluster(self.config, unix_offset=1_000_000.0)
         self.invariants = Invariants(self.cluster)
         self.now = 10.0

@@ -6,6 +6,7 @@ read by every other process of the cluster, so that all of them agree.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -26,6 +27,10 @@ LEAST_SLOW_RATIO = 2.0
 
 DEFAULT_BANDWIDTH = 128 << 20
 """Bytes a second that a node may send as copies."""
+
+DEFAULT_REPLACEMENT_WAIT_S = 45.0
+"""Seconds. A replacement is ready after 9 to 16 s, compiled after 20 s, so there is time for a second one if the first
+dies; and the error comes before common proxies (nginx, load balancers) cut a connection that is silent for 60 s."""
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +97,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What one node may send to its standbys: catching up must not take what decoding needs."""
     slow_ratio: float = DEFAULT_SLOW_RATIO
     """A node is slow when its steps take so many times as long as those of its peers; 0: none ever is."""
+    replacement_wait_s: float = DEFAULT_REPLACEMENT_WAIT_S
+    """How long requests wait for a replacement when a stage has no node left; 0: they end at once."""
     vllm_args: tuple[str, ...] = ()
     """Flags passed through to vLLM as they were typed; without model, -pp, -dp, -tp, host and port."""
     timeouts: Timeouts = Timeouts()
@@ -134,6 +141,11 @@ def check(config: ServeConfig) -> None:
         raise UsageError(
             f"--slow-node-ratio {config.slow_ratio:g} would blame nodes for their work, which may differ by a factor "
             f"of {LEAST_SLOW_RATIO:g} between steps that are compared: use 3 or more, or 0 to leave slow nodes alone"
+        )
+    if not 0 <= config.replacement_wait_s < math.inf:
+        raise UsageError(
+            f"--replacement-wait {config.replacement_wait_s:g} is no bound: use a number of seconds, such as "
+            f"{DEFAULT_REPLACEMENT_WAIT_S:g}, or 0 (requests end at once)"
         )
     check_timeouts(config.timeouts)
 

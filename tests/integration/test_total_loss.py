@@ -1,15 +1,16 @@
-"""When no node of a stage is left: clients are told, nothing hangs, and service comes back by itself."""
+"""When no node of a stage is left: requests wait for a replacement, up to a bound; clients are told, nothing hangs."""
 
 from __future__ import annotations
 
 import asyncio
-import time
+import dataclasses
+from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx
 import pytest
 
-from integration.cluster import Cluster
+from integration.cluster import FLAGS, Cluster, Status, running_cluster
 from integration.failover import assert_identical, run
 from integration.waiting import until
 from kevlarflow.faults import KillServing
@@ -20,30 +21,55 @@ from parity.reference import Reference
 pytestmark = pytest.mark.timeout(600)
 
 PROBE = {"model": workload.MODEL, "prompt": "Hello", "max_tokens": 1}
+LONG = PROBE | {"max_tokens": 400, "ignore_eos": True, "stream": True}
+MIXED = [dataclasses.replace(each, at=0.0) for each in workload.named("json-seeded", "penalties-seeded", "choices")]
+SHORT_WAIT_SECONDS = 1.0
+"""Less than any replacement takes."""
 
 
 @pytest.mark.parametrize("stage", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_clients_are_told_and_service_comes_back(stage: int, grid: Cluster, stock_reference: Reference) -> None:
+def test_streams_wait_for_a_replacement_and_go_on(stage: int, grid: Cluster, stock_reference: Reference) -> None:
+    streams = [*workload.steady(), *MIXED]
+
+    async def lose_the_stage(current: Replay) -> None:
+        async with AsyncExitStack() as cancelled_one, httpx.AsyncClient(base_url=grid.base_url, timeout=60.0) as client:
+            answer = await cancelled_one.enter_async_context(client.stream("POST", "/v1/completions", json=LONG))
+            await anext(answer.aiter_lines())
+            assert await current.reached(lambda progress: progress.tokens > 4 * len(streams))
+            await asyncio.to_thread(kill_stage, grid, stage)
+            check_refused(await asyncio.to_thread(wait_for_refusal, grid))
+            all_of_them = load(await asyncio.to_thread(wait_until_all_wait, grid, stage))
+            await cancelled_one.aclose()
+            await asyncio.to_thread(wait_for_fewer, grid, all_of_them)
+
+    recordings = replay(grid.base_url, streams, pipelines=grid.pipelines, beside=lose_the_stage)
+    assert_identical(streams, stock_reference, recordings)
+    paused = [name for name, recording in recordings.items() if max(recording.gaps) > SHORT_WAIT_SECONDS]
+    assert len(paused) >= len(workload.steady()), f"only {paused} have waited for the replacement"
+    status = grid.wait_settled()
+    assert [pipeline["waiting_for"] for pipeline in status["pipelines"]] == [None] * grid.pipelines
+
+
+def test_after_the_bound_clients_are_told_and_service_comes_back(stock_reference: Reference) -> None:
     streams = workload.steady()
-    refused: list[httpx.Response] = []
+    flags = (*FLAGS, f"--replacement-wait={SHORT_WAIT_SECONDS:g}")
+    with running_cluster(stages=2, pipelines=1, flags=flags, name="a cluster that waits for a second") as cluster:
 
-    async def kill_all(current: Replay) -> None:
-        assert await current.reached(lambda progress: progress.tokens > 4 * len(streams))
-        await asyncio.to_thread(grid.inject, *(KillServing(p, stage) for p in range(grid.pipelines)))
-        refused.append(await asyncio.to_thread(wait_for_refusal, grid))
+        async def lose_the_stage(current: Replay) -> None:
+            assert await current.reached(lambda progress: progress.tokens > 4 * len(streams))
+            await asyncio.to_thread(kill_stage, cluster, 1)
+            check_refused(await asyncio.to_thread(wait_for_refusal, cluster))
 
-    started = time.monotonic()
-    recordings = replay(grid.base_url, streams, pipelines=grid.pipelines, beside=kill_all)
-    assert time.monotonic() - started < 60, "streams of a lost pipeline must end soon"
-    assert int(refused[0].headers["Retry-After"]) > 0
-    assert refused[0].json()["error"]["message"]
+        recordings = replay(cluster.base_url, streams, pipelines=1, beside=lose_the_stage)
+        for recording in recordings.values():
+            check_told_why(recording, stock_reference)
+        until("/health is 200 again", cluster.healthy, timeout=120)
+        requests = workload.named("plain-0", "seeded")
+        assert_identical(requests, stock_reference, run(cluster, requests).recordings)
 
-    until("/health is 200 again", grid.healthy, timeout=120)
-    grid.wait_settled()
-    requests = workload.named("plain-0", "plain-1", "seeded", "json")
-    assert_identical(requests, stock_reference, run(grid, requests).recordings)
-    for recording in recordings.values():
-        check_told_why(recording, stock_reference)
+
+def kill_stage(cluster: Cluster, stage: int) -> None:
+    cluster.inject(*(KillServing(pipeline, stage) for pipeline in range(cluster.pipelines)))
 
 
 def wait_for_refusal(cluster: Cluster) -> httpx.Response:
@@ -56,13 +82,50 @@ def wait_for_refusal(cluster: Cluster) -> httpx.Response:
     return until("a new request gets 503", refusal, timeout=10, poll=0.02)
 
 
+def check_refused(refused: httpx.Response) -> None:
+    assert int(refused.headers["Retry-After"]) > 0
+    assert "stage" in refused.json()["error"]["message"]
+
+
+def wait_until_all_wait(cluster: Cluster, stage: int) -> Status:
+    """The status when every pipeline waits for the stage, and every request with it."""
+
+    def all_wait() -> Status | None:
+        status = cluster.status()
+        assert waits_for(status, stage), f"a replacement was too quick: {status['pipelines']}"
+        return None if any(engine["running"] for engine in status["engines"]) else status
+
+    return until("no request runs", all_wait, timeout=5, poll=0.05)
+
+
+def wait_for_fewer(cluster: Cluster, before: int) -> None:
+    """A client that goes away is noticed although nothing can be computed."""
+
+    def fewer() -> bool:
+        status = cluster.status()
+        assert waits_for(status, 0) or waits_for(status, 1), "a replacement was too quick"
+        return load(status) < before
+
+    until("the request of a client that has gone is forgotten", fewer, timeout=5, poll=0.05)
+
+
+def waits_for(status: Status, stage: int) -> bool:
+    waits = [pipeline["waiting_for"] for pipeline in status["pipelines"]]
+    return all(each is not None and each["stages"] == [stage] and 0 < each["seconds_left"] <= 45 for each in waits)
+
+
+def load(status: Status) -> int:
+    return sum(engine["running"] + engine["waiting"] for engine in status["engines"])
+
+
 def check_told_why(recording: Recording, stock: Reference) -> None:
     """The stream ended properly: right tokens as far as it went, then an error event that names the reason."""
     assert recording.failure is None, f"{recording.name}: {recording.failure}"
     errors = [event["error"] for event in recording.events if "error" in event]
     assert len(errors) == 1, f"{recording.name}: {recording.events[-2:]}"
-    assert "stage" in errors[0]["message"], errors
+    assert "no replacement was ready within 1 s" in errors[0]["message"], errors
     assert "error" in recording.events[-1], "nothing comes after the error"
+    assert recording.gaps[-1] >= SHORT_WAIT_SECONDS / 2, f"{recording.name} did not wait: {recording.gaps[-3:]}"
     assert tokens_of(recording) == tokens_of(stock.recordings[recording.name])[: len(tokens_of(recording))]
 
 

@@ -34,6 +34,7 @@ class ServeFlags(msgspec.Struct):
     replication_bandwidth: int | None = None
     slow_node_ratio: float | None = None
     slow_node_seconds: float | None = None
+    replacement_wait: float | None = None
     vllm_args: list[str] = msgspec.field(default_factory=list)
     help: str | None = None
     """Empty for ``--help``; the topic in ``--help=topic``, which is vLLM's to explain."""
@@ -69,6 +70,7 @@ _TAKEN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--replication-bandwidth": ("replication_bandwidth", _human_integer),
     "--slow-node-ratio": ("slow_node_ratio", float),
     "--slow-node-seconds": ("slow_node_seconds", float),
+    "--replacement-wait": ("replacement_wait", float),
 }
 
 

@@ -17,7 +17,13 @@ from kevlarflow.cli import preflight
 from kevlarflow.cli.flags import DEFAULT_PORT, ServeFlags, parse, value_given
 from kevlarflow.cli.model_files import ModelFiles, find
 from kevlarflow.cli.preflight import GIB, Size, gib
-from kevlarflow.config import DEFAULT_BANDWIDTH, DEFAULT_SLOW_RATIO, ServeConfig, Timeouts
+from kevlarflow.config import (
+    DEFAULT_BANDWIDTH,
+    DEFAULT_REPLACEMENT_WAIT_S,
+    DEFAULT_SLOW_RATIO,
+    ServeConfig,
+    Timeouts,
+)
 from kevlarflow.errors import UsageError
 
 USAGE = f"""\
@@ -39,6 +45,8 @@ Runs in the foreground until Ctrl-C or SIGTERM.
                                the same however long the contexts are (as much as a lane has); 0: no replication
   --replication-interval-tokens N   copy the tokens of a partly filled block N at a time (4); 0: full blocks only
   --replication-bandwidth N    bytes a second that a node may send as copies (128M); catching up takes longer with less
+  --replacement-wait SECONDS   how long requests wait for a replacement when a stage has no node left, before they end
+                               with an error ({DEFAULT_REPLACEMENT_WAIT_S:g}); 0: they end at once
   --slow-node-ratio X          a node is slow when its steps take X times as long as those of its peers (3): its lanes
                                move to another node, and it is replaced; 0: slow nodes are left alone
   --slow-node-seconds N        for how long it has to be that slow (10)
@@ -72,6 +80,7 @@ def run(arguments: list[str]) -> int:
         standby_memory_bytes=standby,
         replication_interval_tokens=_interval(flags),
         replication_bytes_per_second=_bandwidth(flags),
+        replacement_wait_s=_replacement_wait(flags),
         vllm_args=tuple(flags.vllm_args),
         timeouts=_timeouts(flags),
         slow_ratio=DEFAULT_SLOW_RATIO if flags.slow_node_ratio is None else flags.slow_node_ratio,
@@ -155,6 +164,11 @@ def _bandwidth(flags: ServeFlags) -> int:
     return DEFAULT_BANDWIDTH if asked is None else asked
 
 
+def _replacement_wait(flags: ServeFlags) -> float:
+    asked = flags.replacement_wait
+    return DEFAULT_REPLACEMENT_WAIT_S if asked is None else asked
+
+
 def _timeouts(flags: ServeFlags) -> Timeouts:
     """The defaults; but who lets vLLM finish its requests at the end gives it the time."""
     usual = Timeouts()
@@ -198,7 +212,10 @@ def introduction(config: ServeConfig) -> list[str]:
         f"logs: {config.log_folder} (kept if a process fails)",
     ]
     if config.pipelines == 1:
-        lines.append("note: with -dp 1 there is nothing to borrow: a pipeline waits for a dead node's replacement")
+        lines.append(
+            "note: with -dp 1 there is nothing to borrow: a pipeline waits for a dead node's replacement, its requests "
+            f"for up to {config.replacement_wait_s:g} s (--replacement-wait)"
+        )
     return lines
 
 

@@ -101,12 +101,18 @@ def _pipelines(document: dict[str, Any]) -> RenderableType:
         engine = engines.get(pipeline["id"], {})
         table.add_row(
             str(pipeline["id"]),
-            _coloured(pipeline["state"]),
+            _coloured(pipeline["state"]) + _how_long(pipeline),
             str(pipeline["epoch"]),
             *(_place(node, pipeline["id"]) for node in pipeline["nodes"]),
             *(str(engine.get(count, "")) for count in ("running", "waiting", "kv_blocks")),
         )
     return table
+
+
+def _how_long(pipeline: dict[str, Any]) -> str:
+    """How long the requests of a pipeline that waits for a node still wait for it too."""
+    waiting_for = pipeline.get("waiting_for")
+    return f", {waiting_for['seconds_left']:.0f} s left" if waiting_for and waiting_for["seconds_left"] else ""
 
 
 def _place(node: str | None, pipeline: int) -> str:

@@ -26,8 +26,10 @@ def event_of(message: FromPeer) -> events.AnyEvent:
             return events.NodeReady(info, epochs)
         case messages.NodeFailed(member=member, reason=reason):
             return events.NodeFailed(member, reason)
-        case messages.EngineAttached(pipeline=pipeline, pid=pid, epoch=epoch, members=members, shares=shares):
-            return events.EngineAttached(pipeline, pid, epoch, members, shares)
+        case messages.EngineAttached():
+            return events.EngineAttached(
+                message.pipeline, message.pid, message.epoch, message.members, message.shares, message.suspended
+            )
         case messages.EngineReady(pipeline=pipeline, kv_blocks=kv_blocks):
             return events.EngineReady(pipeline, kv_blocks)
         case messages.EngineReport():
@@ -62,7 +64,9 @@ def order_of(
     if isinstance(command, events.Hasten):
         return messages.Hasten(command.pipeline, command.epoch, command.stages)
     if isinstance(command, events.Suspend):
-        return messages.Suspend(command.pipeline, command.epoch, command.stage, command.reason)
+        return messages.Suspend(
+            command.pipeline, command.epoch, command.stage, command.reason, command.waits, command.lost_stages
+        )
     return messages.Form(
         pipeline=command.pipeline,
         epoch=command.epoch,

@@ -105,8 +105,8 @@ class Attendant(threading.Thread):
 
     def _introduce(self, controller: zmq.Socket[bytes]) -> None:
         session = self._session
-        epoch = Epoch(session.epoch)
-        self._send(controller, EngineAttached(session.pipeline, os.getpid(), epoch, session.members, session.shares))
+        facts = (Epoch(session.epoch), session.members, session.shares, session.suspended)
+        self._send(controller, EngineAttached(session.pipeline, os.getpid(), *facts))
 
     def _report_load(self, controller: zmq.Socket[bytes]) -> None:
         session = self._session

@@ -11,6 +11,8 @@ from kevlarflow.recovery.pipeline_events import Aside, EvictPrefixCache, SetAsid
 class SchedulerOrders:
     """To be carried out in the order of these fields."""
 
+    pause: bool = False
+    """Whether nobody may be scheduled: the pipeline waits for a node."""
     end_all: str = ""
     """Why all requests have to end."""
     aside: list[Aside] = dataclasses.field(default_factory=list)

@@ -6,7 +6,8 @@ are preempted, or wait until there is more. And requests that cannot be saved en
 for the client, so that the engine goes on.
 
 Non-public names of vLLM, used in this module only: `Scheduler.kv_cache_manager.block_pool`, its `free_block_queue`, and
-of a block `block_id`, `block_hash`, `ref_cnt`, `is_null`; `Scheduler._preempt_request`, `prev_step_scheduled_req_ids`.
+of a block `block_id`, `block_hash`, `ref_cnt`, `is_null`; `Scheduler._preempt_request`, `prev_step_scheduled_req_ids`,
+`_pause_state`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -28,9 +30,14 @@ from kevlarflow.engine.translate import AbandonedOutput
 from kevlarflow.errors import IncompatibleVllm
 from kevlarflow.recovery.pipeline_events import Aside
 
-USED_NAMES = ("kv_cache_manager.block_pool.free_block_queue", "_preempt_request", "prev_step_scheduled_req_ids")
+USED_NAMES = (
+    "kv_cache_manager.block_pool.free_block_queue",
+    "_preempt_request",
+    "prev_step_scheduled_req_ids",
+    "_pause_state",
+)
 HELD_PAUSE_SECONDS = 0.01
-"""How long to rest when every request there is waits for more memory."""
+"""How long to rest when every request there is waits for more memory, or for a node."""
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -74,11 +81,27 @@ class KevlarScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Make the next step, after what a failure demands."""
-        self._obey(self._executor.begin_scheduling())
+        orders = self._executor.begin_scheduling()
+        self._obey(orders)
+        if orders.pause:
+            return self._schedule_nobody(*args, **kwargs)
         self._hold_back()
         if self._held and not self.running and not self.waiting:
             time.sleep(HELD_PAUSE_SECONDS)
         return super().schedule(*args, **kwargs)
+
+    def _schedule_nobody(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """A step that only says who has ended, so that vLLM's loop serves new requests and cancellations meanwhile.
+
+        vLLM's own pause would have the loop sleep until the next request comes, so it lasts for this step only.
+        """
+        time.sleep(HELD_PAUSE_SECONDS)
+        before: PauseState = self.pause_state
+        self._pause_state = PauseState.PAUSED_ALL
+        try:
+            return super().schedule(*args, **kwargs)
+        finally:
+            self._pause_state = before
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

@@ -27,13 +27,14 @@ from kevlarflow.engine.orders import SchedulerOrders
 from kevlarflow.errors import StartupFailed
 from kevlarflow.recovery import pipeline_events as core
 from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.forming import Phase
 from kevlarflow.recovery.ledger import Step
-from kevlarflow.recovery.pipeline import Phase, Pipeline
+from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.types import LaneCoverage, Member, PipelineId, Stage
 from kevlarflow.wire import steps
 from kevlarflow.wire.messages import AnyMessage, Form, Formed, Hasten, MemberFailed, Standbys, Suspend
-from kevlarflow.wire.orders import formation_ordered
+from kevlarflow.wire.orders import formation_ordered, suspension_ordered
 
 log = logging.getLogger("kevlarflow.engine")
 
@@ -89,6 +90,7 @@ class Session:
         """Called before the scheduler makes a step; returns (formation count, what to do first)."""
         with self._door:
             orders, self._orders = self._orders, SchedulerOrders()
+            orders.pause = self._core.phase is Phase.WAITING
             orders.end_all = orders.end_all or self.suspended_reason
             return self._core.formations, orders
 
@@ -124,6 +126,11 @@ class Session:
     def suspended_reason(self) -> str:
         """Why the pipeline cannot generate; empty when it can."""
         return self._core.reason if self._core.phase is Phase.SUSPENDED else ""
+
+    @property
+    def suspended(self) -> bool:
+        """Whether it was told that a stage has no node, and has not been formed since."""
+        return self._core.phase in (Phase.WAITING, Phase.SUSPENDED)
 
     @property
     def in_flight(self) -> int:
@@ -205,7 +212,7 @@ class Session:
                 formation, self.shares = formation_ordered(order, self.shares), order.shares
                 self._handle(formation)
             elif isinstance(order, Suspend):
-                self._handle(core.SuspensionOrdered(order.epoch, order.reason))
+                self._handle(suspension_ordered(order))
             elif isinstance(order, Hasten):
                 self._hasten(order)
             else:

@@ -48,6 +48,7 @@ def _resume(grid: Grid, event: events.ControllerResumed) -> None:
         pipeline.epoch = snapshot.epochs.get(pipeline.id, Epoch(unused))
         pipeline.served = snapshot.served
         pipeline.leaving = set(snapshot.lanes.get(pipeline.id, ()))
+        pipeline.wait_until = snapshot.waits.get(pipeline.id)
         if pipeline.id in snapshot.engines:
             # Should it not introduce itself, it is stopped, and nobody else would ever end it.
             pipeline.engine.pid = snapshot.engines[pipeline.id]
@@ -138,6 +139,7 @@ class Cluster(Grid):
             lanes={pipeline.id: tuple(sorted(pipeline.lanes)) for pipeline in self.pipelines},
             recoveries=tuple(map(copy.copy, self.recoveries)),
             next_recovery=self.next_recovery,
+            waits={each.id: each.wait_until for each in self.pipelines if each.wait_until is not None},
             start_seconds=tuple(self.start_seconds),
             engines={each.id: each.engine.pid for each in self.pipelines if each.engine.pid and each.engine.living},
         )

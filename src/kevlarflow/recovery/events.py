@@ -70,6 +70,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     """Members on which a pipeline has a lane, or has not given it up yet."""
     recoveries: tuple[Recovery, ...] = ()
     next_recovery: RecoveryId = RecoveryId(1)
+    waits: dict[PipelineId, float] = {}
+    """Pipelines that a stage lacks a node for, and when their requests end."""
     start_seconds: tuple[float, ...] = ()
     engines: dict[PipelineId, int] = {}
     """Pids of the engines that may be at work."""
@@ -180,6 +182,8 @@ class EngineAttached(Event, frozen=True):
     epoch: Epoch
     members: tuple[Member, ...]
     shares: int = 1
+    suspended: bool = False
+    """Whether it was told that a stage has no node: then it has to be formed anew, whoever lives."""
 
 
 class EngineReady(Event, frozen=True):
@@ -305,6 +309,10 @@ class Suspend(Command, frozen=True):
     epoch: Epoch
     stage: Stage
     reason: str
+    waits: bool = False
+    """Whether its requests wait for one; otherwise they end with the reason."""
+    lost_stages: tuple[Stage, ...] = ()
+    """All that have no node now."""
 
 
 class AssignStandbys(Command, frozen=True):

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import msgspec
 
-from kevlarflow.recovery import drain, events, records, shares
-from kevlarflow.recovery.events import Form, KillEngine, KillNode, Suspend
+from kevlarflow.recovery import drain, events, records, shares, waiting
+from kevlarflow.recovery.events import Form, KillEngine, KillNode
 from kevlarflow.recovery.grid import Grid
-from kevlarflow.recovery.members import NO_EPOCH, Pipeline, node_id, subject
+from kevlarflow.recovery.members import NO_EPOCH, Pipeline, subject
 from kevlarflow.recovery.planner import Candidate, choose
 from kevlarflow.recovery.transitions import PipelineStep
 from kevlarflow.types import (
@@ -88,6 +88,7 @@ def detach(grid: Grid, pipeline: Pipeline) -> None:
     pipeline.members = [None] * len(pipeline.members)
     pipeline.forming = pipeline.formed = pipeline.reform = False
     pipeline.order = None
+    pipeline.wait_until = None
     pipeline.unrestored.clear()
     pipeline.avoided.clear()
     pipeline.struck.clear()
@@ -153,6 +154,7 @@ def on_formed(grid: Grid, event: events.Formed) -> None:
         return
     pipeline.forming = False
     pipeline.formed = True
+    pipeline.wait_until = None
     if isinstance(pipeline.order, Form):
         pipeline.leaving -= {info.member for info in pipeline.order.released}
     pipeline.unrestored.clear()
@@ -288,7 +290,9 @@ def _adopt(grid: Grid, pipeline: Pipeline, claim: events.EngineAttached) -> bool
     if not holes:
         records.finish(grid, pipeline, None)
         # Someone has seen a newer epoch: what the engine sends would be refused.
-        pipeline.reform = claim.epoch < pipeline.epoch
+        pipeline.reform = claim.suspended or claim.epoch < pipeline.epoch
+        if not claim.suspended:
+            pipeline.wait_until = None
     return True
 
 
@@ -303,7 +307,7 @@ def _awaited(grid: Grid, member: Member) -> bool:
 
 
 def _fill(grid: Grid, pipeline: Pipeline, holes: list[Stage]) -> None:
-    """Form with a node for each empty stage; if one cannot be had, tell the engine to wait."""
+    """Form with a node for each empty stage; if one cannot be had, tell the engine to wait, or to wait no longer."""
     chosen: dict[Stage, NodeInfo] = {}
     lacking: list[Stage] = []
     for stage in holes:
@@ -318,8 +322,10 @@ def _fill(grid: Grid, pipeline: Pipeline, holes: list[Stage]) -> None:
             chosen[stage] = info
     if not lacking:
         form(grid, pipeline, chosen, pipeline.cause)
-    elif pipeline.state in (PipelineState.SERVING, PipelineState.RECOVERING):
-        _suspend(grid, pipeline, lacking)
+    elif pipeline.state in (PipelineState.SERVING, PipelineState.RECOVERING) or waiting.bound_has_passed(
+        grid, pipeline
+    ):
+        waiting.suspend(grid, pipeline, lacking)
 
 
 def _choose(grid: Grid, pipeline: Pipeline, stage: Stage) -> NodeInfo | None:
@@ -396,24 +402,6 @@ def form(grid: Grid, pipeline: Pipeline, chosen: dict[Stage, NodeInfo], cause: C
     records.plan(grid, pipeline)
     _tell_of_loans(grid, pipeline, chosen, cause)
     grid.tell(subject(pipeline.id), f"is told to form in epoch {pipeline.epoch}: {', '.join(map(str, members))}")
-    grid.command(pipeline.order)
-
-
-def _suspend(grid: Grid, pipeline: Pipeline, lacking: list[Stage]) -> None:
-    """Order the engine to end what it has and wait."""
-    stage = lacking[0]
-    nodes = [node_id(each.id, stage) for each in grid.pipelines]
-    starting = any(not grid.slots[node].hopeless for node in nodes)
-    reason = f"no node with room is left for stage {stage} of {subject(pipeline.id)} (of {', '.join(nodes)}); " + (
-        "a replacement is being started" if starting else "none could be started again"
-    )
-    grid.step_pipeline(pipeline, PipelineStep.SUSPEND)
-    pipeline.forming = pipeline.formed = pipeline.reform = False
-    pipeline.engine.report_is_new = False
-    pipeline.ordered_at = grid.now
-    pipeline.order = Suspend(pipeline.id, grid.raise_epoch(pipeline), stage, reason)
-    grid.narrate(f"{pipeline.news}: {reason}" if pipeline.news else reason)
-    pipeline.news = ""
     grid.command(pipeline.order)
 
 

@@ -1,13 +1,24 @@
-"""How far the forming of a pipeline has come: which answers of its nodes are awaited, and when each part was done."""
+"""Where a pipeline stands, and how far its forming has come: which answers are awaited, and when each part was done."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.pipeline_events import ChunkRecomputed, StageJoined, StageRestored
 from kevlarflow.recovery.recompute import Chunk
 from kevlarflow.types import Phases, Stage
+
+
+class Phase(enum.StrEnum):
+    """Where a pipeline stands; see `recovery.pipeline`."""
+
+    UNFORMED = "unformed"
+    FORMING = "forming"
+    SERVING = "serving"
+    WAITING = "waiting"
+    SUSPENDED = "suspended"
 
 
 @dataclasses.dataclass(slots=True)
@@ -16,11 +27,11 @@ class Forming:
 
     ordered_at: float
     requests: int
-    recomputed_tokens: int
     to_join: set[Stage]
     to_restore: set[Stage]
-    chunks: dict[int, Chunk]
-    first_step: int | None
+    recomputed_tokens: int = 0
+    chunks: dict[int, Chunk] = dataclasses.field(default_factory=dict)
+    first_step: int | None = None
     """The first step with tokens that was issued again, if any."""
     lost: frozenset[Stage] = frozenset()
     to_place: set[Stage] = dataclasses.field(default_factory=set)

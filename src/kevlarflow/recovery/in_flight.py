@@ -51,6 +51,11 @@ class InFlight:
         """Their numbers, in order."""
         return tuple(self._steps)
 
+    @property
+    def requests(self) -> set[str]:
+        """All that take part in any of them."""
+        return {request for step in self._steps.values() for request in step.scheduled}
+
     def clear(self) -> None:
         """None will ever complete."""
         for part in (self._steps, self._writes, self._results, self._left_out, self._sent, self._held):

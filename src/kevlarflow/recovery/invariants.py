@@ -80,6 +80,16 @@ def waiting_has_a_reason(cluster: Cluster) -> Iterator[Problem]:
             yield subject(pipeline.id), "waits for nothing"
 
 
+def waiting_is_bounded(cluster: Cluster) -> Iterator[Problem]:
+    """Requests wait for a node no longer than the bound, which stops when the pipeline serves."""
+    for pipeline in cluster.pipelines:
+        waits = pipeline.state is PipelineState.WAITING and isinstance(pipeline.order, Suspend) and pipeline.order.waits
+        if waits and (pipeline.wait_until is None or cluster.now >= pipeline.wait_until):
+            yield subject(pipeline.id), "lets its requests wait beyond the bound"
+        if pipeline.state is PipelineState.SERVING and pipeline.wait_until is not None:
+            yield subject(pipeline.id), "serves, and its bound runs on"
+
+
 def records_match(cluster: Cluster) -> Iterator[Problem]:
     """A recovery runs exactly while its pipeline is not serving; ended ones are kept, but not for ever."""
     for pipeline in cluster.pipelines:
@@ -120,6 +130,7 @@ CHECKS: tuple[Callable[[Cluster], Iterator[Problem]], ...] = (
     lanes_have_memory,
     shares_fit,
     waiting_has_a_reason,
+    waiting_is_bounded,
     records_match,
     who_drains_can_leave,
     somebody_is_on_the_way,

@@ -172,6 +172,8 @@ class Pipeline:
     """The last order to the engine."""
     ordered_at: float = 0.0
     """When that was sent."""
+    wait_until: float | None = None
+    """When its requests end if it cannot be formed before; None unless a stage has no node."""
     standbys: tuple[NodeInfo | None, ...] = ()
     """Who keeps the replicas of each stage, as the engine was told."""
     leaving: set[Member] = dataclasses.field(default_factory=set)

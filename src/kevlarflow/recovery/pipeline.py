@@ -20,19 +20,19 @@ Nodes that serve several lanes share their KV memory among them, so an order als
 `recovery.capacity` for the requests that have to give way. A step that raised, or that cost too many nodes, takes
 the same way: its requests are set aside, to end with the reason.
 
-A pipeline starts unformed; it is *forming* until the nodes have answered, then *serving*; *suspended* when some
-stage has no node, in which case the steps in flight are abandoned and their requests end with the reason.
+A pipeline starts unformed; it is *forming* until the nodes have answered, then *serving*. When some stage has no node
+it is *waiting*: all requests are set aside, so that no step is in flight and vLLM's loop goes on, and are computed
+again from their tokens once it is formed. After the bound it is *suspended*: they end with the reason.
 """
 
 from __future__ import annotations
 
-import enum
 import itertools
 from collections.abc import Mapping, Sequence
 
 from kevlarflow.errors import IllegalTransition
 from kevlarflow.recovery.coverage import Generations, IssuedTables, Replica
-from kevlarflow.recovery.forming import Forming
+from kevlarflow.recovery.forming import Forming, Phase
 from kevlarflow.recovery.giving_way import GivingWay
 from kevlarflow.recovery.holdings import blocks_in_use, filled_everywhere, holdings
 from kevlarflow.recovery.in_flight import InFlight
@@ -69,15 +69,6 @@ from kevlarflow.recovery.pipeline_events import (
 from kevlarflow.recovery.recompute import Limits, needed_blocks, plan, plan_hits, unreachable_hits
 from kevlarflow.recovery.watermarks import Watermarks
 from kevlarflow.types import Epoch, Member, NodeInfo, Stage
-
-
-class Phase(enum.StrEnum):
-    """Where a pipeline stands; see the module's text."""
-
-    UNFORMED = "unformed"
-    FORMING = "forming"
-    SERVING = "serving"
-    SUSPENDED = "suspended"
 
 
 class Pipeline:
@@ -178,11 +169,8 @@ class Pipeline:
         self._forming = Forming(
             ordered_at=now,
             requests=len(self.ledger),
-            recomputed_tokens=0,
             to_join=set(stages),
             to_restore=set(stages),
-            chunks={},
-            first_step=None,
             lost=lost,
         )
         commands += [Leave(node) for node in sorted(left, key=lambda node: node.member)]
@@ -311,8 +299,22 @@ class Pipeline:
     def _suspend(self, order: SuspensionOrdered) -> list[Command]:
         if order.epoch <= self.epoch:
             return []
-        self.epoch = order.epoch
-        return self._abandon_all(order.reason)
+        self.epoch = self._generations.mark = order.epoch
+        return self._wait(set(order.lost_stages)) if order.waits else self._abandon_all(order.reason)
+
+    def _wait(self, lost: set[Stage]) -> list[Command]:
+        """Keep all requests until the next order, but nothing in flight: the scheduler gets no tokens for it."""
+        doomed = self._in_flight.blame(lost, self._forming)
+        self._in_flight.recall()
+        self.phase, self._forming, self._planned, self._disagrees = Phase.WAITING, None, None, False
+        everybody = {entry.request for entry in self.ledger.entries()} | self._in_flight.requests
+        return self._set_aside(dict.fromkeys(everybody, "") | doomed) + self._assign_next_standbys()
+
+    def _set_aside(self, reasons: dict[str, str]) -> list[Command]:
+        """An empty reason is for a request that is to go on later."""
+        self.formations += 1
+        commands = self._giving_way.set_aside(reasons, self.formations)
+        return commands + self._complete_in_order()
 
     # ---- replicas
 
@@ -355,6 +357,8 @@ class Pipeline:
         before = list(self._in_flight)
         self._in_flight.hold_back = self._planned is not None and not lost
         self._in_flight.add(step, writes, left_out)
+        if self.phase is Phase.WAITING:
+            return commands + self._set_aside(dict.fromkeys(step.scheduled, ""))
         if self._forming is not None and self._forming.to_place:
             self._forming.issued_meanwhile = True
             return commands
@@ -413,9 +417,7 @@ class Pipeline:
         if blamed is None:
             commands = self._abandon_all(event.reason)
         else:
-            self.formations += 1
-            commands = self._giving_way.set_aside(dict.fromkeys(blamed, event.reason), self.formations)
-            commands += self._complete_in_order()
+            commands = self._set_aside(dict.fromkeys(blamed, event.reason))
         if planned is not None:
             return commands + self._form(planned, now)
         return [*commands, RequestFormation(event.stage, event.reason)]
@@ -434,9 +436,8 @@ class Pipeline:
         Steps that never ran on some stage leave blocks in the prefix cache that were never computed there: so no
         stage counts as complete, and the next formation evicts everything.
         """
-        self.phase, self.reason, self._forming = Phase.SUSPENDED, reason, None
+        self.phase, self.reason, self._forming, self._planned = Phase.SUSPENDED, reason, None, None
         self._abandoned_upto = self.formations
-        self._planned = None
         commands: list[Command] = [Abandon(sequence, reason) for sequence in self._in_flight.sequences]
         self._in_flight.clear()
         self._tables.clear()

@@ -34,10 +34,12 @@ class FormationOrdered:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SuspensionOrdered:
-    """A stage has no node; requests in flight end with `reason`."""
+    """A stage has no node; requests end with `reason`, or wait for the next order."""
 
     epoch: Epoch
     reason: str
+    waits: bool = False
+    lost_stages: tuple[Stage, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from typing import Any
 from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.events import Recovery
 from kevlarflow.recovery.members import Pipeline, Slot
-from kevlarflow.types import NodeState
+from kevlarflow.recovery.waiting import seconds_left
+from kevlarflow.types import NodeState, PipelineState
 
 
 def status_document(cluster: Cluster, main_pid: int) -> dict[str, Any]:
@@ -15,7 +16,7 @@ def status_document(cluster: Cluster, main_pid: int) -> dict[str, Any]:
     return {
         "model": cluster.config.served_model_name,
         "main_pid": main_pid,
-        "pipelines": [_pipeline(each) for each in cluster.pipelines],
+        "pipelines": [_pipeline(cluster, each) for each in cluster.pipelines],
         "engines": [_engine(each) for each in cluster.pipelines],
         "nodes": [_node(cluster, slot) for slot in cluster.slots.values()],
         "replication": replication_rows(cluster),
@@ -23,12 +24,14 @@ def status_document(cluster: Cluster, main_pid: int) -> dict[str, Any]:
     }
 
 
-def _pipeline(pipeline: Pipeline) -> dict[str, Any]:
+def _pipeline(cluster: Cluster, pipeline: Pipeline) -> dict[str, Any]:
+    waits = pipeline.state is PipelineState.WAITING
     return {
         "id": pipeline.id,
         "state": str(pipeline.state),
         "epoch": pipeline.epoch,
         "nodes": [member.node if member is not None else None for member in pipeline.members],
+        "waiting_for": {"stages": pipeline.holes, "seconds_left": seconds_left(cluster, pipeline)} if waits else None,
     }
 
 

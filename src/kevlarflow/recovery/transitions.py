@@ -57,6 +57,8 @@ PIPELINE: dict[tuple[PipelineState, PipelineStep], PipelineState] = {
     (PipelineState.RECOVERING, PipelineStep.SERVE): PipelineState.SERVING,
     (PipelineState.RECOVERING, PipelineStep.SUSPEND): PipelineState.WAITING,
     (PipelineState.WAITING, PipelineStep.FORM): PipelineState.RECOVERING,
+    # Its requests have waited for long enough.
+    (PipelineState.WAITING, PipelineStep.SUSPEND): PipelineState.WAITING,
     # An engine may go, or be replaced, at any time; its requests go with it.
     (PipelineState.STARTING, PipelineStep.DETACH): PipelineState.STARTING,
     (PipelineState.SERVING, PipelineStep.DETACH): PipelineState.STARTING,

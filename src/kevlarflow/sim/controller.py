@@ -115,6 +115,7 @@ class Controller(Process):
             self.invariants.check(commands)
             self.fleet.check_orders(commands)
             self.snapshot = self.cluster.snapshot()
+        self.fleet.note_served(self.cluster.pipelines)
         doom, done = self._doom, len(commands)
         if doom is not None and commands:
             done = self.fleet.rng.randint(0, done)

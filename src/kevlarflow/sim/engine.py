@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 from kevlarflow.recovery import pipeline_events as core
 from kevlarflow.recovery.capacity import without
 from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.forming import Phase
 from kevlarflow.recovery.ledger import LedgerEntry, Step, StepResult
-from kevlarflow.recovery.pipeline import Phase, Pipeline
+from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.sim.errors import NoReason, NotFenced, Unbounded
 from kevlarflow.sim.network import Process
 from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler
 from kevlarflow.types import Epoch, LaneCoverage, Member, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import messages, steps
-from kevlarflow.wire.orders import formation_ordered
+from kevlarflow.wire.orders import formation_ordered, suspension_ordered
 
 if TYPE_CHECKING:
     from kevlarflow.sim.fleet import Fleet
@@ -88,7 +89,8 @@ class Engine(Process):
     def introduce(self) -> None:
         """Say who it is and what it serves."""
         epoch = Epoch(self.core.epoch)
-        self._tell(messages.EngineAttached(self.pipeline, self.pid, epoch, self.core.members, self._shares))
+        suspended = self.core.phase in (Phase.WAITING, Phase.SUSPENDED)
+        self._tell(messages.EngineAttached(self.pipeline, self.pid, epoch, self.core.members, self._shares, suspended))
 
     def _tell(self, message: messages.AnyMessage) -> None:
         controller = self.fleet.controller
@@ -138,8 +140,10 @@ class Engine(Process):
                     for stage in order.stages:
                         self._send(self.core.nodes[stage], steps.Hasten(self.pipeline, order.epoch))
             elif isinstance(order, messages.Suspend):
-                self._may_end |= {request.name for request in self._everybody()}
-                self._handle(core.SuspensionOrdered(order.epoch, order.reason))
+                if not order.waits:
+                    self._may_end |= {request.name for request in self._everybody()}
+                self._handle(suspension_ordered(order))
+                self.fleet.counts["waits for a node"] += self.core.phase is Phase.WAITING
             else:
                 self._handle(core.StandbysAssigned(order.standbys))
 
@@ -209,7 +213,8 @@ class Engine(Process):
         told, self._told = self._told, []
         self.scheduler.obey(told)
         self._end_failed()
-        step, known = self.scheduler.schedule(self.core.formations)
+        paused = self.core.phase is Phase.WAITING
+        step, known = self.scheduler.schedule(self.core.formations, paused=paused)
         says_something = bool(step.scheduled or step.finished or step.preempted)
         if not says_something and self.fleet.rng.random() < 0.8:
             return bool(self._waits_for and self._waits_for[0] in self._finished)

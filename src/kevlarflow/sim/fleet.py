@@ -19,6 +19,7 @@ from kevlarflow.node.lanes import Header, Lane
 from kevlarflow.recovery import events
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.events import AnyCommand
+from kevlarflow.recovery.members import Pipeline
 from kevlarflow.recovery.suspicion import MAX_COST
 from kevlarflow.sim.controller import REPORT_SECONDS, Controller
 from kevlarflow.sim.engine import Engine
@@ -43,6 +44,7 @@ FRONT_RETRY_SECONDS = 0.05
 MAX_HELD_MESSAGES = 20_000
 AFTERWARDS_SECONDS = 2.0
 """For so long what a node says of its steps may be about a time when it was slow."""
+ROUNDING_SECONDS = 1e-6
 
 Content = tuple[int | None, ...]
 
@@ -89,6 +91,8 @@ class Fleet:
         """What each (pipeline, stage, block, generation) holds."""
         self._orders: dict[tuple[PipelineId, Epoch], AnyCommand] = {}
         self._newest: collections.Counter[PipelineId] = collections.Counter()
+        self._bereft_at: dict[PipelineId, float] = {}
+        """Since when a pipeline has not served for want of a node."""
 
     def _config(self) -> ServeConfig:
         shape = self.plan.shape
@@ -100,6 +104,7 @@ class Fleet:
             stages=shape.stages,
             pipelines=shape.pipelines,
             kv_cache_memory_bytes=1,
+            replacement_wait_s=shape.wait,
             timeouts=Timeouts(
                 heartbeat_interval_ms=100,
                 suspect_after_ms=250,
@@ -367,7 +372,20 @@ class Fleet:
                     raise NotFenced(f"pipeline {command.pipeline} goes back to epoch {command.epoch}")
                 self._newest[command.pipeline] = command.epoch
             if isinstance(command, events.Suspend):
+                self._check_wait(command)
                 self._check_suspension(command)
+
+    def note_served(self, pipelines: Iterable[Pipeline]) -> None:
+        """The controller sees these pipelines so after an event: who serves waits for nobody."""
+        for pipeline in pipelines:
+            if pipeline.state is PipelineState.SERVING:
+                self._bereft_at.pop(pipeline.id, None)
+
+    def _check_wait(self, order: events.Suspend) -> None:
+        """Requests end only after all of the bound has passed and no node that took over has led to service."""
+        waited = self.timeline.now - self._bereft_at.setdefault(order.pipeline, self.timeline.now)
+        if not order.waits and waited < self.plan.shape.wait - ROUNDING_SECONDS:
+            raise NoReason(f"pipeline {order.pipeline} gives up after {waited:.3f} s: {order.reason}")
 
     def _check_suspension(self, order: events.Suspend) -> None:
         """A pipeline is suspended only if no living node of the stage has room for it."""

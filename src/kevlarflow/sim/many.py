@@ -42,7 +42,8 @@ def run_alone(seed: int) -> collections.Counter[str]:
     """One run of a pipeline core alone."""
     world = World(seed, shape_of(seed))
     world.run()
-    return collections.Counter({"losses": world.recoveries, "preemptions": world.scheduler.preemptions})
+    counts = {"losses": world.recoveries, "waits for a node": world.waits, "preemptions": world.scheduler.preemptions}
+    return collections.Counter(counts)
 
 
 def run_fleet(seed: int) -> collections.Counter[str]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
-from kevlarflow.recovery.pipeline import Phase
+from kevlarflow.recovery.forming import Phase
 from kevlarflow.sim.engine import Engine
 from kevlarflow.sim.errors import Overlooked
 from kevlarflow.sim.network import Cut, Process

@@ -64,6 +64,8 @@ class Shape:
     step: float
     start: float
     """What a node takes to load."""
+    wait: float
+    """How long requests wait for a node when a stage has none."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ def _shape(rng: random.Random, without: frozenset[str]) -> Shape:
         latency=rng.choice([0.0005, 0.002, 0.01]),
         step=rng.choice([0.002, 0.005, 0.01]),
         start=rng.choice([0.1, 0.3, 1.0]),
+        wait=rng.choice([0.0, 0.1, 0.5, 3.0]),
     )
 
 

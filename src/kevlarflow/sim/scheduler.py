@@ -157,13 +157,13 @@ class ToyScheduler:
         """Requests that have not ended."""
         return [*self.running, *self.waiting, *self.held]
 
-    def schedule(self, formation: int) -> tuple[Step, dict[str, list[int]]]:
-        """The next step, and all known tokens of the requests in it."""
+    def schedule(self, formation: int, *, paused: bool = False) -> tuple[Step, dict[str, list[int]]]:
+        """The next step, and all known tokens of the requests in it; nobody's while `paused`."""
         self._sequence += 1
         self._preempted = self._preempted_before
         self._preempted_before = set()
         self._hold_back()
-        room = self.budget
+        room = 0 if paused else self.budget
         scheduled: dict[str, int] = {}
         continuations: list[Continuation] = []
         before = len(self._preempted)

@@ -3,7 +3,8 @@
 Messages travel on queues that keep their order, as the real channels do, and are delivered in drawn order among
 queues. Faults are drawn: a node is lost (its successor has empty KV memory), again while the pipeline is still
 re-forming, or just between the scheduling of a step and its issue; a step raises on some stage; a node begins or ends
-to serve other lanes as well, so that the blocks that may be used become fewer or more. After each run every request
+to serve other lanes as well, so that the blocks that may be used become fewer or more; nobody is there in place of a
+lost node for a while, and requests wait. After each run every request
 must have ended with exactly the tokens of a run without failure, but for those of a step that raised.
 """
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from kevlarflow.recovery import pipeline_events as core
 from kevlarflow.recovery.capacity import without
 from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.forming import Phase
 from kevlarflow.recovery.ledger import Step, StepResult
 from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Chunk, Limits
@@ -77,6 +79,8 @@ class Shape:
     """How likely a step raises on a stage."""
     blames: bool = False
     """Whether losses are held against the steps in flight; two are too many for one step."""
+    wait_rate: float = 0.0
+    """How likely a lost node has no successor for a while."""
 
 
 def draw(rng: random.Random) -> Shape:
@@ -93,12 +97,17 @@ def draw(rng: random.Random) -> Shape:
         reshares=rng.choice([0, 2, 8]),
         raise_rate=rng.choice([0.0, 0.0, 0.02]),
         blames=rng.random() < 0.2,
+        wait_rate=rng.choice([0.0, 0.3, 1.0]),
     )
 
 
-TIGHT = Shape(stages=3, blocks=10, block_size=2, budget=6, requests=8, losses=4, loss_rate=0.02, replicates=False)
+TIGHT = Shape(
+    stages=3, blocks=10, block_size=2, budget=6, requests=8, losses=4, loss_rate=0.02, replicates=False, wait_rate=0.2
+)
 """Hardly any memory: requests are preempted all the time, and their blocks given away at once."""
-REPLICATED = Shape(stages=2, blocks=14, block_size=2, budget=6, requests=8, losses=4, loss_rate=0.05, replicates=True)
+REPLICATED = Shape(
+    stages=2, blocks=14, block_size=2, budget=6, requests=8, losses=4, loss_rate=0.05, replicates=True, wait_rate=0.2
+)
 
 
 def shape_of(seed: int) -> Shape | None:
@@ -141,6 +150,7 @@ class World:
         self.shares = 1
         self.set_aside = 0
         self.recoveries = 0
+        self.waits = 0
         self._form()
         self._assign()
 
@@ -185,7 +195,8 @@ class World:
             self.rng.choice(actions)()
         for request in self.scheduler.ended:
             if request.error:
-                excused = self.shape.blames and "nodes were lost" in request.error
+                # Whoever had to wait has been through a loss for certain.
+                excused = (self.shape.blames or self.waits) and "nodes were lost" in request.error
                 if not excused and request.error not in self.blamed.get(request.name, ()):
                     raise WrongTokens(f"{request.name} ended without need: {request.error}")
             elif not request.aborted and request.tokens != self.expected[request.name]:
@@ -207,13 +218,7 @@ class World:
             actions.append(self._lose)
         if self.reshares_left > 0 and self.rng.random() < self.shape.loss_rate:
             actions.append(functools.partial(self._reshare, self.rng.randint(1, 3)))
-        if (
-            self.shares > 1
-            and self.scheduler.held
-            and not (self.scheduler.running or self.scheduler.waiting or self.waits_for)
-        ):
-            # Only more memory helps these: replacements have come.
-            actions.append(functools.partial(self._reshare, 1))
+        actions += self._remedies()
         if self.shape.replicates:
             actions += [functools.partial(self._replicate, lane) for lane in self.lanes if self.rng.random() < 0.5]
             if self.rng.random() < 0.05:
@@ -222,16 +227,31 @@ class World:
             actions.append(self._abort)
         return actions
 
+    def _remedies(self) -> list[Callable[[], None]]:
+        """Replacements have come, where nothing else helps."""
+        scheduler = self.scheduler
+        lacks_memory = scheduler.held and not (scheduler.running or scheduler.waiting or self.waits_for)
+        remedies: list[Callable[[], None]] = []
+        if self._waits:
+            remedies.append(functools.partial(self._form, lost=self.shape.blames))
+        if self.shares > 1 and lacks_memory:
+            remedies.append(functools.partial(self._reshare, 1))
+        return remedies
+
     @property
     def _may_schedule(self) -> bool:
         """As vLLM's engine: after a step without tokens it waits for one that is in flight."""
         waits = bool(self.waits_for) and self.scheduled_nothing
         return not waits and (self.scheduler.has_work or bool(self.for_scheduler))
 
+    @property
+    def _waits(self) -> bool:
+        return self.pipeline.phase is Phase.WAITING
+
     def _schedule(self) -> None:
-        formation = self.pipeline.formations
+        formation, paused = self.pipeline.formations, self._waits
         self._obey()
-        step, known = self.scheduler.schedule(formation)
+        step, known = self.scheduler.schedule(formation, paused=paused)
         if self.losses_left and self.rng.random() < self.shape.loss_rate:
             self._lose()
         if self.reshares_left > 0 and self.rng.random() < self.shape.loss_rate:
@@ -276,6 +296,11 @@ class World:
             self.standbys[stage] = self._new_standby(stage)
         else:
             self.lanes[stage] = self._new_lane(stage)
+        if self.rng.random() < self.shape.wait_rate:
+            self.waits += 1
+            self.epoch += 1
+            self._handle(core.SuspensionOrdered(Epoch(self.epoch), "no node", waits=True, lost_stages=(stage,)))
+            return
         self._form(lost=self.shape.blames)
         if self.rng.random() < 0.8:
             self._assign()

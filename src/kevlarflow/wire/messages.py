@@ -98,6 +98,8 @@ class EngineAttached(Message, frozen=True):
     """The members it serves with now, in stage order; empty when it has none yet."""
     shares: int = 1
     """Lanes that share the KV memory of the busiest of them, as far as it knows."""
+    suspended: bool = False
+    """Whether it was told that a stage has no node, and has not been formed since."""
 
 
 class EngineReport(Message, frozen=True):
@@ -167,12 +169,16 @@ class Form(Message, frozen=True):
 
 
 class Suspend(Message, frozen=True):
-    """A stage has no node: end the requests in flight with this reason and wait for `Form`."""
+    """A stage has no node: wait for `Form`, and end all requests with this reason unless they are to wait too."""
 
     pipeline: PipelineId
     epoch: Epoch
     stage: Stage
     reason: str
+    waits: bool = False
+    """Whether requests wait for `Form` as well; another `Suspend` says when they have waited for long enough."""
+    lost_stages: tuple[Stage, ...] = ()
+    """All that have no node now."""
 
 
 class Standbys(Message, frozen=True):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kevlarflow.recovery.pipeline_events import FormationOrdered
+from kevlarflow.recovery.pipeline_events import FormationOrdered, SuspensionOrdered
 from kevlarflow.types import Cause
-from kevlarflow.wire.messages import Form
+from kevlarflow.wire.messages import Form, Suspend
 
 
 def formation_ordered(order: Form, shares_before: int) -> FormationOrdered:
@@ -22,3 +22,8 @@ def formation_ordered(order: Form, shares_before: int) -> FormationOrdered:
         orphans=order.orphans,
         lost=order.cause in (Cause.CRASH, Cause.HANG) and bool(order.lost_stages),
     )
+
+
+def suspension_ordered(order: Suspend) -> SuspensionOrdered:
+    """The core's event."""
+    return SuspensionOrdered(order.epoch, order.reason, order.waits, order.lost_stages)

@@ -104,7 +104,9 @@ def test_the_introduction_says_what_memory_may_be_taken(model: Path, served: lis
 
 def test_one_pipeline_is_told_that_there_is_nothing_to_borrow(model: Path, served: list[ServeConfig]) -> None:
     serve.run([str(model), "-pp", "2"])
-    assert "with -dp 1 there is nothing to borrow" in serve.introduction(served[0])[-1]
+    note = serve.introduction(served[0])[-1]
+    assert "with -dp 1 there is nothing to borrow" in note
+    assert "its requests for up to 45 s (--replacement-wait)" in note
 
 
 def test_the_users_environment_wins(model: Path, served: list[ServeConfig], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +124,8 @@ def test_the_users_environment_wins(model: Path, served: list[ServeConfig], monk
 def test_help_names_every_flag_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
     assert serve.run(["--help"]) == 0
     text = capsys.readouterr().out
-    for flag in ("MODEL", "-pp", "-dp", "-tp", "--host", "--port", "--kv-cache-memory-bytes", "--slow-node-ratio"):
+    ours = ("--kv-cache-memory-bytes", "--slow-node-ratio", "--replacement-wait")
+    for flag in ("MODEL", "-pp", "-dp", "-tp", "--host", "--port", *ours):
         assert flag in text
 
 
@@ -181,4 +184,25 @@ def test_what_makes_no_node_slow_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=words):
         serve.run([str(model), flag, value])
+    assert not served
+
+
+def test_how_long_requests_wait_for_a_replacement_is_as_typed(model: Path, served: list[ServeConfig]) -> None:
+    for flags in ([], ["--replacement-wait", "0"], ["--replacement_wait=2.5"]):
+        serve.run([str(model), *flags])
+    assert [config.replacement_wait_s for config in served] == [45.0, 0.0, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("-1", "no bound: use a number of seconds"),
+        ("nan", "no bound"),
+        ("inf", "no bound"),
+        ("long", "is not a number"),
+    ],
+)
+def test_a_wait_that_is_no_bound_is_refused(value: str, words: str, model: Path, served: list[ServeConfig]) -> None:
+    with pytest.raises(UsageError, match=words):
+        serve.run([str(model), "--replacement-wait", value])
     assert not served

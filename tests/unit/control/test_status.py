@@ -48,3 +48,17 @@ def test_the_replication_of_each_lane_is_shown_and_measured():
     assert 'kevlarflow_replication_coverage_ratio{pipeline="0",stage="0"} 0.75' in page
     assert 'kevlarflow_replication_lag_tokens{pipeline="0",stage="0"} 100.0' in page
     assert 'kevlarflow_replication_standby_bytes{pipeline="0",stage="0"} 3.145728e+06' in page
+
+
+def test_a_pipeline_that_waits_for_a_node_shows_how_long_still():
+    world = ToyWorld(make_config(pipelines=1))
+    world.do(events.ClusterBegun())
+    world.heal()
+    (victim,) = (member for member in world.those("ready") if member.node == "node-0-1")
+    world.crash(victim)
+    world.notice(victim)
+    world.tick(15)
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render(status_document(world.cluster, main_pid=5)))
+    (row,) = [line for line in console.export_text().splitlines() if "waiting, 30 s left" in line]
+    assert "none" in row

@@ -110,3 +110,26 @@ def test_another_vllm_is_refused_by_the_name_that_it_lacks():
 
     with pytest.raises(IncompatibleVllm, match=r"no kv_cache_manager\.block_pool\.free_block_queue"):
         check_scheduler(SimpleNamespace(kv_cache_manager=SimpleNamespace(block_pool=object())))
+
+
+def test_while_the_pipeline_waits_for_a_node_nobody_is_scheduled_and_the_loop_goes_on(hook, monkeypatch):
+    from vllm.v1.core.sched.interface import PauseState
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from kevlarflow.engine.orders import SchedulerOrders
+
+    def begin_scheduling():
+        return SchedulerOrders(pause=pauses)
+
+    hook._executor = SimpleNamespace(begin_scheduling=begin_scheduling)
+    hook._pause_state = PauseState.UNPAUSED
+    hook.running = []
+    hook.kv_holding_waiting, hook.num_waiting_for_streaming_input = (), 0
+    hook.waiting.add_request(Waiting(3))
+    monkeypatch.setattr(Scheduler, "schedule", lambda scheduler: scheduler._pause_state)
+    pauses = True
+    assert hook.schedule() is PauseState.PAUSED_ALL
+    # Otherwise vLLM's loop would sleep until the next request comes, and miss the node that comes first.
+    assert hook.has_unfinished_requests()
+    pauses = False
+    assert hook.schedule() is PauseState.UNPAUSED

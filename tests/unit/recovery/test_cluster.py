@@ -206,8 +206,8 @@ def test_nobody_is_left():
         "no node with room is left for stage 1 of pipeline {} (of node-0-1, node-1-1); a replacement is being started"
     )
     assert orders(commands) == [
-        Suspend(PipelineId(0), Epoch(3), Stage(1), reason.format(0)),
-        Suspend(PipelineId(1), Epoch(3), Stage(1), reason.format(1)),
+        Suspend(PipelineId(0), Epoch(3), Stage(1), reason.format(0), waits=True, lost_stages=(Stage(1),)),
+        Suspend(PipelineId(1), Epoch(3), Stage(1), reason.format(1), waits=True, lost_stages=(Stage(1),)),
     ]
     assert not driver.cluster.serving
     assert driver.cluster.why_not_serving() == f"{reason.format(0)}; {reason.format(1)}"
@@ -504,8 +504,8 @@ def test_the_status_document():
     document = status_document(driver.cluster, main_pid=5)
     assert msgspec.json.decode(msgspec.json.encode(document)) == document
     assert document["pipelines"] == [
-        {"id": 0, "state": "serving", "epoch": 2, "nodes": ["node-1-0"]},
-        {"id": 1, "state": "serving", "epoch": 2, "nodes": ["node-1-0"]},
+        {"id": 0, "state": "serving", "epoch": 2, "nodes": ["node-1-0"], "waiting_for": None},
+        {"id": 1, "state": "serving", "epoch": 2, "nodes": ["node-1-0"], "waiting_for": None},
     ]
     assert document["engines"][0] == {
         "id": "engine-0", "pid": 70, "pipeline": 0, "state": "ready", "running": 2, "waiting": 1, "kv_blocks": 100,

@@ -5,8 +5,9 @@ import pytest
 from kevlarflow.errors import IllegalTransition
 from kevlarflow.recovery import pipeline_events as p
 from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.forming import Phase
 from kevlarflow.recovery.ledger import Admission, Continuation, Step, StepResult
-from kevlarflow.recovery.pipeline import Phase, Pipeline
+from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.types import Member, NodeInfo
 

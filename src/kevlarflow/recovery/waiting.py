@@ -1,0 +1,57 @@
+"""A stage without any node: its pipeline waits for a replacement, and so do its requests, up to a bound.
+
+The bound begins when the pipeline can no longer be formed, and stops when it generates again. A second stage that is
+lost meanwhile, or a replacement that dies as well, does not begin it anew: so no row of replacements that die keeps a
+client waiting for ever. While a replacement takes over nobody's request is ended, even if the bound passes.
+"""
+
+from __future__ import annotations
+
+from kevlarflow.recovery.events import Suspend
+from kevlarflow.recovery.grid import Grid
+from kevlarflow.recovery.members import Pipeline, node_id, subject
+from kevlarflow.recovery.transitions import PipelineStep
+from kevlarflow.types import PipelineState, Stage
+
+
+def suspend(grid: Grid, pipeline: Pipeline, lacking: list[Stage]) -> None:
+    """Order the engine to let its requests wait, or to end them when nothing is left of the bound."""
+    bound = grid.config.replacement_wait_s
+    if pipeline.wait_until is None:
+        pipeline.wait_until = grid.now + bound
+    left = pipeline.wait_until - grid.now
+    stage = lacking[0]
+    nodes = [node_id(each.id, stage) for each in grid.pipelines]
+    reason = f"no node with room is left for stage {stage} of {subject(pipeline.id)} (of {', '.join(nodes)}); "
+    if bound > 0 >= left:
+        reason += f"no replacement was ready within {bound:g} s (--replacement-wait)"
+    elif any(not grid.slots[node].hopeless for node in nodes):
+        reason += "a replacement is being started"
+    else:
+        reason += "none could be started again"
+    consequence = f"; its requests wait for up to {left:.0f} s" if left > 0 else ": its requests end with an error"
+    grid.step_pipeline(pipeline, PipelineStep.SUSPEND)
+    pipeline.forming = pipeline.formed = pipeline.reform = False
+    pipeline.engine.report_is_new = False
+    pipeline.ordered_at = grid.now
+    lost = tuple(pipeline.holes)
+    pipeline.order = Suspend(pipeline.id, grid.raise_epoch(pipeline), stage, reason, left > 0, lost)
+    line = f"{reason}{consequence}"
+    grid.narrate(f"{pipeline.news}: {line}" if pipeline.news else line)
+    pipeline.news = ""
+    grid.command(pipeline.order)
+
+
+def bound_has_passed(grid: Grid, pipeline: Pipeline) -> bool:
+    """Whether requests still wait for a node though nothing is left of the bound."""
+    return _lets_wait(pipeline) and grid.now >= (pipeline.wait_until or 0.0)
+
+
+def seconds_left(grid: Grid, pipeline: Pipeline) -> float:
+    """How long requests still wait for a node; 0.0 when they do not."""
+    return max(0.0, (pipeline.wait_until or 0.0) - grid.now) if _lets_wait(pipeline) else 0.0
+
+
+def _lets_wait(pipeline: Pipeline) -> bool:
+    order = pipeline.order
+    return pipeline.state is PipelineState.WAITING and isinstance(order, Suspend) and order.waits

@@ -1,0 +1,175 @@
+"""A stage without any node: requests wait for a replacement up to a bound, and end with an error after it."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from cluster_driver import Driver, lines, member, orders
+from kevlarflow.recovery import events
+from kevlarflow.recovery.cluster import Cluster
+from kevlarflow.recovery.events import Form, Snapshot, Suspend
+from kevlarflow.recovery.invariants import Invariants, Violated
+from kevlarflow.recovery.status import status_document
+from kevlarflow.types import Cause, Epoch, PipelineId, PipelineState, Stage
+from toy_world import pid_of
+
+BOUND = 45.0
+LEFT = "no node with room is left for stage 0 of pipeline 0 (of node-0-0)"
+
+
+def bereft(wait: float = BOUND) -> Driver:
+    """A single pipeline that has just lost the only node of stage 0, at 10 s."""
+    driver = Driver(pipelines=1, replacement_wait_s=wait).serve()
+    driver.lost = driver.exited("node-0-0")
+    return driver
+
+
+def waits(pipeline: int, epoch: int, reason: str) -> Suspend:
+    return Suspend(PipelineId(pipeline), Epoch(epoch), Stage(0), reason, waits=True, lost_stages=(Stage(0),))
+
+
+def test_requests_are_told_to_wait_and_people_for_how_long():
+    driver = bereft()
+    reason = f"{LEFT}; a replacement is being started"
+    assert orders(driver.lost) == [waits(0, 2, reason)]
+    died = f"node-0-0 died (pid {pid_of(member('node-0-0'))})"
+    assert lines(driver.lost) == [f"{died}: {reason}; its requests wait for up to 45 s"]
+
+
+def test_a_replacement_within_the_bound_takes_over_and_stops_it():
+    driver = bereft()
+    driver.now += BOUND - 1
+    assert orders(driver.ready("node-0-0", 2)) == [driver.form(0, 3, ["node-0-0#2", "node-0-1"], Cause.CRASH, lost=[0])]
+    driver.formed(0, 3)
+    assert orders(driver.tick(BOUND)) == []
+    # The next time it waits, all of the bound counts.
+    (again,) = orders(driver.exited("node-0-0", 2))
+    assert again.waits
+    assert orders(driver.tick(BOUND - 1)) == []
+    (over,) = orders(driver.tick(1))
+    assert not over.waits
+
+
+def test_when_the_bound_passes_requests_end_and_the_error_says_why():
+    driver = bereft()
+    assert orders(driver.tick(BOUND - 0.1)) == []
+    commands = driver.tick(0.1)
+    reason = f"{LEFT}; no replacement was ready within 45 s (--replacement-wait)"
+    assert orders(commands) == [Suspend(PipelineId(0), Epoch(3), Stage(0), reason, lost_stages=(Stage(0),))]
+    assert lines(commands) == [f"{reason}: its requests end with an error"]
+    assert driver.cluster.why_not_serving() == reason
+    # Once is enough; service comes back all the same.
+    assert orders(driver.tick(BOUND)) == []
+    assert [type(order) for order in orders(driver.ready("node-0-0", 2))] == [Form]
+    driver.formed(0, 4)
+    assert driver.state(0) is PipelineState.SERVING
+
+
+def test_without_a_bound_requests_end_at_once():
+    driver = bereft(wait=0.0)
+    reason = f"{LEFT}; a replacement is being started"
+    assert orders(driver.lost) == [Suspend(PipelineId(0), Epoch(2), Stage(0), reason, lost_stages=(Stage(0),))]
+    assert orders(driver.tick(1)) == []
+
+
+def test_a_replacement_that_dies_again_does_not_prolong_the_wait():
+    driver = bereft()
+    driver.now += 20
+    driver.ready("node-0-0", 2)
+    (again,) = orders(driver.exited("node-0-0", 2))
+    assert again.waits
+    assert status_document(driver.cluster, 1)["pipelines"][0]["waiting_for"] == {"stages": [0], "seconds_left": 25.0}
+    assert orders(driver.tick(24)) == []
+    (over,) = orders(driver.tick(1))
+    assert not over.waits
+
+
+def test_nobody_is_ended_while_a_replacement_takes_over():
+    driver = bereft()
+    driver.now += BOUND - 1
+    driver.ready("node-0-0", 2)
+    assert orders(driver.tick(5)) == []
+    # It dies as well, and nothing is left of the bound.
+    (over,) = orders(driver.exited("node-0-0", 2))
+    assert not over.waits
+
+
+def test_a_second_stage_that_is_lost_meanwhile_is_awaited_within_the_same_bound():
+    driver = bereft()
+    driver.now += 30
+    assert orders(driver.exited("node-0-1")) == []
+    assert status_document(driver.cluster, 1)["pipelines"][0]["waiting_for"] == {
+        "stages": [0, 1],
+        "seconds_left": 15.0,
+    }
+    assert orders(driver.ready("node-0-0", 2)) == []
+    (over,) = orders(driver.tick(15))
+    assert not over.waits
+    assert over.reason.startswith("no node with room is left for stage 1")
+
+
+def test_an_engine_that_dies_while_it_waits_leaves_nothing_to_end():
+    driver = bereft()
+    driver.do(events.EngineLost(PipelineId(0), 70))
+    assert orders(driver.tick(BOUND)) == []
+    driver.attach(0, pid=71)
+    assert orders(driver.tick(BOUND)) == []
+    assert orders(driver.ready("node-0-0", 2)) != []
+
+
+def resumed(driver: Driver, snapshot: Snapshot) -> None:
+    """The next life of the controller, as far as nodes are concerned."""
+    driver.cluster = Cluster(driver.config)
+    driver.invariants = Invariants(driver.cluster)
+    driver.do(events.ControllerResumed(msgspec.json.decode(msgspec.json.encode(snapshot), type=Snapshot)))
+    driver.ready("node-0-1")
+
+
+def test_the_next_life_of_the_controller_keeps_to_the_bound():
+    driver = bereft()
+    driver.now += 30
+    resumed(driver, driver.cluster.snapshot())
+    claim = (member("node-0-0"), member("node-0-1"))
+    (order,) = orders(driver.do(events.EngineAttached(PipelineId(0), 70, Epoch(2), claim, suspended=True)))
+    assert order.waits
+    assert orders(driver.tick(14)) == []
+    (over,) = orders(driver.tick(1))
+    assert not over.waits
+
+
+def test_an_engine_that_waits_is_formed_anew_even_with_the_nodes_that_it_names():
+    driver = Driver(pipelines=1).serve()
+    resumed(driver, driver.cluster.snapshot())
+    driver.ready("node-0-0")
+    claim = (member("node-0-0"), member("node-0-1"))
+    (order,) = orders(driver.do(events.EngineAttached(PipelineId(0), 70, Epoch(1), claim, suspended=True)))
+    assert isinstance(order, Form)
+    assert driver.state(0) is PipelineState.RECOVERING
+
+
+def test_the_status_tells_who_waits_and_how_long_still():
+    driver = bereft()
+    driver.tick(12.3)
+    (row,) = status_document(driver.cluster, 1)["pipelines"]
+    assert row["state"] == "waiting"
+    assert row["waiting_for"] == {"stages": [0], "seconds_left": pytest.approx(32.7)}
+    driver.tick(BOUND)
+    (row,) = status_document(driver.cluster, 1)["pipelines"]
+    assert row["waiting_for"] == {"stages": [0], "seconds_left": 0.0}
+    driver.ready("node-0-0", 2)
+    driver.formed(0, 4)
+    (row,) = status_document(driver.cluster, 1)["pipelines"]
+    assert row["waiting_for"] is None
+
+
+def test_a_bound_that_nobody_keeps_to_is_a_violation():
+    driver = bereft()
+    pipeline = driver.cluster.pipelines[0]
+    driver.cluster.now = pipeline.wait_until = 99.0
+    with pytest.raises(Violated, match="lets its requests wait beyond the bound"):
+        driver.invariants.check([])
+    driver = Driver(pipelines=1).serve()
+    driver.cluster.pipelines[0].wait_until = 99.0
+    with pytest.raises(Violated, match="serves, and its bound runs on"):
+        driver.invariants.check([])
