@@ -302,8 +302,8 @@ MUTANTS = (
     Mutant(
         "a loss is held against nobody while requests wait for a node",
         "recovery/pipeline.py",
-        "doomed = self._in_flight.blame(lost, self._forming)",
-        "doomed: dict[str, str] = {}",
+        "self._in_flight.recall(set(), lost, self._forming)",
+        "self._in_flight.recall(set(), set(), self._forming)",
         "tests/unit/recovery/test_waiting.py",
     ),
     Mutant(

@@ -29,6 +29,8 @@ class InFlight:
         self._results: dict[int, StepResult] = {}
         self._left_out: dict[int, frozenset[str]] = {}
         self._sent: set[int] = set()
+        self._recalled: dict[Stage, set[int]] = {}
+        """What the node of a stage may have been running when another order came; nothing once a node was lost."""
         self._held: set[int] = set()
         self._suspicion = Suspicion()
         self.hold_back = False
@@ -58,7 +60,7 @@ class InFlight:
 
     def clear(self) -> None:
         """None will ever complete."""
-        for part in (self._steps, self._writes, self._results, self._left_out, self._sent, self._held):
+        for part in (self._steps, self._writes, self._results, self._left_out, self._sent, self._recalled, self._held):
             part.clear()
         self._suspicion.clear()
         self.hold_back = False
@@ -109,11 +111,20 @@ class InFlight:
 
     # ---- going out
 
-    def recall(self) -> None:
-        """What was sent is void: a new epoch begins."""
+    def recall(self, staying: set[Stage], lost: set[Stage], forming: Forming | None) -> dict[str, str]:
+        """What was sent is void: a new epoch begins, while `forming` was under way, or nothing.
+
+        The nodes of the stages `staying` are to go on; those of `lost` were lost, which is held against what they ran.
+        Returns the requests that must not run again, each with the reason.
+        """
+        doomed = self._blame(lost, forming) if lost else {}
+        awaited = forming.to_restore if forming is not None else set[Stage]()
+        for stage in set[Stage]() if lost else staying - awaited:
+            self._recalled.setdefault(stage, set()).update(self._sent)
         self._sent.clear()
         self._held.clear()
         self.hold_back = False
+        return doomed
 
     @property
     def running(self) -> bool:
@@ -134,13 +145,16 @@ class InFlight:
             due.append(sequence)
         return due
 
-    def blame(self, changed: set[Stage], forming: Forming | None) -> dict[str, str]:
-        """The nodes of the stages `changed` were lost, while `forming` was under way: hold it against what they ran.
-
-        Returns the requests that must not run again, each with the reason.
-        """
-        if forming is None or not changed <= forming.to_restore:
-            return self._suspicion.blame_steps([self._steps[s] for s in sorted(self._sent) if self._steps[s].scheduled])
-        # What a node was still preparing for, it has not run.
-        chunk = forming.next_chunk() if not changed <= forming.to_join else None
+    def _blame(self, lost: set[Stage], forming: Forming | None) -> dict[str, str]:
+        recalled, self._recalled = self._recalled, {}
+        if forming is None or not lost <= forming.to_restore:
+            return self._blame_steps(self._sent)
+        # What a node was still preparing for, it has not run; but that order may have come before the news of its end.
+        if lost <= forming.to_join:
+            return self._blame_steps(set().union(*(recalled.get(stage, set()) for stage in lost)))
+        chunk = forming.next_chunk()
         return self._suspicion.blame_recompute(span.request for span in chunk.spans) if chunk is not None else {}
+
+    def _blame_steps(self, sequences: set[int]) -> dict[str, str]:
+        steps = (self._steps[sequence] for sequence in sorted(sequences) if sequence in self._steps)
+        return self._suspicion.blame_steps(step for step in steps if step.scheduled)

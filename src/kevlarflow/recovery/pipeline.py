@@ -153,8 +153,8 @@ class Pipeline:
         self._planned = None
         self._disagrees = False
         changed = {after.stage for before, after in zip(self.nodes, order.nodes, strict=False) if before != after}
-        doomed = self._in_flight.blame(changed, self._forming) if order.lost and changed else {}
-        self._in_flight.recall()
+        stages = {Stage(index) for index in range(len(order.nodes))}
+        doomed = self._in_flight.recall(stages - changed, changed if order.lost else set(), self._forming)
         # Whether or not the controller knows of them: one that has lost its memory may not.
         left = {*order.released, *self.nodes} - {*order.nodes}
         self.epoch, self.nodes, self.reason = order.epoch, order.nodes, ""
@@ -165,7 +165,6 @@ class Pipeline:
         self._resting.clear()
         blocks = min(node.kv_blocks for node in self.nodes)
         commands = self._giving_way.share(blocks, order.shares, doomed, self.formations)
-        stages = {Stage(index) for index in range(len(self.nodes))}
         self._forming = Forming(
             ordered_at=now,
             requests=len(self.ledger),
@@ -304,8 +303,7 @@ class Pipeline:
 
     def _wait(self, lost: set[Stage]) -> list[Command]:
         """Keep all requests until the next order, but nothing in flight: the scheduler gets no tokens for it."""
-        doomed = self._in_flight.blame(lost, self._forming)
-        self._in_flight.recall()
+        doomed = self._in_flight.recall(set(), lost, self._forming)
         self.phase, self._forming, self._planned, self._disagrees = Phase.WAITING, None, None, False
         everybody = {entry.request for entry in self.ledger.entries()} | self._in_flight.requests
         return self._set_aside(dict.fromkeys(everybody, "") | doomed) + self._assign_next_standbys()

@@ -399,6 +399,25 @@ def test_a_node_that_is_used_no_more_is_left_though_the_controller_has_forgotten
     assert [each for each in commands if isinstance(each, p.Leave)] == [p.Leave(B1)]
 
 
+def test_a_loss_that_is_heard_of_after_another_order_is_held_against_what_ran_before():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
+    first = pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.1)
+    prepared(pipeline, 2, first)
+    # The second node is dead as well when room is asked for.
+    pipeline.handle(p.FormationOrdered(3, (A0, B1), shares=2), 1.2)
+    third = pipeline.handle(p.FormationOrdered(4, (A0, A1), lost=True), 1.3)
+    (aside,) = [each for each in third if isinstance(each, p.SetAside)]
+    assert "2 nodes were lost" in aside.requests[0].reason
+
+
+def test_two_nodes_that_die_at_once_count_as_one_loss():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
+    pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.1)
+    assert sent(pipeline.handle(p.FormationOrdered(3, (node("node-1-0", 0), B1), lost=True), 1.1)) == [1]
+
+
 def test_lanes_that_share_a_node_use_a_part_of_the_blocks():
     pipeline = serving()
     pipeline.handle(p.StepIssued(admit(1, "old", blocks=range(1, 25), tokens=96)), 1.0)

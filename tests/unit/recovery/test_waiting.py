@@ -44,7 +44,7 @@ def test_requests_go_on_from_the_ledger_when_the_pipeline_is_formed():
     pipeline = decoding()
     waiting(pipeline)
     commands = pipeline.handle(p.FormationOrdered(3, (A0, C1), lost=True), 9.0)
-    assert kinds(commands) == ["Join", "Join", "Restore", "EvictPrefixCache"]
+    assert kinds(commands) == ["Leave", "Join", "Join", "Restore", "EvictPrefixCache"]
     (restore,) = [each for each in commands if isinstance(each, p.Restore)]
     assert [(entry.request, entry.output, entry.computed) for entry in restore.entries] == [("r", [7], 0)]
     prepared(pipeline, 3, commands)
