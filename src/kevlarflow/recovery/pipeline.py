@@ -81,7 +81,7 @@ class Pipeline:
         self.nodes: tuple[NodeInfo, ...] = ()
         self.ledger = Ledger()
         self.reason = ""
-        """Why the pipeline is suspended."""
+        """Why the pipeline is suspended, or last was: a step may come late."""
         self.formations = 0
         """How often it was ordered to form; a step that was scheduled under a smaller count is checked again."""
         self._in_flight = InFlight()
@@ -157,7 +157,7 @@ class Pipeline:
         doomed = self._in_flight.recall(stages - changed, changed if order.lost else set(), self._forming)
         # Whether or not the controller knows of them: one that has lost its memory may not.
         left = {*order.released, *self.nodes} - {*order.nodes}
-        self.epoch, self.nodes, self.reason = order.epoch, order.nodes, ""
+        self.epoch, self.nodes = order.epoch, order.nodes
         self._generations.mark = order.epoch
         self.phase = Phase.FORMING
         self.formations += 1

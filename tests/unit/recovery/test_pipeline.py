@@ -437,7 +437,7 @@ def test_a_step_that_was_scheduled_before_everything_was_abandoned_is_abandoned_
     before = pipeline.formations
     pipeline.handle(p.SuspensionOrdered(2, "no node"), 2.0)
     pipeline.handle(p.FormationOrdered(3, (A0, B1)), 2.1)
-    assert kinds(pipeline.handle(p.StepIssued(admit(1, formation=before)), 2.2)) == ["Abandon"]
+    assert pipeline.handle(p.StepIssued(admit(1, formation=before)), 2.2) == [p.Abandon(1, "no node")]
     assert sent(pipeline.handle(p.StepIssued(admit(2, formation=pipeline.formations)), 2.3)) == [2]
 
 
