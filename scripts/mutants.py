@@ -251,7 +251,7 @@ MUTANTS = (
     Mutant(
         "nobody is blamed while some node still prepares",
         "recovery/in_flight.py",
-        "        if forming is None or not changed <= forming.to_restore:\n",
+        "        if forming is None or any(map(forming.may_run, lost)):\n",
         "        if forming is None or forming.prepared:\n",
         "tests/unit/recovery/test_pipeline.py",
     ),

@@ -49,6 +49,10 @@ class Forming:
         """Whether every node has done all that comes before the steps in flight."""
         return not (self.to_place or self.to_join or self.to_restore or self.chunks)
 
+    def may_run(self, stage: Stage) -> bool:
+        """Whether the node of a stage may be running steps: it and all before it are prepared."""
+        return all(each > stage for each in self.to_restore)
+
     def next_chunk(self) -> Chunk | None:
         """The oldest chunk that is not known to be done."""
         return self.chunks[min(self.chunks)] if self.chunks else None

@@ -118,8 +118,8 @@ class InFlight:
         Returns the requests that must not run again, each with the reason.
         """
         doomed = self._blame(lost, forming) if lost else {}
-        awaited = forming.to_restore if forming is not None else set[Stage]()
-        for stage in set[Stage]() if lost else staying - awaited:
+        prepared = staying if forming is None else set(filter(forming.may_run, staying))
+        for stage in set[Stage]() if lost else prepared:
             self._recalled.setdefault(stage, set()).update(self._sent)
         self._sent.clear()
         self._held.clear()
@@ -147,12 +147,12 @@ class InFlight:
 
     def _blame(self, lost: set[Stage], forming: Forming | None) -> dict[str, str]:
         recalled, self._recalled = self._recalled, {}
-        if forming is None or not lost <= forming.to_restore:
+        if forming is None or any(map(forming.may_run, lost)):
             return self._blame_steps(self._sent)
         # What a node was still preparing for, it has not run; but that order may have come before the news of its end.
         if lost <= forming.to_join:
             return self._blame_steps(set().union(*(recalled.get(stage, set()) for stage in lost)))
-        chunk = forming.next_chunk()
+        chunk = forming.next_chunk() if not lost.isdisjoint(forming.to_restore) else None
         return self._suspicion.blame_recompute(span.request for span in chunk.spans) if chunk is not None else {}
 
     def _blame_steps(self, sequences: set[int]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ class Engine(Process):
         """Whether it has been formed once, and so has a scheduler."""
         self._may_end: set[str] = set()
         """Requests that a suspension gave it a reason to end: those that it had then, or got before it was over."""
-        self.prepared: set[tuple[Epoch, Member]] = set()
+        self.prepared: defaultdict[Epoch, set[Member]] = defaultdict(set)
         """Who has said in which epoch that it will run steps next."""
         self._lines: dict[Member, str] = {}
         """The open channels to nodes."""
@@ -258,7 +258,7 @@ class Engine(Process):
     def _end_all(self, reason: str, names: Container[str]) -> None:
         scheduler = self.scheduler
         for request in [each for each in scheduler.unfinished if each.name in names]:
-            if request.name not in self._may_end:
+            if not reason or request.name not in self._may_end:
                 raise NoReason(f"{self} ends {request.name}, which no suspension concerns: {reason}")
             scheduler.abort(request)
             self.fleet.end(request, reason)
@@ -321,7 +321,7 @@ class Engine(Process):
         if current and isinstance(event, core.StepExecuted):
             self._outputs[event.sequence] = {name: list(each) for name, each in event.result.tokens.items()}
         if isinstance(event, core.StageRestored):
-            self.prepared.add((event.epoch, source.member))
+            self.prepared[event.epoch].add(source.member)
         before, epoch = self.core.in_flight, self.core.epoch
         commands = self.core.handle(event, self.timeline.now)
         if self.core.epoch != epoch and self.core.phase is Phase.FORMING:

@@ -265,7 +265,8 @@ class Fleet:
         deadly = [name for name, end in computed if self._is_deadly(name, node.stage, end)]
         if not deadly:
             return False
-        heard = (header.epoch, node.member) in self.engines[header.pipeline].prepared
+        engine = self.engines[header.pipeline]
+        heard = {info.member for info in engine.core.nodes[: node.stage + 1]} <= engine.prepared[header.epoch]
         what = "again" if isinstance(header, steps.Recompute) else "in steps"
         for name in deadly:
             self.counts[f"nodes that a request has cost {what}"] += 1

@@ -351,8 +351,16 @@ def test_a_node_that_runs_steps_while_another_still_prepares_is_held_against_the
     pipeline = serving()
     pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
     pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.1)
+    pipeline.handle(p.StageRestored(2, 0), 1.2)
+    assert ended(pipeline.handle(p.FormationOrdered(3, (B0, B1), lost=True), 1.3)) == ["a"]
+
+
+def test_a_node_that_waits_for_one_before_it_runs_nothing():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
+    pipeline.handle(p.FormationOrdered(2, (B0, A1), lost=True), 1.1)
     pipeline.handle(p.StageRestored(2, 1), 1.2)
-    assert ended(pipeline.handle(p.FormationOrdered(3, (A0, A1), lost=True), 1.3)) == ["a"]
+    assert ended(pipeline.handle(p.FormationOrdered(3, (B0, B1), lost=True), 1.3)) == []
 
 
 def test_no_step_is_blamed_for_an_order_that_changes_no_node():
