@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
 import httpx
@@ -13,7 +14,9 @@ import pytest
 from integration.cluster import FLAGS, Cluster, Status, running_cluster
 from integration.failover import assert_identical, run
 from integration.waiting import until
-from kevlarflow.faults import KillServing
+from kevlarflow.faults import KillServing, Target
+from kevlarflow.faults.processes import command_line
+from kevlarflow.faults.stopping import stop, thaw, verify_stopped
 from parity import workload
 from parity.client import Recording, Replay, replay
 from parity.reference import Reference
@@ -24,7 +27,6 @@ PROBE = {"model": workload.MODEL, "prompt": "Hello", "max_tokens": 1}
 LONG = PROBE | {"max_tokens": 400, "ignore_eos": True, "stream": True}
 MIXED = [dataclasses.replace(each, at=0.0) for each in workload.named("json-seeded", "penalties-seeded", "choices")]
 SHORT_WAIT_SECONDS = 1.0
-"""Less than any replacement takes."""
 
 
 @pytest.mark.parametrize("stage", [1, pytest.param(0, marks=pytest.mark.slow)])
@@ -36,11 +38,12 @@ def test_streams_wait_for_a_replacement_and_go_on(stage: int, grid: Cluster, sto
             answer = await cancelled_one.enter_async_context(client.stream("POST", "/v1/completions", json=LONG))
             await anext(answer.aiter_lines())
             assert await current.reached(lambda progress: progress.tokens > 4 * len(streams))
-            await asyncio.to_thread(kill_stage, grid, stage)
-            check_refused(await asyncio.to_thread(wait_for_refusal, grid))
-            all_of_them = load(await asyncio.to_thread(wait_until_all_wait, grid, stage))
-            await cancelled_one.aclose()
-            await asyncio.to_thread(wait_for_fewer, grid, all_of_them)
+            with no_replacements(grid):
+                await asyncio.to_thread(kill_stage, grid, stage)
+                check_refused(await asyncio.to_thread(wait_for_refusal, grid))
+                all_of_them = await asyncio.to_thread(wait_until_all_wait, grid, stage)
+                await cancelled_one.aclose()
+                await asyncio.to_thread(wait_for_fewer, grid, all_of_them)
 
     recordings = replay(grid.base_url, streams, pipelines=grid.pipelines, beside=lose_the_stage)
     assert_identical(streams, stock_reference, recordings)
@@ -57,8 +60,10 @@ def test_after_the_bound_clients_are_told_and_service_comes_back(stock_reference
 
         async def lose_the_stage(current: Replay) -> None:
             assert await current.reached(lambda progress: progress.tokens > 4 * len(streams))
-            await asyncio.to_thread(kill_stage, cluster, 1)
-            check_refused(await asyncio.to_thread(wait_for_refusal, cluster))
+            with no_replacements(cluster):
+                await asyncio.to_thread(kill_stage, cluster, 1)
+                check_refused(await asyncio.to_thread(wait_for_refusal, cluster))
+                assert not await current.reached(lambda _: False), "every stream ends without a replacement"
 
         recordings = replay(cluster.base_url, streams, pipelines=1, beside=lose_the_stage)
         for recording in recordings.values():
@@ -66,6 +71,19 @@ def test_after_the_bound_clients_are_told_and_service_comes_back(stock_reference
         until("/health is 200 again", cluster.healthy, timeout=120)
         requests = workload.named("plain-0", "seeded")
         assert_identical(requests, stock_reference, run(cluster, requests).recordings)
+
+
+@contextmanager
+def no_replacements(cluster: Cluster) -> Iterator[None]:
+    """While the zygote is stopped nothing is forked; it is the oldest process of its name, nodes are forks of it."""
+    family = [each for each in cluster.processes() if "kevlarflow.node.zygote" in command_line(each.pid)]
+    zygote = Target("the zygote", (min(family, key=lambda each: (each.start_ticks, each.pid)),))
+    struck = stop(zygote)
+    try:
+        verify_stopped(struck)
+        yield
+    finally:
+        thaw(zygote)
 
 
 def kill_stage(cluster: Cluster, stage: int) -> None:
@@ -87,31 +105,21 @@ def check_refused(refused: httpx.Response) -> None:
     assert "stage" in refused.json()["error"]["message"]
 
 
-def wait_until_all_wait(cluster: Cluster, stage: int) -> Status:
-    """The status when every pipeline waits for the stage, and every request with it."""
+def wait_until_all_wait(cluster: Cluster, stage: int) -> int:
+    """Until every pipeline waits for the stage, and every request with it; how many requests those are."""
 
     def all_wait() -> Status | None:
         status = cluster.status()
-        assert waits_for(status, stage), f"a replacement was too quick: {status['pipelines']}"
+        waits = [pipeline["waiting_for"] for pipeline in status["pipelines"]]
+        assert all(each["stages"] == [stage] and 0 < each["seconds_left"] <= 45 for each in waits), waits
         return None if any(engine["running"] for engine in status["engines"]) else status
 
-    return until("no request runs", all_wait, timeout=5, poll=0.05)
+    return load(until("no request runs", all_wait, timeout=10))
 
 
 def wait_for_fewer(cluster: Cluster, before: int) -> None:
     """A client that goes away is noticed although nothing can be computed."""
-
-    def fewer() -> bool:
-        status = cluster.status()
-        assert waits_for(status, 0) or waits_for(status, 1), "a replacement was too quick"
-        return load(status) < before
-
-    until("the request of a client that has gone is forgotten", fewer, timeout=5, poll=0.05)
-
-
-def waits_for(status: Status, stage: int) -> bool:
-    waits = [pipeline["waiting_for"] for pipeline in status["pipelines"]]
-    return all(each is not None and each["stages"] == [stage] and 0 < each["seconds_left"] <= 45 for each in waits)
+    until("the request of a client that has gone is forgotten", lambda: load(cluster.status()) < before, timeout=10)
 
 
 def load(status: Status) -> int:
