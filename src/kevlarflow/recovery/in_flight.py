@@ -6,7 +6,8 @@ All that are due leave at once; those that may have cost a node (`recovery.suspi
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 
 from kevlarflow.recovery.capacity import without
 from kevlarflow.recovery.coverage import Replica
@@ -29,7 +30,7 @@ class InFlight:
         self._results: dict[int, StepResult] = {}
         self._left_out: dict[int, frozenset[str]] = {}
         self._sent: set[int] = set()
-        self._recalled: dict[Stage, set[int]] = {}
+        self._recalled: dict[Stage, dict[int, Step]] = {}
         """What the node of a stage may have been running when another order came; nothing once a node was lost."""
         self._held: set[int] = set()
         self._suspicion = Suspicion()
@@ -106,6 +107,7 @@ class InFlight:
             self._sent.discard(sequence)
             self._held.discard(sequence)
             self._suspicion.acquit(step)
+            self._note_done(step)
             return step, self._results.pop(sequence, NOTHING), self._left_out.pop(sequence)
         return None
 
@@ -119,8 +121,12 @@ class InFlight:
         """
         doomed = self._blame(lost, forming) if lost else {}
         prepared = staying if forming is None else set(filter(forming.may_run, staying))
+        for stage in staying if forming is None else staying - forming.to_join:
+            # It has taken the order before this one, and with it left what it ran then.
+            self._recalled.pop(stage, None)
         for stage in set[Stage]() if lost else prepared:
-            self._recalled.setdefault(stage, set()).update(self._sent)
+            # As they are: requests that give way for the new order may be taken out of them.
+            self._recalled.setdefault(stage, {}).update((sequence, self._steps[sequence]) for sequence in self._sent)
         self._sent.clear()
         self._held.clear()
         self.hold_back = False
@@ -148,13 +154,27 @@ class InFlight:
     def _blame(self, lost: set[Stage], forming: Forming | None) -> dict[str, str]:
         recalled, self._recalled = self._recalled, {}
         if forming is None or any(map(forming.may_run, lost)):
-            return self._blame_steps(self._sent)
+            return self._blame_steps({sequence: self._steps[sequence] for sequence in self._sent})
         # What a node was still preparing for, it has not run; but that order may have come before the news of its end.
         if lost <= forming.to_join:
-            return self._blame_steps(set().union(*(recalled.get(stage, set()) for stage in lost)))
+            return self._blame_steps({k: step for stage in lost for k, step in recalled.get(stage, {}).items()})
         chunk = forming.next_chunk() if not lost.isdisjoint(forming.to_restore) else None
         return self._suspicion.blame_recompute(span.request for span in chunk.spans) if chunk is not None else {}
 
-    def _blame_steps(self, sequences: set[int]) -> dict[str, str]:
-        steps = (self._steps[sequence] for sequence in sorted(sequences) if sequence in self._steps)
-        return self._suspicion.blame_steps(step for step in steps if step.scheduled)
+    def _blame_steps(self, ran: Mapping[int, Step]) -> dict[str, str]:
+        """`ran` are steps as they were sent."""
+        doomed: dict[str, str] = {}
+        for sequence, then in sorted(ran.items()):
+            now = self._steps.get(sequence)
+            doomed |= self._suspicion.blame_step(now) if now is not None and now.scheduled else {}
+            left_out = then.scheduled.keys() - (now.scheduled.keys() if now is not None else ())
+            doomed |= self._suspicion.blame_requests(then, left_out)
+        return doomed
+
+    def _note_done(self, step: Step) -> None:
+        """Of a step that was recalled only those are still of interest that were taken out of it since."""
+        for recalled in self._recalled.values():
+            then = recalled.pop(step.sequence, None)
+            left_out = {r: n for r, n in then.scheduled.items() if r not in step.scheduled} if then is not None else {}
+            if then is not None and left_out:
+                recalled[step.sequence] = dataclasses.replace(then, scheduled=left_out)

@@ -49,19 +49,22 @@ class Suspicion:
         """Whether the step has to run alone."""
         return step.sequence in self._steps or not self._requests.keys().isdisjoint(step.scheduled)
 
-    def blame_steps(self, steps: Iterable[Step]) -> dict[str, str]:
-        """A node was lost that may have been running these; returns requests that must not run again, and why."""
-        doomed: set[str] = set()
-        for step in steps:
-            cost = self._steps[step.sequence] = self._steps.get(step.sequence, 0) + 1
-            if cost >= MAX_COST:
-                doomed.update(step.scheduled)
-            for request in self._requests.keys() & step.scheduled.keys():
-                before = self._requests[request]
-                self._requests[request] = before._replace(cost=before.cost + 1)
-                if before.cost + 1 >= MAX_COST:
-                    doomed.add(request)
-        return dict.fromkeys(sorted(doomed), REASON)
+    def blame_step(self, step: Step) -> dict[str, str]:
+        """A node was lost that may have been running this; returns requests that must not run again, and why."""
+        cost = self._steps[step.sequence] = self._steps.get(step.sequence, 0) + 1
+        doomed = dict.fromkeys(step.scheduled, REASON) if cost >= MAX_COST else {}
+        return doomed | self.blame_requests(step, self._requests.keys() & step.scheduled.keys())
+
+    def blame_requests(self, step: Step, requests: Iterable[str]) -> dict[str, str]:
+        """The same for requests in a step that are suspects themselves, or that were taken out of it meanwhile."""
+        ends = _ends(step)
+        doomed = {}
+        for request in sorted(requests):
+            before = self._requests.get(request, Suspect(0, 0))
+            self._requests[request] = Suspect(before.cost + 1, max(before.end, ends[request]))
+            if before.cost + 1 >= MAX_COST:
+                doomed[request] = REASON
+        return doomed
 
     def blame_recompute(self, requests: Iterable[str]) -> dict[str, str]:
         """A node was lost that may have been computing these again; returns the same."""
@@ -90,4 +93,5 @@ class Suspicion:
 
 def _ends(step: Step) -> dict[str, int]:
     """Tokens that each request has computed after the step."""
-    return {request: start + step.scheduled[request] for request, start in starts_of(step).items()}
+    starts = starts_of(step)
+    return {request: starts[request] + count for request, count in step.scheduled.items()}

@@ -391,6 +391,33 @@ def test_a_request_that_has_to_give_way_on_the_new_node_stays_suspect():
     assert ended(commands) == ["deadly"]
 
 
+def test_a_request_that_gave_way_before_the_loss_was_heard_of_is_suspect_as_well():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "big", blocks=range(1, 25), tokens=96)), 1.0)
+    pipeline.handle(executed(1, 1, big=[7]), 1.1)
+    pipeline.handle(p.StepIssued(admit(2, "deadly", blocks=(30, 31), tokens=5)), 1.2)
+    pipeline.handle(p.FormationOrdered(2, (A0, A1), shares=2), 1.3)
+    assert pipeline.in_flight == (), "nobody is left in the step"
+    commands = pipeline.handle(p.FormationOrdered(3, (A0, B1), shares=2, lost=True), 1.4)
+    assert ended(commands) == []
+    prepared(pipeline, 3, commands)
+    pipeline.handle(p.StepIssued(admit(3, "deadly", blocks=(24, 25), tokens=5, formation=9)), 2.1)
+    commands = pipeline.handle(p.FormationOrdered(4, (A0, A1), shares=2, lost=True), 2.2)
+    assert ended(commands) == ["deadly"]
+
+
+def test_what_ran_before_an_order_that_the_node_has_taken_is_not_to_blame():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "big", blocks=range(1, 25), tokens=96)), 1.0)
+    pipeline.handle(executed(1, 1, big=[7]), 1.1)
+    pipeline.handle(p.StepIssued(admit(2, "harmless", blocks=(30, 31), tokens=5)), 1.2)
+    prepared(pipeline, 2, pipeline.handle(p.FormationOrdered(2, (A0, A1), shares=2), 1.3))
+    pipeline.handle(p.FormationOrdered(3, (A0, A1), shares=2), 2.1)
+    prepared(pipeline, 4, pipeline.handle(p.FormationOrdered(4, (A0, B1), shares=2, lost=True), 2.2))
+    pipeline.handle(p.StepIssued(admit(3, "harmless", blocks=(24, 25), tokens=5, formation=9)), 3.1)
+    assert ended(pipeline.handle(p.FormationOrdered(5, (A0, A1), shares=2, lost=True), 3.2)) == []
+
+
 def test_a_request_that_cost_two_nodes_while_it_was_computed_again_ends():
     pipeline = serving()
     pipeline.handle(p.StepIssued(admit(1, "deadly")), 1.0)
