@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from kevlarflow.sim import fleet, plan
-from kevlarflow.sim.world import World, shape_of
+from kevlarflow.sim.shapes import shape_of
+from kevlarflow.sim.world import World
 
 SEEDS_AT_ONCE = 25
 PROGRESS_SECONDS = 1.0

@@ -8,7 +8,8 @@ import pytest
 from kevlarflow.recovery import coverage, pipeline, pipeline_events, recompute
 from kevlarflow.recovery.ledger import Ledger
 from kevlarflow.sim.errors import Violation
-from kevlarflow.sim.world import REPLICATED, TIGHT, Shape, World
+from kevlarflow.sim.shapes import REPLICATED, TIGHT, Shape
+from kevlarflow.sim.world import World
 
 SEEDS = range(200)
 PLANTED_SEEDS = range(1_500)
