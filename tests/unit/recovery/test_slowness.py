@@ -161,3 +161,18 @@ def test_a_restarted_controller_remembers_whom_it_moved():
     assert slow(driver, incarnation=2) == []
     driver.tick(REST_SECONDS)
     assert lines(slow(driver, incarnation=2))
+
+
+def test_a_slow_node_that_somebody_drains_meanwhile_is_not_replaced():
+    driver = serving()
+    slow(driver)
+    driver.do(events.DrainRequested(NodeId("node-0-1"), 1))
+    driver.report(0, 8, coverage=STANDBY_HAS_ALL, epoch=1)
+    driver.formed(0, 2)
+    assert not any(isinstance(command, StartNode) for command in driver.exited("node-0-1"))
+
+
+def test_a_slow_node_that_dies_before_it_has_left_is_replaced():
+    driver = serving()
+    slow(driver)
+    assert StartNode(member("node-0-1", 2), Stage(1)) in driver.exited("node-0-1")
