@@ -444,4 +444,6 @@ class Pipeline:
         self._resting.clear()
         self._watermarks.clear()
         self._giving_way.clear()
-        return [AbandonEverything(reason), *commands, *self._assign_next_standbys()]
+        # What the nodes hold is of no use any more, and others may wait for the memory.
+        left = [Leave(node) for node in self.nodes]
+        return [AbandonEverything(reason), *commands, *left, *self._assign_next_standbys()]

