@@ -137,7 +137,7 @@ def can_spare(grid: Grid, slot: Slot) -> bool:
 
 def _lanes(grid: Grid, member: Member) -> list[PipelineId]:
     """Pipelines that have a lane on a member, used or not yet given up."""
-    return [each.id for each in grid.pipelines if member in each.lanes]
+    return [each.id for each in grid.pipelines if each.has_lane_on(member)]
 
 
 def lanes_in_words(grid: Grid, slot: Slot) -> str:

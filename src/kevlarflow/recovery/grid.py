@@ -77,7 +77,7 @@ class Grid:
         """Lanes of other pipelines on a node, that of `besides` not counted."""
         member = slot.member
         others = (each for each in self.pipelines if each.id not in (slot.pipeline, besides))
-        return sum(member in each.lanes for each in others)
+        return sum(each.has_lane_on(member) for each in others)
 
     # ---- changing
 

@@ -204,3 +204,7 @@ class Pipeline:
     def lanes(self) -> set[Member]:
         """Members on which it has a lane, used or not yet given up."""
         return self.leaving | {member for member in self.members if member is not None}
+
+    def has_lane_on(self, member: Member) -> bool:
+        """Whether `member` is among its `lanes`: this is asked often."""
+        return member in self.members or member in self.leaving

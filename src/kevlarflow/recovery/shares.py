@@ -15,9 +15,9 @@ from kevlarflow.types import EngineState, Epoch, PipelineId
 
 def shares(grid: Grid, pipeline: Pipeline) -> int:
     """Lanes on the busiest node of a pipeline, its own included; those without an engine need no room."""
-    lanes = [other.lanes for other in grid.pipelines if not _is_orphaned(other)]
+    others = [other for other in grid.pipelines if not _is_orphaned(other)]
     members = [member for member in pipeline.members if member is not None]
-    return max((sum(member in each for each in lanes) for member in members), default=1)
+    return max((sum(each.has_lane_on(member) for each in others) for member in members), default=1)
 
 
 def orphans(grid: Grid, pipeline: Pipeline) -> tuple[tuple[PipelineId, Epoch], ...]:
