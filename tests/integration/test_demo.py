@@ -27,6 +27,8 @@ LEAVE_TIMEOUT_SECONDS = 60.0
 def demo(folder: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """The demo, running; afterwards no process that it has started may be left."""
     mark = uuid.uuid4().hex
+    # It is to hear Ctrl-C, even if these tests run in the background, where that is ignored.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
         process = subprocess.Popen(
             [KEVLARFLOW, "demo"],
@@ -37,6 +39,7 @@ def demo(folder: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
             env={**os.environ, MARK: mark, "TMPDIR": str(folder), **environment},
             start_new_session=True,
         )
+    signal.signal(signal.SIGINT, previous)
     try:
         yield process
         left = [command_line(pid) for pid in with_environment(MARK, mark)]

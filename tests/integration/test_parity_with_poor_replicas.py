@@ -39,7 +39,7 @@ def scarce_cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def late_cluster() -> Iterator[Cluster]:
-    flags = (*FLAGS, f"--replication-bandwidth={BLOCK_BYTES}")
+    flags = (*FLAGS, f"--replication-bandwidth={BLOCK_BYTES // 4}")
     with running_cluster(flags=flags, name="the cluster whose replication falls behind") as cluster:
         yield cluster
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kevlarflow.cli.interrupts import treat_as_interrupt
 from kevlarflow.cli.log_folder import log_folder
 from kevlarflow.errors import UsageError
 
@@ -45,8 +45,7 @@ def run(arguments: list[str]) -> int:
         raise UsageError(f"name a scenario, or use --all: {', '.join(scenarios.shipped())}")
     # All are read before the first one starts: a typing error must not cost minutes.
     chosen = [(name, scenarios.load(name)) for name in names]
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    treat_as_interrupt()
     reports = []
     worst = 0
     for name, scenario in chosen:

@@ -6,10 +6,10 @@ import argparse
 import asyncio
 import contextlib
 import shutil
-import signal
 import tempfile
 from pathlib import Path
 
+from kevlarflow.cli.interrupts import treat_as_interrupt
 from kevlarflow.errors import KevlarFlowError
 
 DESCRIPTION = """\
@@ -22,9 +22,7 @@ def run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="kevlarflow demo", description=DESCRIPTION)
     parser.add_argument("--plain", action="store_true", help="print plain lines even on a terminal")
     options = parser.parse_args(arguments)
-    # Whoever ends us by SIGTERM gets the same cleaning up as Ctrl-C.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    treat_as_interrupt()
     folder = Path(tempfile.mkdtemp(prefix="kevlarflow-demo-"))
     keep_logs = False
     try:

@@ -6,9 +6,9 @@ import argparse
 import datetime
 import functools
 import shlex
-import signal
 from pathlib import Path
 
+from kevlarflow.cli.interrupts import treat_as_interrupt
 from kevlarflow.cli.log_folder import log_folder
 from kevlarflow.errors import UsageError
 
@@ -30,8 +30,7 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.faults < 1:
         raise UsageError(f"--faults {options.faults}: there has to be at least 1")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    treat_as_interrupt()
     return _soak(options, shlex.join(["kevlarflow", "soak", *arguments]))
 
 
