@@ -25,6 +25,7 @@ DEFAULT_SLOW_RATIO = 3.0
 LEAST_SLOW_RATIO = 2.0
 """By so much the work of two steps may differ that count as equal (`kevlarflow.types.Pace`)."""
 
+DEFAULT_REPLICATION_INTERVAL_TOKENS = 4
 DEFAULT_BANDWIDTH = 128 << 20
 """Bytes a second that a node may send as copies."""
 
@@ -91,7 +92,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """KV memory of one node, as vLLM's `--kv-cache-memory-bytes`; the pipelines that it serves share it."""
     standby_memory_bytes: int = 0
     """Host memory of each node for the replicas of other lanes; 0: no replication."""
-    replication_interval_tokens: int = 4
+    replication_interval_tokens: int = DEFAULT_REPLICATION_INTERVAL_TOKENS
     """Copy the tokens of a partly filled block so many at a time, in long contexts fewer; 0: copy full blocks only."""
     replication_bytes_per_second: int = DEFAULT_BANDWIDTH
     """What one node may send to its standbys: catching up must not take what decoding needs."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from integration.cluster import BLOCK_SIZE, Cluster
+from integration.cluster import Cluster
 from kevlarflow.bench.watch import Watcher
 
 LOOK_SECONDS = 0.05
@@ -21,8 +21,8 @@ class Seen:
     """The worst that was seen."""
 
     lowest_coverage: float = 1.0
-    blocks_behind: float = 0.0
-    """How many blocks more than one for each running request were not on the standby."""
+    tokens_behind: float = 0.0
+    """How many tokens of each running request, on average, were not on the standby."""
     most_bytes: int = 0
     """Of the lane's replicas."""
 
@@ -40,7 +40,7 @@ def watching(cluster: Cluster, pipeline: int, stage: int) -> Iterator[Seen]:
                 running = sum(engine["running"] for engine in watcher.latest["engines"])
                 seen.lowest_coverage = min(seen.lowest_coverage, row["coverage"])
                 seen.most_bytes = max(seen.most_bytes, row["bytes"])
-                seen.blocks_behind = max(seen.blocks_behind, row["lag_tokens"] / BLOCK_SIZE - running)
+                seen.tokens_behind = max(seen.tokens_behind, row["lag_tokens"] / max(1, running))
 
     thread = threading.Thread(target=look)
     thread.start()

@@ -20,6 +20,7 @@ from kevlarflow.cli.preflight import GIB, Size, gib
 from kevlarflow.config import (
     DEFAULT_BANDWIDTH,
     DEFAULT_REPLACEMENT_WAIT_S,
+    DEFAULT_REPLICATION_INTERVAL_TOKENS,
     DEFAULT_SLOW_RATIO,
     ServeConfig,
     Timeouts,
@@ -156,7 +157,7 @@ def _interval(flags: ServeFlags) -> int:
     asked = flags.replication_interval_tokens
     if asked is not None and asked < 0:
         raise UsageError(f"--replication-interval-tokens {asked} is negative: use 0 (full blocks only) or more")
-    return 32 if asked is None else asked
+    return DEFAULT_REPLICATION_INTERVAL_TOKENS if asked is None else asked
 
 
 def _bandwidth(flags: ServeFlags) -> int:
