@@ -36,7 +36,8 @@ def test_streams_wait_for_a_replacement_and_go_on(stage: int, grid: Cluster, sto
     async def lose_the_stage(current: Replay) -> None:
         async with AsyncExitStack() as cancelled_one, httpx.AsyncClient(base_url=grid.base_url, timeout=60.0) as client:
             answer = await cancelled_one.enter_async_context(client.stream("POST", "/v1/completions", json=LONG))
-            await anext(answer.aiter_lines())
+            lines = answer.aiter_lines()  # Kept: httpx closes the connection of an iterator that is forgotten.
+            await anext(lines)
             assert await current.reached(lambda progress: progress.tokens > 4 * len(streams))
             with no_replacements(grid):
                 await asyncio.to_thread(kill_stage, grid, stage)
