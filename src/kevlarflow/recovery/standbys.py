@@ -21,7 +21,8 @@ def assign(grid: Grid, pipeline: Pipeline) -> None:
         pipeline.standbys = ()
         return
     standbys = tuple(_standby(grid, pipeline, Stage(stage)) for stage in range(len(pipeline.members)))
-    nobody = (None,) * len(standbys)
+    # A new engine has none; one that an earlier life of the controller has told may have one that is gone.
+    nobody = (None,) * len(standbys) if grid.resumed_at is None else ()
     if standbys != (pipeline.standbys or nobody):
         pipeline.standbys = standbys
         grid.command(AssignStandbys(pipeline.id, standbys))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cluster_driver import Driver, lines, orders
 from kevlarflow.recovery import events
-from kevlarflow.recovery.events import KillEngine
+from kevlarflow.recovery.events import AssignStandbys, KillEngine
 from kevlarflow.recovery.formation import RESEND_SECONDS
 from kevlarflow.types import EngineState, PipelineId
 
@@ -94,6 +94,15 @@ def test_an_engine_that_the_next_life_of_the_controller_never_hears_of_is_killed
     driver.do(events.EngineLost(PipelineId(0), 70))
     assert engine_state(driver, 0) is EngineState.DEAD
     assert kills(pass_time(driver, 2 * LOST, reporting=[1])) == []
+
+
+def test_the_next_life_of_the_controller_takes_standbys_back_that_are_gone():
+    before = serving()
+    driver = resumed(before.cluster.snapshot())
+    driver.ready("node-0-0")
+    driver.ready("node-0-1")
+    commands = driver.attach(0, epoch=1, members=tuple(before.cluster.pipelines[0].members))
+    assert AssignStandbys(PipelineId(0), (None, None)) in commands
 
 
 def test_an_engine_that_falls_silent_while_it_starts_is_given_its_time():
