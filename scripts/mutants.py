@@ -273,6 +273,7 @@ MUTANTS = (
         "recovery/pipeline.py",
         "left = {*order.released, *self.nodes} - {*order.nodes}",
         "left = {*order.released}",
+        "tests/unit/recovery/test_pipeline.py",
     ),
     Mutant(
         "a hole in a prefix hit is overlooked",
