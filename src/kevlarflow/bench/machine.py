@@ -52,23 +52,21 @@ class CpuMeter:
 
     def __init__(self, pids: Callable[[], Iterable[int]]) -> None:
         self._pids = pids
-        self._begun = (0.0, 0.0, 0.0)
+        self._begun = (0.0, 0.0)
+        self._own: dict[int, float] = {}
 
     def start(self) -> None:
         """Begin to count."""
-        self._begun = self._now()
+        self._begun, self._own = _now(), self._own_now()
 
     def strangers(self) -> float:
-        """The share since `start`; short-lived helpers of the system under test count as strangers."""
-        then, now = self._begun, self._now()
-        seconds, busy, own = (later - earlier for later, earlier in zip(now, then, strict=True))
+        """The share since `start`; what a process of the system under test used that has ended counts as well."""
+        seconds, busy = (later - earlier for later, earlier in zip(_now(), self._begun, strict=True))
+        own = sum(now - self._own.get(pid, 0.0) for pid, now in self._own_now().items())
         return max(0.0, busy - own) / max(seconds * (os.cpu_count() or 1), 1e-9)
 
-    def _now(self) -> tuple[float, float, float]:
-        """Seconds of the clock, of all busy cores together, and of those in our own processes."""
-        times = psutil.cpu_times()
-        busy = times.user + times.nice + times.system + times.irq + times.softirq
-        return time.monotonic(), busy, sum(map(_cpu_seconds, {*self._pids(), os.getpid()}))
+    def _own_now(self) -> dict[int, float]:
+        return {pid: _cpu_seconds(pid) for pid in {*self._pids(), os.getpid()}}
 
 
 async def wait_quiet(meter: CpuMeter, patience_seconds: float) -> bool:
@@ -81,6 +79,12 @@ async def wait_quiet(meter: CpuMeter, patience_seconds: float) -> bool:
             return True
         if time.monotonic() > deadline:
             return False
+
+
+def _now() -> tuple[float, float]:
+    """Seconds of the clock, and of all busy cores together."""
+    times = psutil.cpu_times()
+    return time.monotonic(), times.user + times.nice + times.system + times.irq + times.softirq
 
 
 def _cpu_seconds(pid: int) -> float:

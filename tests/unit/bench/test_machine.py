@@ -33,6 +33,17 @@ def test_a_busy_stranger_is_seen_and_our_own_process_is_not():
     assert seen_as_strange - seen_as_ours > 0.2 * one_core
 
 
+def test_what_a_process_used_before_does_not_count_when_it_has_ended(monkeypatch: pytest.MonkeyPatch):
+    moments = iter([(0.0, 500.0), (10.0, 504.0)])
+    monkeypatch.setattr(machine, "_now", lambda: next(moments))
+    monkeypatch.setattr(machine, "_cpu_seconds", lambda pid: 100.0)
+    pids = [1]
+    meter = CpuMeter(lambda: pids)
+    meter.start()
+    pids.clear()
+    assert meter.strangers() == pytest.approx(4.0 / 10.0 / (os.cpu_count() or 1))
+
+
 def test_waiting_for_a_quiet_moment(monkeypatch: pytest.MonkeyPatch):
     shares = iter([0.5, 0.3, 0.01])
     monkeypatch.setattr(machine, "LOOK_SECONDS", 0.0)
