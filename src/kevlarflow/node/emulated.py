@@ -7,15 +7,16 @@ vLLM's model runner, which both of them use:
 * a step ends when the emulated time has passed since its activations arrived: the process sleeps what is left;
 * the KV memory has the emulated model's bytes for each token. Attention computes one head of it, so the tokens depend
   on what is there; the other heads hold that head's keys and values again, so that a block is written in full;
-* who waits sleeps, where vLLM spins: readers of its shared-memory queues for a second, and on the CPU each stage until
-  the activations are there. There are more processes here than cores, and a device would not take one to wait;
+* who waits sleeps, where vLLM spins: readers of its shared-memory queues for a second, writers until there is room, and
+  on the CPU each stage until the activations are there. There are more processes here than cores, and a device would
+  not take one to wait;
 * once they have work, workers and engines go before the machine's other work, where that is allowed: a device does
-  not wait for a core, and a server that starts beside it is, in the cluster that is emulated, on another machine. It
-  takes a real-time policy: niceness counts only among the processes of one session, and each server has its own.
+  not wait for a core, and a server that starts beside it is, in the cluster that is emulated, on another machine.
+  Linux compares niceness within a session, and sessions by one of their own; each server is a session.
 
 Non-public names of vLLM, all used in this module only: `GPUModelRunner.execute_model` and `sample_tokens`,
 `Attention.get_kv_cache_spec`, `CPUAttentionBackendImpl.forward` and `do_kv_cache_update`,
-`CPUAttentionMetadataBuilder.num_kv_heads`, `SpinCondition.busy_loop_s`,
+`CPUAttentionMetadataBuilder.num_kv_heads`, `SpinCondition.busy_loop_s`, `shm_broadcast.sched_yield`,
 `CpuCommunicator._all_group_ranks_share_shm_group_name`, `EngineCore.add_request`.
 """
 
@@ -24,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,9 @@ from kevlarflow.emulation.profile import REPORTS_VARIABLE, Profile, StepCounts, 
 from kevlarflow.errors import UsageError
 
 REPORT_INTERVAL_SECONDS = 0.5
-DEVICE_PRIORITY = 2
-"""Real-time priority of a thread that stands for a device, or schedules for one."""
-HELPER_PRIORITY = 1
-"""That of the other threads of its process: sockets, copies of KV."""
+NICENESS = -20
+AUTOGROUP = Path("/proc/self/autogroup")
+QUEUE_POLL_SECONDS = 0.0005
 MARK = "kevlarflow_emulation"
 """Attribute of a class that has been hooked."""
 
@@ -61,16 +60,16 @@ def install() -> None:
 
 
 def go_first() -> None:
-    """Let this process go before others, this thread before its others, where that is allowed.
+    """Let this process's session go before others, and this process first in it, where that is allowed.
 
-    Threads and processes that are made later do not inherit it.
+    No real-time policy: gloo spins until its own thread, behind which the spinner would have to stand, lets go.
     """
-    policy = os.SCHED_RR | os.SCHED_RESET_ON_FORK
+    with contextlib.suppress(OSError):
+        AUTOGROUP.write_text(str(NICENESS))
     for thread in map(int, os.listdir("/proc/self/task")):
-        priority = DEVICE_PRIORITY if thread == threading.get_native_id() else HELPER_PRIORITY
         # A thread may have ended meanwhile.
         with contextlib.suppress(PermissionError, ProcessLookupError):
-            os.sched_setscheduler(thread, policy, os.sched_param(priority))
+            os.setpriority(os.PRIO_PROCESS, thread, NICENESS)
 
 
 class StepClock:
@@ -227,16 +226,17 @@ def fill(kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: 
 
 
 def _hook_waiting() -> None:
+    from vllm.distributed.device_communicators import shm_broadcast
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
-    make = SpinCondition.__init__
+    make = shm_broadcast.SpinCondition.__init__
 
     def sleeping(self: Any, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
         self.busy_loop_s = 0
 
-    SpinCondition.__init__ = sleeping
+    shm_broadcast.SpinCondition.__init__ = sleeping
+    shm_broadcast.sched_yield = lambda: time.sleep(QUEUE_POLL_SECONDS)
     # vLLM's own fallback, torch.distributed, sleeps on a socket.
     CpuCommunicator._all_group_ranks_share_shm_group_name = lambda _: False
 

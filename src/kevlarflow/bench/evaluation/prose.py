@@ -8,12 +8,13 @@ first adds the time of the step's activations on the link (two tensors, as vLLM 
 KV may take half of a link. Sources: the roofline model (Williams, Waterman, Patterson, CACM 52(4), 2009), the A10's
 data sheet, the model's published configuration; the efficiencies and the overhead are assumptions.
 
-A process sleeps what is left of that time when its forward is done. Stock vLLM and KevlarFlow get this by the same hook
-(`kevlarflow/node/emulated.py`), which also lets stock's waiting workers sleep where they would spin, and lets workers
-and engines of both go before a server that starts beside them (in the cluster, it has its own cores). The network that
-computes is tiny and random. Its KV blocks have the real size, are written in full and copied; attention is computed
-over one head of them, so that output depends on what was restored. A cell is void when more than 1 % of its steps took
-over 10 % more than their emulated time."""
+A process sleeps what is left of that time when its forward is done. Stock vLLM and KevlarFlow get this by the same
+hook (`kevlarflow/node/emulated.py`). It also lets stock's workers sleep where they would spin: their activations go
+by torch.distributed, as on a GPU, in place of the CPU's shared memory. And workers and engines of both go before a
+server that starts beside them (in the cluster, it has its own cores). The network that computes is tiny and random.
+Its KV blocks have the real size, are written in full and copied; attention is computed over one head of them, so that
+output depends on what was restored. A cell is void when more than 1 % of its steps took over 10 % more than their
+emulated time."""
 
 WHY_DIFFERENT = """\
 - **MTTR.** The paper's baseline takes about 10 minutes to come back. Here stock's restart is measured, not assumed: no
