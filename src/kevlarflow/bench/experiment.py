@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -29,6 +29,18 @@ def turns(rounds: int, names: Sequence[str] = NAMES) -> Iterator[tuple[int, str]
     for number in range(rounds):
         order = names if number % 2 == 0 else tuple(reversed(names))
         yield from zip(itertools.repeat(number + 1), order, strict=False)
+
+
+def whole_rounds(measured: Iterable[tuple[int, Hashable, bool]], wanted: Collection[Hashable]) -> set[int]:
+    """Numbers of the rounds that an earlier run has measured wholly; each piece is (round, what, whether it is good).
+
+    A ratio is taken within a round, so one that lacks anything is measured again as a whole.
+    """
+    good: dict[int, set[Hashable]] = {}
+    for number, what, is_good in measured:
+        if is_good:
+            good.setdefault(number, set()).add(what)
+    return {number for number, found in good.items() if found.issuperset(wanted)}
 
 
 def require_whole(streams: Sequence[Stream], tokens: int) -> None:

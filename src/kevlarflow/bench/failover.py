@@ -68,6 +68,12 @@ def run(plan: Plan, result: Failover, folder: Path, say: Say) -> None:
         say(f"failover: {error}")
 
 
+def is_whole(plan: Plan, result: Failover) -> bool:
+    """Whether an earlier run has all that `plan` asks for."""
+    good = [kill for kill in result.kills if kill.void is None]
+    return result.void is None and result.streams == plan.streams and len(good) >= plan.kills
+
+
 async def _kills(plan: Plan, result: Failover, system: System, watcher: Watcher, say: Say) -> None:
     chance = random.Random(plan.seed)
     warm_up = clients("warm", plan.streams, 1, WARM_UP_TOKENS, plan.recipe.pipelines)

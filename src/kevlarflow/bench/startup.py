@@ -7,13 +7,14 @@ follows. Health can be claimed, so that every start is followed by a first reque
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 from pathlib import Path
 
 import msgspec
 
 from kevlarflow.bench.contestants import NAMES, Recipe, make, own_caches
-from kevlarflow.bench.experiment import Say, Void, require_whole, running, turns
+from kevlarflow.bench.experiment import Say, Void, require_whole, running, turns, whole_rounds
 from kevlarflow.bench.machine import CpuMeter, wait_quiet
 from kevlarflow.bench.measure import time_to_first_token
 from kevlarflow.bench.prompts import passage
@@ -37,8 +38,13 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def run(plan: Plan, result: Startup, folder: Path, say: Say) -> None:
-    """Run all starts and add them to `result`; what cannot be measured is void and said so."""
+    """Run the starts that `result` lacks and add them; what cannot be measured is void and said so."""
+    measured = ((each.number, (each.system, each.cache), _is_good(each)) for each in result.starts)
+    whole = whole_rounds(measured, list(itertools.product(plan.systems, plan.caches)))
+    result.starts[:] = [each for each in result.starts if each.number in whole]
     for number, name in turns(plan.rounds, plan.systems):
+        if number in whole:
+            continue
         caches = own_caches(folder / "startup", name)
         for cache in plan.caches:
             if cache == COLD:
@@ -51,6 +57,10 @@ def run(plan: Plan, result: Startup, folder: Path, say: Say) -> None:
             except (SystemFailed, Void) as error:
                 start.void = str(error)
                 say(f"round {number}: {name}, {cache} caches: void: {error}")
+
+
+def _is_good(start: Start) -> bool:
+    return start.void is None and start.ready_seconds is not None
 
 
 def _start(plan: Plan, system: System, start: Start) -> None:

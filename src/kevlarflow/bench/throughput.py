@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from kevlarflow.bench.contestants import NAMES, Recipe, make, own_caches
-from kevlarflow.bench.experiment import Say, Void, require_whole, running, turns
+from kevlarflow.bench.experiment import Say, Void, require_whole, running, turns, whole_rounds
 from kevlarflow.bench.load import closed_loop
 from kevlarflow.bench.machine import CpuMeter, wait_quiet
 from kevlarflow.bench.measure import summarize
@@ -43,8 +43,12 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def run(plan: Plan, result: Throughput, folder: Path, say: Say) -> None:
-    """Run all rounds and add them to `result`; what cannot be measured is void and said so."""
+    """Run the rounds that `result` lacks and add them; what cannot be measured is void and said so."""
+    whole = whole_rounds(((each.number, each.system, _is_good(plan, each)) for each in result.rounds), plan.systems)
+    result.rounds[:] = [each for each in result.rounds if each.number in whole]
     for number, name in turns(plan.rounds, plan.systems):
+        if number in whole:
+            continue
         this = Round(number, name)
         result.rounds.append(this)
         say(f"round {number} of {plan.rounds}: {name} starts")
@@ -53,6 +57,10 @@ def run(plan: Plan, result: Throughput, folder: Path, say: Say) -> None:
         except (SystemFailed, Void) as error:
             this.void = str(error)
             say(f"round {number}: {name}: void: {error}")
+
+
+def _is_good(plan: Plan, this: Round) -> bool:
+    return this.void is None and [load.summary.streams for load in this.loads] == list(plan.streams)
 
 
 def _round(plan: Plan, this: Round, system: System, say: Say) -> None:

@@ -214,7 +214,7 @@ def _throughput(options: argparse.Namespace, report: Report, folder: Path, say: 
     size = {"rounds": 1, "streams": (1, 4), "tokens": 32} if options.quick else {}
     asked = {"rounds": options.rounds, "streams": options.streams, "tokens": options.tokens} | size
     plan = throughput.Plan(report.recipe, seed=options.seed, patience_seconds=options.patience, **asked)
-    report.throughput = results.Throughput()
+    report.throughput = report.throughput or results.Throughput()
     throughput.run(plan, report.throughput, folder, say)
 
 
@@ -222,7 +222,7 @@ def _startup(options: argparse.Namespace, report: Report, folder: Path, say: Say
     from kevlarflow.bench import results, startup
 
     rounds = 1 if options.quick else options.startup_rounds
-    report.startup = results.Startup()
+    report.startup = report.startup or results.Startup()
     plan = startup.Plan(report.recipe, rounds=rounds, patience_seconds=options.patience)
     startup.run(plan, report.startup, folder, say)
 
@@ -234,6 +234,10 @@ def _failover(options: argparse.Namespace, report: Report, folder: Path, say: Sa
     plan = failover.Plan(
         report.recipe, kills=kills, streams=streams, seed=options.seed, patience_seconds=options.patience
     )
+    if report.failover is not None and failover.is_whole(plan, report.failover):
+        say(f"failover: the report has its {kills} kills")
+        return
+    # All kills are of one cluster.
     report.failover = results.Failover(streams)
     failover.run(plan, report.failover, folder, say)
 

@@ -17,7 +17,7 @@ import msgspec
 
 from kevlarflow.bench.evaluation.cells import Cell
 from kevlarflow.bench.evaluation.workload import Planned
-from kevlarflow.bench.measure import pause_after, percentile
+from kevlarflow.bench.measure import DRAIN_SECONDS, pause_after, percentile
 from kevlarflow.bench.streams import Stream
 from kevlarflow.emulation.profile import StepCounts
 
@@ -200,10 +200,12 @@ def arrivals(streams: Sequence[Stream], begun: float) -> list[int]:
 def first_token_after(streams: Sequence[Stream], pipeline: int, fault_at: float) -> float | None:
     """Seconds from the fault to the first token that a pipeline made after it, by streams that were pinned to it.
 
-    A stream that was under way shows it by the end of its pause, one that came later by its first token.
+    A stream that was under way shows it by the end of its pause, one that came later by its first token. One that
+    ended, or broke, just after the fault shows nothing: its last tokens may have been on their way already.
     """
     ours = [stream for stream in streams if stream.pipeline == pipeline]
-    resumed = [pause.resumed_seconds for stream in ours if (pause := pause_after(stream, fault_at)) is not None]
+    longer = [stream for stream in ours if stream.times and stream.times[-1] > fault_at + DRAIN_SECONDS]
+    resumed = [pause.resumed_seconds for stream in longer if (pause := pause_after(stream, fault_at)) is not None]
     later = [stream.times[0] - fault_at for stream in ours if stream.sent_at >= fault_at and stream.times]
     return min([*resumed, *later], default=None)
 

@@ -62,6 +62,12 @@ def test_the_first_token_after_a_fault_ends_a_pause():
     assert outcome.first_token_after([stalled], 0, 10.0) == pytest.approx(3.0)
 
 
+def test_a_token_that_was_on_its_way_is_not_the_first_after_a_fault():
+    broken_off = stream(9.0, 9.9, 10.002)
+    assert outcome.first_token_after([broken_off], 0, 10.0) is None
+    assert outcome.first_token_after([broken_off, stream(9.0, 9.9, 12.0)], 0, 10.0) == pytest.approx(2.0)
+
+
 def test_the_first_token_after_a_fault_may_be_of_a_later_request():
     assert outcome.first_token_after([stream(15.0, sent=11.0), stream(9.0)], 0, 10.0) == pytest.approx(5.0)
     assert outcome.first_token_after([stream(15.0, sent=11.0)], 1, 10.0) is None
