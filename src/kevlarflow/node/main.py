@@ -30,6 +30,7 @@ from kevlarflow.node.lanes import Lane, Lanes, Work
 from kevlarflow.node.pace import PaceMeter
 from kevlarflow.node.progress import Progress
 from kevlarflow.node.replicator import Replicator
+from kevlarflow.node.sockets import Sockets, remove_of_former_lives
 from kevlarflow.node.stage import Activations, Sampled, StageDevice
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.replication.standby import Bounds
@@ -89,17 +90,17 @@ class NodeServer:
         self._lanes = Lanes([], 0, is_first_stage=stage == 0)
         self._description = b""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        name = f"{member.node}-{member.incarnation}"
-        self._step_path = config.path(f"{name}.steps")
-        self._activation_path = config.path(f"{name}.acts")
-        self._engines = self._bind(zmq.ROUTER, self._step_path)
-        self._upstream = self._bind(zmq.PULL, self._activation_path)
+        run_folder = Path(config.run_folder)
+        remove_of_former_lives(run_folder, member)
+        self._sockets = Sockets.of(run_folder, member)
+        self._engines = self._bind(zmq.ROUTER, self._sockets.steps)
+        self._upstream = self._bind(zmq.PULL, self._sockets.activations)
         self._replicas: LaneReplicas | None = None
         self.dropped = 0
         """Messages that carried an old epoch or made no sense."""
 
-    def _bind(self, kind: int, path: str) -> zmq.Socket[bytes]:
-        Path(path).unlink(missing_ok=True)
+    def _bind(self, kind: int, path: Path) -> zmq.Socket[bytes]:
+        path.unlink(missing_ok=True)
         sock: zmq.Socket[bytes] = self._context.socket(kind)
         sock.setsockopt(zmq.LINGER, 0)
         sock.setsockopt(zmq.SNDHWM, MAX_WAITING_MESSAGES)
@@ -123,8 +124,8 @@ class NodeServer:
             host=socket.gethostname(),
             pid=os.getpid(),
             pids=(os.getpid(),),
-            step_address=f"ipc://{self._step_path}",
-            activation_address=f"ipc://{self._activation_path}",
+            step_address=f"ipc://{self._sockets.steps}",
+            activation_address=f"ipc://{self._sockets.activations}",
             lanes=len(runners),
             kv_blocks=description.num_blocks,
             replica_address=replica_address,
@@ -133,7 +134,7 @@ class NodeServer:
     def _replicate(self, device: StageDevice) -> str:
         """Start to copy lanes, and to keep copies of others; returns the address where those are to be sent."""
         config, description, kv = self._config, device.description(), device.kv_blocks()
-        address = f"ipc://{config.path(f'{self._member.node}-{self._member.incarnation}.kv')}"
+        address = f"ipc://{self._sockets.replicas}"
         bounds = Bounds(
             config.pipelines, description.num_blocks, description.block_size, kv.block_bytes, kv.token_bytes
         )
