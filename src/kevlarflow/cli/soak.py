@@ -1,4 +1,4 @@
-"""``kevlarflow soak``: kills nodes one after the other for long, and looks for leaks."""
+"""``kevlarflow soak``: fault after fault for long, of every kind in every phase, and a look for leaks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from kevlarflow.errors import UsageError
 FAILED = 1
 DEFAULT_OUTPUT = Path("docs/benchmarks")
 DESCRIPTION = """\
-Kill a node under load and wait until its replacement has taken its lane back, again and again, on one cluster.
-Places and moments are drawn from the seed. No request may be lost, no text differ, and no surviving process may
-grow. The report is written after each round. Exit status: 0 when every check holds, 1 when one does not, 3 when
-too many rounds are void."""
+Hurt one cluster under load and wait until it is whole again, over and over: crashes, hangs, freezes and cut
+connections, of nodes and of those that help them out, in every phase of a recovery. The order and the moments are
+drawn from the seed. No request may be lost, no text differ, and no surviving process may grow. The report is
+written after each round. Exit status: 0 when every check holds, 1 when one does not, 3 when too many rounds are
+void."""
 
 
 def run(arguments: list[str]) -> int:

@@ -1,13 +1,15 @@
-"""The soak: node after node is killed on one cluster, each time under load and with a rejoin after it.
+"""The soak: fault after fault on one cluster, each time under load and with a rejoin after it.
 
-Every round is a small scenario, drawn from the seed: a place of the grid, and a moment in the load. Between rounds,
-when all is calm, each process is looked at; what the survivors hold must not grow with the number of faults.
+Every round is a small scenario: the next case of the matrix (`kevlarflow.bench.chaos.matrix`), on a pipeline and at a
+moment that are drawn from the seed. Between rounds, when all is calm, each process is looked at; what the survivors
+hold must not grow with the number of faults.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,8 +19,9 @@ import psutil
 
 from kevlarflow.bench.chaos.judge import Verdict, differences, largest_gap
 from kevlarflow.bench.chaos.load import Answer
+from kevlarflow.bench.chaos.matrix import Case, deal, faults_of
 from kevlarflow.bench.chaos.perform import Performance, Say
-from kevlarflow.bench.chaos.scenario import Aim, Cluster, Crash, Load, Moment, Scenario
+from kevlarflow.bench.chaos.scenario import Cluster, Load, Scenario
 from kevlarflow.bench.chaos.stage import recipe_of, shared_memory_of, stop_clean
 from kevlarflow.bench.chaos.trends import Sample, Trend, trends
 from kevlarflow.bench.contestants import KEVLARFLOW, make
@@ -29,8 +32,8 @@ from kevlarflow.config import run_folder_of
 from kevlarflow.faults import FaultDidNotHappen
 from kevlarflow.faults.processes import ProcessIdentity, command_line
 
-VOID_ROUNDS_ALLOWED = 20
-"""One in so many rounds may be void: its load had ended before its moment came, say. They are made up for."""
+VOID_ROUNDS_ALLOWED = 8
+"""One in so many rounds may be void: a phase was over before anybody saw it, say. They are made up for."""
 LONGEST_NAME = 40
 
 
@@ -40,17 +43,19 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     faults: int
     seed: int = 0
     cluster: Cluster = Cluster()
-    load: Load = Load(streams=8, requests=2, tokens=64)
+    load: Load = Load(streams=16, requests=1, tokens=80)
 
 
 class Round(msgspec.Struct, kw_only=True):
-    """One fault, and what it did."""
+    """One case, and what it did."""
 
     number: int
+    case: Case
     what: str
     void: str = ""
     proof: str = ""
-    detected_seconds: float | None = None
+    detected_seconds: list[float | None] = []
+    """Of each fault that ended a node at work."""
     largest_gap_seconds: float | None = None
     lane_back_seconds: float | None = None
     requests: int = 0
@@ -77,14 +82,13 @@ class Soak(msgspec.Struct, kw_only=True):
         return [each for each in self.rounds if not each.void]
 
 
-def drawn(plan: Plan, number: int) -> Scenario:
-    """The scenario of a round: the same for the same seed, whatever happened before."""
+def drawn(plan: Plan, number: int) -> tuple[Case, Scenario]:
+    """The scenario of round 1, 2, ...: the same for the same seed, whatever happened before."""
     chance = random.Random(f"{plan.seed}/{number}")
-    place = Aim(pipeline=chance.randrange(plan.cluster.pipelines), stage=chance.randrange(plan.cluster.stages))
-    # Some requests end before their last token, so the last third may never come.
-    tokens = chance.randint(1, plan.load.streams * plan.load.requests * plan.load.tokens // 3)
-    fault = Crash(target=place, at=Moment(tokens=tokens))
-    return Scenario(about="a round of a soak", cluster=plan.cluster, load=plan.load, faults=(fault,))
+    stages = plan.cluster.stages
+    case = next(itertools.islice(deal(plan.seed, stages), number - 1, None))
+    faults = faults_of(case, plan.load, chance.randrange(plan.cluster.pipelines), stages, chance)
+    return case, Scenario(about=case.name, cluster=plan.cluster, load=plan.load, faults=faults)
 
 
 def run(soak: Soak, folder: Path, say: Say, save: Callable[[], object]) -> None:
@@ -125,10 +129,9 @@ class _Rounds:
         raise FaultDidNotHappen(f"{most - len(self._soak.done)} of {most} rounds were void, see the report")
 
     def _round(self, number: int) -> None:
-        scenario = drawn(self._soak.plan, number)
+        case, scenario = drawn(self._soak.plan, number)
         performance = Performance(scenario, self._server.address, self._watcher, lambda _: None, self._reference)
-        aim = scenario.faults[0].target
-        result = Round(number=number, what=f"pipeline {aim.pipeline}, stage {aim.stage}")
+        result = Round(number=number, case=case, what=case.name)
         self._soak.rounds.append(result)
         try:
             asyncio.run(self._perform(performance, result))
@@ -139,9 +142,10 @@ class _Rounds:
 
     async def _perform(self, performance: Performance, result: Round) -> None:
         seen = await performance.perform()
-        (fault,) = seen.faults
-        result.what, result.proof, result.detected_seconds = fault.name, fault.proof, fault.detected_seconds
-        result.largest_gap_seconds = largest_gap(seen.answers, fault.at)
+        result.what = ", then ".join(fault.name for fault in seen.faults)
+        result.proof = "; ".join(fault.proof for fault in seen.faults)
+        result.detected_seconds = [fault.detected_seconds for fault in seen.faults if fault.is_to_be_detected]
+        result.largest_gap_seconds = largest_gap(seen.answers, min(fault.at for fault in seen.faults))
         result.lane_back_seconds = seen.lane_back_seconds
         result.requests = len(seen.answers)
         result.tokens = sum(answer.stream.tokens for answer in seen.answers)
@@ -191,12 +195,14 @@ def judge(soak: Soak) -> list[Verdict]:
     done = soak.done
     lost = [text for each in done for text in each.lost]
     different = [f"round {each.number}, {name}" for each in done for name in each.different]
+    unseen = [f"round {each.number}" for each in done if None in each.detected_seconds]
     missing = [f"round {each.number}" for each in done if each.lane_back_seconds is None]
     growing = [trend.told() for trend in soak.trends if trend.has_grown]
     return [
         Verdict("faults verified", str(soak.plan.faults), str(len(done)), len(done) == soak.plan.faults),
         _none("requests lost", lost),
         _none("texts that differ", different),
+        _none("faults that were not detected", unseen),
         _none("lanes that did not come back", missing),
         _none("survivors that grew", growing),
         Verdict("files in use", "no more than in the first half", _ends(soak.files), not _has_grown(soak.files)),

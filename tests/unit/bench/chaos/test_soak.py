@@ -7,12 +7,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from kevlarflow.bench.chaos.scenario import Load
+from kevlarflow.bench.chaos.matrix import Case, cases
+from kevlarflow.bench.chaos.scenario import Crash, Load, Role
 from kevlarflow.bench.chaos.soak import Plan, Round, Soak, drawn, judge
 from kevlarflow.bench.chaos.soak_report import markdown, save
 from kevlarflow.bench.chaos.trends import FEWEST_SAMPLES, Sample, trends
 
 MIB = 2**20
+CASE = Case("crash", Role.NODE, 1, "decode")
 STILL = [Sample(100 * MIB, 10, 4)] * FEWEST_SAMPLES
 
 
@@ -44,18 +46,52 @@ def test_memory_has_some_slack_and_a_young_process_no_trend() -> None:
     assert trends("engine-0", growing("threads")[:-1]) == []
 
 
-def test_rounds_are_the_same_for_the_same_seed_and_reach_every_place() -> None:
+def test_rounds_are_the_same_for_the_same_seed() -> None:
     plan = Plan(faults=40, seed=7)
     assert drawn(plan, 3) == drawn(plan, 3)
     assert drawn(plan, 3) != drawn(msgspec.structs.replace(plan, seed=8), 3)
-    faults = [drawn(plan, number).faults[0] for number in range(40)]
+
+
+def test_every_case_is_dealt_before_any_comes_again_and_then_in_another_order() -> None:
+    plan, whole = Plan(faults=1, seed=7), cases(2)
+    first, second = ([drawn(plan, turn * len(whole) + n + 1)[0] for n in range(len(whole))] for turn in (0, 1))
+    assert sorted(first, key=repr) == sorted(second, key=repr) == sorted(whole, key=repr)
+    assert first != second
+    assert len({case.name for case in whole}) == len(whole)
+
+
+def test_both_pipelines_and_many_moments_are_drawn() -> None:
+    faults = [drawn(Plan(faults=1), number)[1].faults[0] for number in range(1, 81)]
     assert {(fault.target.pipeline, fault.target.stage) for fault in faults} == {(0, 0), (0, 1), (1, 0), (1, 1)}
-    assert max(fault.at.tokens or 0 for fault in faults) <= 8 * 2 * 64 // 3
+    moments = {fault.at.tokens for fault in faults}
+    assert len(moments) > 20
+    assert max(each or 0 for each in moments) <= 16 * 80 // 3
+
+
+def test_a_case_in_a_phase_begins_with_the_crash_that_brings_it_about() -> None:
+    for number in range(1, 2 * len(cases(2)) + 1):
+        case, scenario = drawn(Plan(faults=1, seed=1), number)
+        if case.phase is not None:
+            first, second = scenario.faults
+            assert isinstance(first, Crash)
+            assert (first.target.role, first.target.stage, first.target.pipeline) == (
+                Role.NODE,
+                case.stage,
+                second.target.pipeline,
+            )
+            assert (second.target.role, second.at.phase) == (case.role, case.phase)
+            is_neighbour = case.role is Role.NODE
+            assert (second.target.stage != case.stage) == is_neighbour
+        else:
+            (only,) = scenario.faults
+            assert only.target.role is case.role
 
 
 def soak(**change: Any) -> Soak:
     plan = Plan(faults=2, load=Load(streams=2))
-    rounds = [Round(number=n, what="crash node-0-1#1", lane_back_seconds=7.0, requests=2, tokens=9) for n in (1, 2)]
+    rounds = [
+        Round(number=n, case=CASE, what="crash node-0-1#1", lane_back_seconds=7.0, requests=2, tokens=9) for n in (1, 2)
+    ]
     whole = Soak(plan=plan, rounds=rounds, trends=trends("engine-0", STILL), files=[9, 9], left_behind=[])
     return msgspec.structs.replace(whole, **change)
 
@@ -65,7 +101,7 @@ def soak(**change: Any) -> Soak:
     [
         ({}, []),
         ({"rounds": []}, ["faults verified"]),
-        ({"rounds": [*soak().rounds[:1], Round(number=2, what="x", void="too late")]}, ["faults verified"]),
+        ({"rounds": [*soak().rounds[:1], Round(number=2, case=CASE, what="x", void="too late")]}, ["faults verified"]),
         ({"trends": trends("engine-0", growing("threads"))}, ["survivors that grew"]),
         ({"files": [9, 12]}, ["files in use"]),
         ({"left_behind": None}, ["left behind"]),
@@ -81,6 +117,7 @@ def test_a_soak_is_judged(change: dict[str, Any], broken: list[str]) -> None:
     [
         ("lost", ["r: HTTP 503"], "requests lost"),
         ("different", ["r"], "texts that differ"),
+        ("detected_seconds", [0.1, None], "faults that were not detected"),
         ("lane_back_seconds", None, "lanes that did not come back"),
     ],
 )
@@ -91,9 +128,9 @@ def test_one_bad_round_is_enough(field: str, value: Any, broken: str) -> None:
 
 
 def test_the_report_has_every_check_and_can_be_read_back(tmp_path: Any) -> None:
-    result = soak(rounds=[*soak().rounds, Round(number=3, what="pipeline 0, stage 1", void="too late")])
+    result = soak(rounds=[*soak().rounds, Round(number=3, case=CASE, what=CASE.name, void="too late")])
     data, text = save(result, tmp_path / "new", "now-soak")
     assert msgspec.json.decode(data.read_bytes(), type=Soak) == result
     assert all(verdict.check in text.read_text() for verdict in judge(result))
-    assert "| lane back | 7.000 | 7.000 | 7.000 |" in markdown(result)
-    assert "round 3, pipeline 0, stage 1: too late" in markdown(result)
+    assert "| crash of the node of stage 1, decode | 2 | 0 | 0 |  |  | 7.00, 7.00 |" in markdown(result)
+    assert "round 3, crash of the node of stage 1, decode: too late" in markdown(result)
