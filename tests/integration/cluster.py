@@ -25,10 +25,10 @@ import httpx
 import psutil
 
 from integration.waiting import until
+from kevlarflow.bench.systems import free_port
 from kevlarflow.config import RUN_FOLDER_VARIABLE, run_folder_of
 from kevlarflow.faults import Fault, Struck, Target, strike, verify
 from kevlarflow.faults.processes import ProcessIdentity, command_line, identify, is_alive, with_environment
-from parity.ports import free_port
 
 START_TIMEOUT_SECONDS = 300.0
 STOP_TIMEOUT_SECONDS = 30.0

@@ -23,6 +23,7 @@ import httpx
 
 from integration.cluster import BYTES_PER_TOKEN_AND_LAYER, FLAGS, LAYERS_PER_STAGE
 from kevlarflow import config as configuration
+from kevlarflow.bench.systems import free_port
 from kevlarflow.cli.serve import child_environment
 from kevlarflow.config import RUN_FOLDER_VARIABLE, RUN_ID_VARIABLE, ServeConfig
 from kevlarflow.default_model import ensure_default_model
@@ -31,7 +32,6 @@ from kevlarflow.kinship import adopt_orphans
 from kevlarflow.types import Cause, Epoch, Member, NodeId, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import messages
 from kevlarflow.wire.channel import ZmqHub
-from parity.ports import free_port
 from parity.workload import MODEL
 
 M = TypeVar("M")

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from integration.cluster import FLAGS, KEVLARFLOW, STOP_TIMEOUT_SECONDS, Cluster, running_cluster, shared_memory_of
+from kevlarflow.bench.systems import free_port
 from kevlarflow.config import Timeouts, run_folder_of
 from kevlarflow.faults.processes import is_alive
-from parity.ports import free_port
 from standins import members, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -12,9 +12,9 @@ import pytest
 
 from integration.cluster import KEVLARFLOW, Cluster, losses_since
 from integration.waiting import until
+from kevlarflow.bench.systems import free_port
 from kevlarflow.control.status import ask_status
 from kevlarflow.faults import KillServing, Struck
-from parity.ports import free_port
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -27,9 +27,9 @@ from typing import Any
 import httpx
 from filelock import FileLock
 
+from kevlarflow.bench.systems import free_port
 from kevlarflow.default_model import MANIFEST_NAME, default_cache_dir, ensure_default_model
 from parity.client import Recording, in_lanes, replay
-from parity.ports import free_port
 from parity.transcript import transcribe
 from parity.workload import CHAT, MODEL, Request
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -37,6 +38,7 @@ LINGER_SECONDS = 5.0
 """How long processes may outlive the one that was told to stop."""
 KILL_SECONDS = 5.0
 LONGEST_COMMAND = 90
+LOWEST_PORT = 10_000
 
 SAME_FOR_ALL = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -213,7 +215,10 @@ def is_healthy(address: Address) -> bool:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on now, and that the kernel gives to no outgoing connection before it is used."""
+    ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(LOWEST_PORT, max(ephemeral, LOWEST_PORT + 1_000))
+        with contextlib.suppress(SystemFailed):
+            require_free("a server", port)
+            return port
