@@ -36,10 +36,12 @@ def make_config(folder: Path, port: int) -> ServeConfig:
     )
 
 
-def start_cluster(base: Path, port: int, *, zygote: str = "works", controller: str = "works") -> subprocess.Popen[str]:
-    """Start a supervisor over stand-ins. `zygote` and `controller` say how those behave."""
+def start_cluster(
+    base: Path, port: int, *, zygote: str = "works", controller: str = "works", terminal: str = "open"
+) -> subprocess.Popen[str]:
+    """Start a supervisor over stand-ins. `zygote` and `controller` say how those behave; `terminal` may be "nohup"."""
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(base)}
-    command = [sys.executable, HERE, "supervisor", str(port), zygote, controller]
+    command = [sys.executable, HERE, "supervisor", str(port), zygote, controller, terminal]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, process_group=0
     )
@@ -70,13 +72,14 @@ def wait_until(condition: object, seconds: float = 30.0) -> None:
 # ---- the parts
 
 
-def _supervisor(port: int, zygote: str, controller: str) -> int:
+def _supervisor(port: int, zygote: str, controller: str, terminal: str) -> int:
     from kevlarflow.cli.main import complain
     from kevlarflow.cli.serve import child_environment, say
     from kevlarflow.control.run_folder import RunFolder
     from kevlarflow.control.supervisor import Programs, Supervisor
     from kevlarflow.errors import KevlarFlowError
 
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if terminal == "nohup" else signal.SIG_DFL)
     folder = configuration.run_folder_of(port)
     config = make_config(folder, port)
     programs = Programs(
@@ -143,8 +146,8 @@ def _controller(behaviour: str) -> int:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["supervisor", port, zygote, controller]:
-            sys.exit(_supervisor(int(port), zygote, controller))
+        case ["supervisor", port, zygote, controller, terminal]:
+            sys.exit(_supervisor(int(port), zygote, controller, terminal))
         case ["zygote", behaviour, "--report-fd", report_fd]:
             sys.exit(_zygote(behaviour, int(report_fd)))
         case ["controller", behaviour]:

@@ -12,16 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from kevlarflow.bench.systems import free_port
 from kevlarflow.control.process import Process, last_words
 from kevlarflow.control.supervisor import FAILURES_IN_A_ROW, LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Unit
 from standins import members, start_cluster, wait_until
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Cluster:
@@ -96,6 +90,17 @@ def test_a_signal_ends_it_with_nothing_left(cluster: Cluster, number: signal.Sig
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", cluster.port))
+
+
+def test_a_terminal_that_is_closed_does_not_end_what_nohup_started(base: Path) -> None:
+    cluster = Cluster(base, terminal="nohup")
+    cluster.wait_for("^ready")
+    cluster.supervisor.send_signal(signal.SIGHUP)
+    os.kill(cluster.the("standins.py controller"), signal.SIGKILL)
+    cluster.wait_for("the controller .* died: starting it again")
+    cluster.supervisor.terminate()
+    assert cluster.end() == 0
+    assert cluster.nothing_is_left()
 
 
 def test_ctrl_c_reaches_the_supervisor_alone(cluster: Cluster) -> None:

@@ -7,12 +7,12 @@ import datetime
 import re
 import shlex
 import shutil
-import signal
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from kevlarflow.cli import bench_suite
+from kevlarflow.cli.interrupts import treat_as_interrupt
 from kevlarflow.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,14 +66,13 @@ def run(arguments: list[str]) -> int:
     report = _earlier_report(options) or _empty_report(arguments, options)
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    treat_as_interrupt()
     folder = Path(tempfile.mkdtemp(prefix="kevlarflow-bench-"))
     is_complete = False
     try:
         _measure(options, report, folder, lambda line: console.print(line, markup=False))
         is_complete = not reporting.void(report)
     finally:
-        signal.signal(signal.SIGTERM, previous)
         if is_complete:
             shutil.rmtree(folder, ignore_errors=True)
         else:
@@ -149,10 +148,6 @@ def _bytes(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text} is no number of bytes, such as 512M or 2G")
     return int(match[1]) * {"": 1, "M": 2**20, "G": 2**30}[match[2]]
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _earlier_report(options: argparse.Namespace) -> Report | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from kevlarflow.cli.interrupts import treat_as_interrupt
 from kevlarflow.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,11 +34,8 @@ def _run(arguments: list[str]) -> int:
     loads = {cell: cells.workload(cell, options.trace, options.arrivals) for cell in chosen}
     for load in loads.values():
         workload.plan(load)  # What is wrong with the load is said before anything is started.
-    previous = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        void = suite.run(loads, options.output, lambda cell, folder: drive.run(cell, loads[cell], folder, _say), _say)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    treat_as_interrupt()
+    void = suite.run(loads, options.output, lambda cell, folder: drive.run(cell, loads[cell], folder, _say), _say)
     return _report([str(options.output)]) or int(void > 0)
 
 
@@ -118,7 +115,3 @@ def _report(arguments: list[str]) -> int:
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import shutil
-import tempfile
+import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kevlarflow.cli.interrupts import treat_as_interrupt
-from kevlarflow.errors import KevlarFlowError
+from kevlarflow.cli.log_folder import log_folder
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DESCRIPTION = """\
 Start two pipelines of two stages on the default model, stream four stories, kill a node in mid-sentence, and watch the
@@ -23,29 +26,22 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--plain", action="store_true", help="print plain lines even on a terminal")
     options = parser.parse_args(arguments)
     treat_as_interrupt()
-    folder = Path(tempfile.mkdtemp(prefix="kevlarflow-demo-"))
-    keep_logs = False
-    try:
-        return _perform(folder, is_plain=options.plain)
-    except KevlarFlowError:
-        keep_logs = True
-        raise
-    finally:
-        if not keep_logs:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _perform(folder: Path, *, is_plain: bool) -> int:
     from rich.console import Console
 
+    from kevlarflow.default_model import ensure_default_model
+
+    ensure_default_model()
+    console = Console(highlight=False, force_terminal=False if options.plain else None)
+    with log_folder("demo", functools.partial(console.print, markup=False)) as folder:
+        return _perform(console, folder)
+
+
+def _perform(console: Console, folder: Path) -> int:
     from kevlarflow.bench import demo, screen
     from kevlarflow.bench.contestants import KEVLARFLOW, make
     from kevlarflow.bench.watch import Watcher
     from kevlarflow.config import run_folder_of
-    from kevlarflow.default_model import ensure_default_model
 
-    ensure_default_model()
-    console = Console(highlight=False, force_terminal=False if is_plain else None)
     scene = demo.opening_scene()
     server = make(KEVLARFLOW, demo.RECIPE, folder)
     leftovers: list[str] = []

@@ -1,4 +1,4 @@
-"""Whoever ends a command by SIGTERM or SIGHUP gets the same cleaning up as with Ctrl-C."""
+"""Whoever ends a command by SIGTERM or SIGHUP gets the same cleaning up as with Ctrl-C. `nohup` is respected."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import signal
 
 
 def treat_as_interrupt() -> None:
-    """From now on SIGTERM and SIGHUP are Ctrl-C."""
+    """From now on SIGTERM and SIGHUP are Ctrl-C, unless whoever started us has them ignored."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
 
 
 def _interrupt(*_: object) -> None:

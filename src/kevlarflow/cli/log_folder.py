@@ -8,17 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kevlarflow.errors import KevlarFlowError
-
 
 @contextmanager
 def log_folder(command: str, say: Callable[[str], None]) -> Iterator[Path]:
-    """A new folder; after a `KevlarFlowError` it stays, and `say` is told where it is."""
+    """A new folder; after an error it stays, and `say` is told where it is."""
     folder = Path(tempfile.mkdtemp(prefix=f"kevlarflow-{command}-"))
     keep = False
     try:
         yield folder
-    except KevlarFlowError:
+    except Exception:
         keep = True
         say(f"the cluster's log is kept in {folder}")
         raise

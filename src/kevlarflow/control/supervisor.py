@@ -295,6 +295,8 @@ class Supervisor:
         self.wakeup_writer.setblocking(False)
         signal.set_wakeup_fd(self.wakeup_writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # By nohup: we are to outlive the terminal.
             signal.signal(number, lambda received, _: self.signals.append(received))
 
     def _end_gently(self) -> None:

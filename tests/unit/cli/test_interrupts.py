@@ -7,24 +7,49 @@ import sys
 import pytest
 
 PROGRAM = """
-import signal, sys, time
+import signal, sys
 from kevlarflow.cli.interrupts import treat_as_interrupt
 
-if sys.argv[1] == "background":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+for ignored in sys.argv[1:]:
+    signal.signal(signal.Signals[ignored], signal.SIG_IGN)
 treat_as_interrupt()
 try:
     print("ready", flush=True)
-    time.sleep(60)
+    for line in sys.stdin:
+        print("still here", flush=True)
 except KeyboardInterrupt:
     print("cleaned up", flush=True)
 """
 
 
-@pytest.mark.parametrize("place", ["foreground", "background"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_it_is_ended_as_by_ctrl_c(place, number):
-    with subprocess.Popen([sys.executable, "-c", PROGRAM, place], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(number)
-        assert process.communicate(timeout=30)[0] == "cleaned up\n"
+@pytest.mark.parametrize(
+    ("ignored", "sent"),
+    [
+        ([], signal.SIGTERM),
+        ([], signal.SIGHUP),
+        (["SIGINT"], signal.SIGTERM),  # As in the background of a script.
+        (["SIGINT"], signal.SIGHUP),
+    ],
+)
+def test_it_is_ended_as_by_ctrl_c(ignored, sent):
+    with _running(*ignored) as process:
+        process.send_signal(sent)
+        assert process.stdout.readline() == "cleaned up\n"
+
+
+def test_a_terminal_that_is_closed_does_not_end_what_nohup_started():
+    with _running("SIGHUP") as process:
+        process.send_signal(signal.SIGHUP)
+        process.stdin.write("?\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "still here\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "cleaned up\n"
+
+
+def _running(*ignored):
+    command = [sys.executable, "-c", PROGRAM, *ignored]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
