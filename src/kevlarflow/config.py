@@ -20,10 +20,13 @@ RUN_FOLDER_VARIABLE = "KEVLARFLOW_RUN"
 RUN_ID_VARIABLE = "KEVLARFLOW_RUN_ID"
 """Environment variable with the run's random id; together they say who belongs to a cluster."""
 
+DEFAULT_PORT = 8000
 
 DEFAULT_SLOW_RATIO = 3.0
 LEAST_SLOW_RATIO = 2.0
 """By so much the work of two steps may differ that count as equal (`kevlarflow.types.Pace`)."""
+PACE_REPORTS = 5
+"""What a node says of its pace is judged so many reports at a time."""
 
 DEFAULT_REPLICATION_INTERVAL_TOKENS = 4
 DEFAULT_BANDWIDTH = 128 << 20
@@ -72,6 +75,11 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """How often an engine reports its load."""
     stop_grace_s: int = 5
     """How long children may take to leave after SIGTERM before they are killed."""
+
+    @property
+    def pace_window_ms(self) -> int:
+        """The time that the reports tell of which are judged together."""
+        return PACE_REPORTS * self.pace_interval_ms
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,6 +140,11 @@ def check(config: ServeConfig) -> None:
     for flag, value in (("-pp", config.stages), ("-dp", config.pipelines)):
         if value < 1:
             raise UsageError(f"{flag} {value} makes no pipeline: use {flag} 1 or more")
+    if config.replication_interval_tokens < 0:
+        raise UsageError(
+            f"--replication-interval-tokens {config.replication_interval_tokens} is negative: use 0 (full blocks only) "
+            "or more"
+        )
     if config.replication_bytes_per_second < 1:
         raise UsageError(
             f"--replication-bandwidth {config.replication_bytes_per_second} copies nothing: use 1M or more, or turn "
@@ -164,7 +177,7 @@ def check_timeouts(times: Timeouts) -> None:
         ("engine_silent_after_ms < engine_lost_after_ms", times.engine_silent_after_ms, times.engine_lost_after_ms),
         ("settle_ms < engine_lost_after_ms", times.settle_ms, times.engine_lost_after_ms),
         ("heartbeat_interval_ms < pace_interval_ms", times.heartbeat_interval_ms, times.pace_interval_ms),
-        ("5 x pace_interval_ms < slow_after_ms", 5 * times.pace_interval_ms, times.slow_after_ms),
+        (f"{PACE_REPORTS} x pace_interval_ms < slow_after_ms", times.pace_window_ms, times.slow_after_ms),
         ("confirm_after_ms < slow_after_ms", times.confirm_after_ms, times.slow_after_ms),
         ("2 x report_interval_ms < move_patience_ms", 2 * times.report_interval_ms, times.move_patience_ms),
         ("move_patience_ms < startup_timeout_s", times.move_patience_ms, 1_000 * times.startup_timeout_s),

@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 from kevlarflow import config as configuration
-from kevlarflow.cli.status import ANSWER_SECONDS, DEFAULT_PORT
+from kevlarflow.cli.status import ANSWER_SECONDS
+from kevlarflow.config import DEFAULT_PORT
 from kevlarflow.errors import RequestRefused
 from kevlarflow.types import NodeId, NodeState
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import msgspec
 
+from kevlarflow.config import DEFAULT_PORT
 from kevlarflow.errors import UsageError
-
-DEFAULT_PORT = 8000
 
 
 class ServeFlags(msgspec.Struct):

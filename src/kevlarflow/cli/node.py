@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from kevlarflow import config as configuration
-from kevlarflow.cli.status import ANSWER_SECONDS, DEFAULT_PORT
+from kevlarflow.cli.status import ANSWER_SECONDS
+from kevlarflow.config import DEFAULT_PORT
 from kevlarflow.errors import ClusterUnreachable, RequestRefused
 from kevlarflow.types import NodeId
 

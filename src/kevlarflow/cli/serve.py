@@ -6,19 +6,22 @@ moment and one line. Then this process becomes the supervisor.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
+from typing import Any
 
 import msgspec
 
 from kevlarflow import config as configuration
 from kevlarflow.cli import preflight
-from kevlarflow.cli.flags import DEFAULT_PORT, ServeFlags, parse, value_given
+from kevlarflow.cli.flags import ServeFlags, parse, value_given
 from kevlarflow.cli.model_files import ModelFiles, find
-from kevlarflow.cli.preflight import GIB, Size, gib
+from kevlarflow.cli.preflight import GIB, LARGEST_DEFAULT_KV_BYTES, MIB, Size, gib
 from kevlarflow.config import (
     DEFAULT_BANDWIDTH,
+    DEFAULT_PORT,
     DEFAULT_REPLACEMENT_WAIT_S,
     DEFAULT_REPLICATION_INTERVAL_TOKENS,
     DEFAULT_SLOW_RATIO,
@@ -40,17 +43,19 @@ Runs in the foreground until Ctrl-C or SIGTERM.
   -tp, --tensor-parallel-size T     1 for now
   --host HOST                  address to listen on (all of them)
   --port P                     port to listen on ({DEFAULT_PORT}); also names the cluster for `kevlarflow status`
-  --kv-cache-memory-bytes N    KV memory of a node, such as 512M or 2G (what fits, up to 1 GiB); pipelines share it
-                               while a node serves several
+  --kv-cache-memory-bytes N    KV memory of a node, such as 512M or 2G (what fits, up to
+                               {LARGEST_DEFAULT_KV_BYTES // GIB} GiB); pipelines share it while a node serves several
   --standby-memory-bytes N     host memory of a node for copies of other nodes' KV blocks, so that a failure costs
                                the same however long the contexts are (as much as a lane has); 0: no replication
-  --replication-interval-tokens N   copy the tokens of a partly filled block N at a time (4); 0: full blocks only
-  --replication-bandwidth N    bytes a second that a node may send as copies (128M); catching up takes longer with less
+  --replication-interval-tokens N   copy the tokens of a partly filled block N at a time; 0: full blocks only
+                               ({DEFAULT_REPLICATION_INTERVAL_TOKENS})
+  --replication-bandwidth N    bytes a second that a node may send as copies ({DEFAULT_BANDWIDTH // MIB}M); catching up
+                               takes longer with less
   --replacement-wait SECONDS   how long requests wait for a replacement when a stage has no node left, before they end
                                with an error ({DEFAULT_REPLACEMENT_WAIT_S:g}); 0: they end at once
-  --slow-node-ratio X          a node is slow when its steps take X times as long as those of its peers (3): its lanes
-                               move to another node, and it is replaced; 0: slow nodes are left alone
-  --slow-node-seconds N        for how long it has to be that slow (10)
+  --slow-node-ratio X          a node is slow when its steps take X times as long as those of its peers
+                               ({DEFAULT_SLOW_RATIO:g}): its lanes move to another node, and it is replaced; 0: never
+  --slow-node-seconds N        for how long it has to be that slow ({Timeouts().slow_after_ms / 1_000:g})
 
 All other flags are vLLM's, such as --max-model-len, --dtype or --enforce-eager, and go to it as they are.
 kevlarflow serve --help=all shows them; --help=GROUP or --help=WORD shows some."""
@@ -61,34 +66,11 @@ def run(arguments: list[str]) -> int:
     flags = parse(arguments)
     if flags.help is not None:
         return _explain(flags.help)
-    _check_flags(flags)
-    host = flags.host or "0.0.0.0"
-    preflight.check_port(host, flags.port)
-    name, files = _model(flags)
-    size = _size(flags, files)
-    free = preflight.available_memory()
-    kv_bytes = _kv_bytes(flags, size, free)
-    standby = _standby_bytes(flags, size, kv_bytes, free)
-    config = ServeConfig(
-        model=str(files.folder),
-        served_model_name=value_given(flags.vllm_args, "--served-model-name") or name,
-        host=host,
-        port=flags.port,
-        stages=flags.stages,
-        pipelines=flags.pipelines,
-        ranks=flags.ranks,
-        kv_cache_memory_bytes=kv_bytes,
-        standby_memory_bytes=standby,
-        replication_interval_tokens=_interval(flags),
-        replication_bytes_per_second=_bandwidth(flags),
-        replacement_wait_s=_replacement_wait(flags),
-        vllm_args=tuple(flags.vllm_args),
-        timeouts=_timeouts(flags),
-        slow_ratio=DEFAULT_SLOW_RATIO if flags.slow_node_ratio is None else flags.slow_node_ratio,
-        run_folder=str(configuration.run_folder_of(flags.port)),
-    )
+    config = _as_typed(flags)
+    # Before a model is fetched for what makes no cluster.
     configuration.check(config)
-    return _supervise(config)
+    preflight.check_port(config.host, config.port)
+    return _supervise(_with_model(config, flags))
 
 
 def _explain(topic: str) -> int:
@@ -99,13 +81,43 @@ def _explain(topic: str) -> int:
     return 0
 
 
-def _check_flags(flags: ServeFlags) -> None:
-    """Refuse what makes no cluster, before a model is fetched for it."""
-    if flags.ranks != 1:
-        raise UsageError(f"-tp {flags.ranks} is not supported yet: KevlarFlow serves with -tp 1 for now")
-    for flag, value in (("-pp", flags.stages), ("-dp", flags.pipelines)):
-        if value < 1:
-            raise UsageError(f"{flag} {value} makes no pipeline: use {flag} 1 or more")
+def _as_typed(flags: ServeFlags) -> ServeConfig:
+    """All that flags alone say: still without model and memory."""
+    typed: dict[str, Any] = {
+        "replication_interval_tokens": flags.replication_interval_tokens,
+        "replication_bytes_per_second": flags.replication_bandwidth,
+        "replacement_wait_s": flags.replacement_wait,
+        "slow_ratio": flags.slow_node_ratio,
+    }
+    return ServeConfig(
+        model="",
+        served_model_name=value_given(flags.vllm_args, "--served-model-name") or "",
+        host=flags.host or "0.0.0.0",
+        port=flags.port,
+        stages=flags.stages,
+        pipelines=flags.pipelines,
+        ranks=flags.ranks,
+        kv_cache_memory_bytes=0,
+        vllm_args=tuple(flags.vllm_args),
+        timeouts=_timeouts(flags),
+        run_folder=str(configuration.run_folder_of(flags.port)),
+        **{field: value for field, value in typed.items() if value is not None},
+    )
+
+
+def _with_model(config: ServeConfig, flags: ServeFlags) -> ServeConfig:
+    """The whole: with the model's files, and the memory that there is for it."""
+    name, files = _model(flags)
+    size = _size(flags, files)
+    free = preflight.available_memory()
+    kv_bytes = _kv_bytes(flags, size, free)
+    return msgspec.structs.replace(
+        config,
+        model=str(files.folder),
+        served_model_name=config.served_model_name or name,
+        kv_cache_memory_bytes=kv_bytes,
+        standby_memory_bytes=_standby_bytes(flags, size, kv_bytes, free),
+    )
 
 
 def _model(flags: ServeFlags) -> tuple[str, ModelFiles]:
@@ -153,23 +165,6 @@ def _standby_bytes(flags: ServeFlags, size: Size, kv_bytes: int, free: int) -> i
     return asked if size.pipelines > 1 else 0
 
 
-def _interval(flags: ServeFlags) -> int:
-    asked = flags.replication_interval_tokens
-    if asked is not None and asked < 0:
-        raise UsageError(f"--replication-interval-tokens {asked} is negative: use 0 (full blocks only) or more")
-    return DEFAULT_REPLICATION_INTERVAL_TOKENS if asked is None else asked
-
-
-def _bandwidth(flags: ServeFlags) -> int:
-    asked = flags.replication_bandwidth
-    return DEFAULT_BANDWIDTH if asked is None else asked
-
-
-def _replacement_wait(flags: ServeFlags) -> float:
-    asked = flags.replacement_wait
-    return DEFAULT_REPLACEMENT_WAIT_S if asked is None else asked
-
-
 def _timeouts(flags: ServeFlags) -> Timeouts:
     """The defaults; but who lets vLLM finish its requests at the end gives it the time."""
     usual = Timeouts()
@@ -182,10 +177,11 @@ def _timeouts(flags: ServeFlags) -> Timeouts:
 
 
 def _milliseconds(seconds: float) -> int:
-    if not 0 < seconds < float("inf"):
+    least = Timeouts().pace_window_ms / 1_000
+    if not least < seconds < math.inf:
         raise UsageError(
-            f"--slow-node-seconds {seconds:g} is no time: use more than 5, or --slow-node-ratio 0 to leave slow nodes "
-            "alone"
+            f"--slow-node-seconds {seconds:g} is no time to tell a slow node by: use more than {least:g}, or "
+            "--slow-node-ratio 0 to leave slow nodes alone"
         )
     return round(1_000 * seconds)
 
@@ -213,11 +209,14 @@ def introduction(config: ServeConfig) -> list[str]:
         f"logs: {config.log_folder} (kept if a process fails)",
     ]
     if config.pipelines == 1:
-        lines.append(
-            "note: with -dp 1 there is nothing to borrow: a pipeline waits for a dead node's replacement, its requests "
-            f"for up to {config.replacement_wait_s:g} s (--replacement-wait)"
-        )
+        lines.append(f"note: with -dp 1 there is nothing to borrow: {_about_waiting(config.replacement_wait_s)}")
     return lines
+
+
+def _about_waiting(seconds: float) -> str:
+    if not seconds:
+        return "requests end with an error when a node dies (--replacement-wait 0)"
+    return f"a pipeline waits for a dead node's replacement, its requests for up to {seconds:g} s (--replacement-wait)"
 
 
 def _about_replication(config: ServeConfig) -> str:

@@ -7,8 +7,8 @@ import json
 import sys
 
 from kevlarflow import config as configuration
+from kevlarflow.config import DEFAULT_PORT
 
-DEFAULT_PORT = 8000
 PIPE_WIDTH = 200
 ANSWER_SECONDS = 5.0
 """The controller answers in milliseconds; a crowded machine may be slow to let it."""

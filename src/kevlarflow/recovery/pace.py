@@ -24,17 +24,15 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from kevlarflow.config import ServeConfig
+from kevlarflow.config import PACE_REPORTS, ServeConfig
 from kevlarflow.recovery.events import NodeSlow
 from kevlarflow.types import Member, Pace, Stage
 
-WINDOW = 5
-"""The reports of a member that count."""
 FEWEST_REPORTS = 3
 """Of these, so many have to hold steps of a size: then a single one cannot decide."""
 FEWEST_STEPS = 5
 """In the window, of a size."""
-LONGEST_SILENCE = 2 * WINDOW
+LONGEST_SILENCE = 2 * PACE_REPORTS
 """Reports after which nothing could be compared: then evidence from before is forgotten."""
 LEAST_SECONDS = 1e-6
 """Shorter times cannot be compared."""
@@ -70,7 +68,7 @@ class Paces:
         """A node reports; says again and again that it is slow, for as long as it is."""
         if not self._limit:
             return []
-        history = self._histories.setdefault(member, _History(stage, collections.deque(maxlen=WINDOW)))
+        history = self._histories.setdefault(member, _History(stage, collections.deque(maxlen=PACE_REPORTS)))
         history.reports.append((now, report))
         ratio = self._ratio(member, history, now)
         self._count(history, ratio)
@@ -108,7 +106,7 @@ class Paces:
         means: dict[Size, list[float]] = collections.defaultdict(list)
         steps: collections.Counter[Size] = collections.Counter()
         for at, report in history.reports:
-            if now - at > (WINDOW + 1) * self._interval:
+            if now - at > (PACE_REPORTS + 1) * self._interval:
                 continue
             for pace in report:
                 means[pace.size].append(pace.seconds / pace.steps)

@@ -107,6 +107,8 @@ def test_one_pipeline_is_told_that_there_is_nothing_to_borrow(model: Path, serve
     note = serve.introduction(served[0])[-1]
     assert "with -dp 1 there is nothing to borrow" in note
     assert "its requests for up to 45 s (--replacement-wait)" in note
+    serve.run([str(model), "-pp", "2", "--replacement-wait", "0"])
+    assert "requests end with an error when a node dies" in serve.introduction(served[1])[-1]
 
 
 def test_the_users_environment_wins(model: Path, served: list[ServeConfig], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +178,8 @@ def test_slow_nodes_are_sought_unless_that_is_turned_off(model: Path, served: li
         ("--slow-node-ratio", "very", "is not a number"),
         ("--slow-node-seconds", "0", "is no time"),
         ("--slow-node-seconds", "nan", "is no time"),
-        ("--slow-node-seconds", "4", "5 x pace_interval_ms < slow_after_ms"),
+        ("--slow-node-seconds", "inf", "is no time"),
+        ("--slow-node-seconds", "5", "is no time to tell a slow node by: use more than 5"),
     ],
 )
 def test_what_makes_no_node_slow_is_refused(

@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from cluster_driver import member
-from kevlarflow.recovery.pace import WINDOW, Paces
+from kevlarflow.config import PACE_REPORTS
+from kevlarflow.recovery.pace import Paces
 from kevlarflow.types import Pace, Stage
 from toy_world import make_config
 
@@ -115,7 +116,7 @@ def test_one_odd_second_says_nothing():
 def test_a_pause_within_a_slow_time_changes_nothing():
     world = World()
     world.seconds(ENOUGH, n01=[steps(5)], n11=[steps()])
-    world.seconds(WINDOW - 1, n01=[], n11=[])
+    world.seconds(PACE_REPORTS - 1, n01=[], n11=[])
     assert world.seconds(4, n01=[steps(5)], n11=[steps()])[-1]
 
 
@@ -130,7 +131,7 @@ def test_a_ratio_that_wavers_about_the_limit_adds_up_and_one_that_falls_begins_a
 
 def test_what_a_node_did_long_ago_is_not_compared():
     world = World()
-    world.seconds(WINDOW, n01=[], n11=[steps()])
+    world.seconds(PACE_REPORTS, n01=[], n11=[steps()])
     assert world.never(40, n01=[steps(5)])
 
 
@@ -142,7 +143,7 @@ def test_a_machine_that_becomes_slow_makes_no_node_slow():
 
 def test_who_is_gone_is_no_peer():
     world = World()
-    world.seconds(WINDOW, n01=[steps(5)], n11=[steps()])
+    world.seconds(PACE_REPORTS, n01=[steps(5)], n11=[steps()])
     world.paces.forget(member("node-1-1"))
     assert world.never(40, n01=[steps(5)])
 
