@@ -54,7 +54,8 @@ def node_of(target: Aim, status: StatusDocument) -> str | None:
         running = [row for row in _rows(status["recoveries"], target) if row["state"] == "running"]
         return next((row["to"] for row in running if row["cause"] in LOST and row["to"] != home), None)
     waits = [node for node in status["nodes"] if node["id"] == home and node["incarnation"] > 1 and node["pids"]]
-    return home if serving != home and any(node["state"] != "dead" for node in waits) else None
+    is_to_come = serving != home or is_in(Phase.MOVING, target, status)
+    return home if is_to_come and any(node["state"] != "dead" for node in waits) else None
 
 
 def is_in(phase: Phase, target: Aim, status: StatusDocument) -> bool:

@@ -83,6 +83,13 @@ def test_a_donor_is_known_before_it_serves() -> None:
     assert name(Role.DONOR, status(None, recovery=loss("running", to="node-0-1"))) is None
 
 
+def test_a_replacement_is_still_one_while_its_lane_moves_home() -> None:
+    moving = loss("running", to="node-0-1", cause="rejoin")
+    assert name(Role.REPLACEMENT, status("node-0-1", home=node("node-0-1", 2), recovery=moving)) == "node-0-1"
+    done = moving | {"state": "done"}
+    assert name(Role.REPLACEMENT, status("node-0-1", home=node("node-0-1", 2), recovery=done)) is None
+
+
 def test_a_dead_node_is_no_replacement() -> None:
     assert name(Role.REPLACEMENT, status("node-1-1", home=node("node-0-1", 2, "dead"))) is None
 
