@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import zmq
+from setproctitle import setproctitle
 
 from kevlarflow import config as configuration
 from kevlarflow.config import ServeConfig, Timeouts
 from kevlarflow.control.status import ask_status
+from kevlarflow.kinship import TITLE
 from kevlarflow.node.heartbeat import HeartbeatThread
 from kevlarflow.node.pace import PaceMeter
 from kevlarflow.node.progress import Progress
@@ -39,9 +41,16 @@ def connect(config: ServeConfig) -> zmq.Socket[bytes]:
     return sock
 
 
+def environment_of(config: ServeConfig) -> dict[str, str]:
+    run = {configuration.RUN_FOLDER_VARIABLE: config.run_folder, configuration.RUN_ID_VARIABLE: config.run_folder}
+    # Without it a title would be written over the environment.
+    return os.environ | run | {"SPT_NOENV": "1"}
+
+
 def be_node(config: ServeConfig, member: Member, stage: Stage) -> None:
     """Start, beat as a node does, and leave when told to."""
     pids = (os.getpid(),)
+    setproctitle(f"{TITLE}{member.node}-{member.incarnation}")
     progress = Progress(config.timeouts.step_floor_ms / 1_000)
     starting = messages.NodeStarting(member, stage, "here", pids)
     heartbeat = HeartbeatThread(config, starting, progress, PaceMeter(), dict)
@@ -142,7 +151,8 @@ class FakeLauncher(threading.Thread):
                 order = decode(request)
                 assert isinstance(order, messages.StartNode)
                 arguments = [self.config.run_folder, order.node, str(order.incarnation), str(order.stage)]
-                child = subprocess.Popen([sys.executable, __file__, *arguments])
+                command = [sys.executable, __file__, *arguments]
+                child = subprocess.Popen(command, env=environment_of(self.config))
                 self.children.append(child)
                 connection.send(encode(messages.Started(child.pid)))
 
@@ -177,7 +187,7 @@ class FakeCluster:
         self.engines: list[FakeEngine] = []
 
     def start_controller(self) -> None:
-        environment = os.environ | {configuration.RUN_FOLDER_VARIABLE: self.config.run_folder}
+        environment = environment_of(self.config)
         command = [sys.executable, "-m", "kevlarflow.control.controller"]
         with open(self.config.path("controller.log"), "ab") as log:
             self.controller = subprocess.Popen(command, env=environment, stdout=log, stderr=log)

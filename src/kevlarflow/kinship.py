@@ -15,6 +15,8 @@ import signal
 import threading
 from collections.abc import Callable
 
+TITLE = "kevlarflow: "
+"""How the title of each of our processes begins; what follows names it, such as node-0-1-2 or engine-0."""
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 _PID_BYTES = 32

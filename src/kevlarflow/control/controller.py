@@ -30,6 +30,7 @@ from kevlarflow.control.journal import Journal, Memory, Remembered, unix_offset
 from kevlarflow.control.launcher import LauncherClient
 from kevlarflow.control.metrics import Metrics
 from kevlarflow.control.observers import Observers
+from kevlarflow.control.relatives import find_relatives
 from kevlarflow.control.translate import FromPeer, event_of, order_of
 from kevlarflow.control.watcher import LocalProcessWatcher
 from kevlarflow.errors import KevlarFlowError
@@ -139,7 +140,7 @@ class Controller:
     def start(self) -> None:
         """Begin a cluster, or take up one that an earlier life of the controller began."""
         now = self.clock()
-        remembered = self.memory.recall()
+        remembered = self._recall()
         facts = {"unix_offset": self.cluster.unix_offset, "config": self.config}
         self.journal.start(now, resumed=remembered is not None, **facts)
         if remembered is None:
@@ -153,6 +154,15 @@ class Controller:
         for pipeline, pid in snapshot.engines.items():
             if not self.watcher.watch(EngineProcess(pipeline, pid), (pid,), remembered.start_times):
                 self.handle(events.EngineLost(pipeline, pid), now)
+
+    def _recall(self) -> Remembered | None:
+        """What an earlier life has left; if that cannot be read, who there is. None in the first life."""
+        remembered = self.memory.recall()
+        if remembered is not None and remembered.snapshot.epochs:
+            return remembered
+        found = find_relatives(self.config.run_folder, os.environ.get(configuration.RUN_ID_VARIABLE, ""))
+        # Only a controller has nodes started, so a cluster with nodes has had one.
+        return Remembered(found, {}) if remembered is not None or found.nodes else None
 
     def turn(self, *, messages_wait: bool = True) -> None:
         """Everything that is due: messages, deaths, answers of the launcher, and time."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from setproctitle import setproctitle
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
@@ -24,6 +25,7 @@ from kevlarflow.engine.orders import SchedulerOrders
 from kevlarflow.engine.session import Session
 from kevlarflow.engine.translate import has_news, step_of
 from kevlarflow.errors import StartupFailed
+from kevlarflow.kinship import TITLE
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.types import PipelineId
 from kevlarflow.wire.messages import EngineReady
@@ -42,6 +44,8 @@ class KevlarExecutor(Executor):
     def _init_executor(self) -> None:
         config = configuration.load()
         pipeline = PipelineId(self.parallel_config.data_parallel_index)
+        # By it a controller that has lost its memory knows whose process this is, even if it does not speak.
+        setproctitle(f"{TITLE}engine-{pipeline}")
         limits = Limits(
             max_batched_tokens=min(RECOMPUTE_TOKENS, self.scheduler_config.max_num_batched_tokens),
             max_requests=self.scheduler_config.max_num_seqs,

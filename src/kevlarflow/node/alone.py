@@ -13,6 +13,7 @@ import sys
 from setproctitle import setproctitle
 
 from kevlarflow import config as configuration
+from kevlarflow.kinship import TITLE
 from kevlarflow.node.zygote import REGISTER_KERNELS, RUN_NODE, STAGE_CONFIG, load, redirect_output
 from kevlarflow.types import Member, NodeId, Stage
 
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> int:
     # As for all others: a node that ends has died, whatever ended it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     redirect_output(os.path.join(config.log_folder, f"{member.node}-{member.incarnation}.log"))
-    setproctitle(f"kevlarflow: {member.node}-{member.incarnation}")
+    setproctitle(f"{TITLE}{member.node}-{member.incarnation}")
     load(REGISTER_KERNELS)()
     load(RUN_NODE)(config, member, Stage(int(stage)), configure=load(STAGE_CONFIG))
     return 0

@@ -40,7 +40,7 @@ from setproctitle import setproctitle
 from kevlarflow import config as configuration
 from kevlarflow.config import ServeConfig
 from kevlarflow.errors import KevlarFlowError
-from kevlarflow.kinship import fork_for_parent
+from kevlarflow.kinship import TITLE, fork_for_parent
 from kevlarflow.types import Member, Stage
 from kevlarflow.wire.messages import StartApiServer, Started, StartNode, decode, encode
 
@@ -173,7 +173,7 @@ class Zygote:
             key.fileobj.close()
         self.selector.close()
         redirect_output(os.path.join(self.config.log_folder, f"{name}.log"))
-        setproctitle(f"kevlarflow: {name}")
+        setproctitle(f"{TITLE}{name}")
 
 
 def redirect_output(path: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from kevlarflow.config import ServeConfig
 from kevlarflow.recovery import drain, events, formation, moves, nodes, slowness, standbys
-from kevlarflow.recovery.events import AnyCommand, AnyEvent, Snapshot
+from kevlarflow.recovery.events import AnyCommand, AnyEvent, KillNode, Snapshot
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import subject
 from kevlarflow.types import EngineState, Epoch, Member, NodeState, PipelineState, RecoveryState
@@ -60,14 +60,18 @@ def _resume(grid: Grid, event: events.ControllerResumed) -> None:
         grid.recoveries.append(recovery)
         if recovery.state is RecoveryState.RUNNING:
             grid.pipelines[recovery.pipeline].recoveries[recovery.stage] = recovery
-    known = {each.member.node: each for each in snapshot.nodes}
+    grid.forgetful = not snapshot.epochs
+    known = {each.member.node: each for each in sorted(snapshot.nodes, key=lambda each: each.member.incarnation)}
     for slot in grid.slots.values():
+        slot.incarnation_floor = unused if grid.forgetful else 0
         if slot.node in known:
             nodes.expect(grid, slot, known[slot.node])
         else:
-            grid.forgetful = True
-            slot.incarnation_floor = unused
             slot.start_at = grid.now + grid.config.timeouts.settle_ms / 1_000
+    for each in snapshot.nodes:
+        if each.member not in {earlier.member for earlier in known.values()}:
+            # Another member has its place, so it had been declared dead.
+            grid.command(KillNode(each.member, each.pids))
     grid.narrate("the controller was started again: it waits for nodes and engines to appear")
 
 

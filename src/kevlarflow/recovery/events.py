@@ -61,7 +61,10 @@ class KnownNode(msgspec.Struct, frozen=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """What the next life of the controller has to know: who exists, and which numbers are used up."""
+    """What the next life of the controller has to know: who exists, and which numbers are used up.
+
+    Without epochs it is all that is left to a controller that has lost its memory: what processes there are.
+    """
 
     nodes: tuple[KnownNode, ...]
     epochs: dict[PipelineId, Epoch]

@@ -38,7 +38,7 @@ class Grid:
         self.ticked_at = 0.0
         """When time was last let pass."""
         self.forgetful = False
-        """Whether that life left no memory: then lanes may be held that nobody knows of."""
+        """Whether that life left no memory but who there is: then lanes may be held that nobody knows of."""
         self.served = False
         self.aborted: str | None = None
         self.recoveries: collections.deque[Recovery] = collections.deque(maxlen=RECOVERIES_KEPT)

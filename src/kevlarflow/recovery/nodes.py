@@ -86,6 +86,8 @@ def on_starting(grid: Grid, event: events.NodeStarting) -> None:
     if slot is not None and slot.state is NodeState.STARTING:
         slot.pids = event.pids
         slot.host = event.host
+        # A controller without memory has taken it for one that has started already.
+        slot.ready_by = slot.started_at + grid.config.timeouts.startup_timeout_s
 
 
 def on_ready(grid: Grid, event: events.NodeReady) -> None:

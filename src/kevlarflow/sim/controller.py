@@ -75,7 +75,7 @@ class Controller(Process):
         if self.snapshot is None:
             self.handle(events.ClusterBegun())
         else:
-            snapshot = self.snapshot if remembers else Snapshot(nodes=(), epochs={}, served=True)
+            snapshot = self.snapshot if remembers else self.fleet.find_relatives()
             self.handle(events.ControllerResumed(snapshot))
             for known in snapshot.nodes:
                 if known.pids:

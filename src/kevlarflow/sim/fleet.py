@@ -18,7 +18,7 @@ from kevlarflow.config import ServeConfig, Timeouts
 from kevlarflow.node.lanes import Header, Lane
 from kevlarflow.recovery import events
 from kevlarflow.recovery.coverage import Replica
-from kevlarflow.recovery.events import AnyCommand
+from kevlarflow.recovery.events import AnyCommand, KnownNode, Snapshot
 from kevlarflow.recovery.members import Pipeline
 from kevlarflow.recovery.suspicion import MAX_COST
 from kevlarflow.sim.controller import REPORT_SECONDS, Controller
@@ -233,6 +233,12 @@ class Fleet:
     def living_nodes(self) -> list[Node]:
         """All node processes, the stopped ones included."""
         return list(self._living.values())
+
+    def find_relatives(self) -> Snapshot:
+        """See `kevlarflow.control.relatives`."""
+        nodes = (KnownNode(node.member, (node.pid,), ready=True, failed_starts=0) for node in self._living.values())
+        engines = {engine.pipeline: engine.pid for engine in self.engines if engine.alive}
+        return Snapshot(nodes=tuple(nodes), epochs={}, served=True, engines=engines)
 
     def end_process(self, process: Process, loses_after: float | None = None) -> None:
         """A node or an engine dies."""

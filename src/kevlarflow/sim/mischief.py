@@ -75,12 +75,11 @@ class Mischief:
                 self._trouble(fault, node)
 
     def _freeze_engine(self, fault: Fault) -> None:
-        """One that is stopped for good has to be killed; who has forgotten all pids cannot do that."""
+        """One that is stopped for good has to be killed."""
         engine = self._fleet.engines[fault.pipeline]
-        forgets = any(each.kind == "forgetful controller" for each in self._fleet.plan.faults)
         if engine.alive:
             engine.freeze()
-            if fault.detail != "for good" or forgets:
+            if fault.detail != "for good":
                 self._stopped.append(engine)
                 self._later(fault, functools.partial(self._thaw_engine, engine))
 

@@ -157,6 +157,20 @@ def test_a_restarted_controller_adopts_what_serves(cluster):
     assert epochs == sorted(set(epochs))
 
 
+def test_a_stopped_node_does_not_outlive_the_memory_of_the_controller(tmp_path):
+    with fake_cluster(tmp_path, timeouts=Timeouts(settle_ms=3_500)) as cluster:
+        cluster.start().wait_serving()
+        pid = cluster.node("node-1-0")["pid"]
+        assert cluster.controller is not None
+        cluster.controller.kill()
+        cluster.controller.wait()
+        os.kill(pid, signal.SIGSTOP)
+        Path(cluster.config.path("controller.json")).write_text("rubbish")
+        cluster.start_controller()
+        cluster.wait(lambda d: nodes_of(d, 1) == ["node-1-0", "node-1-1"] and all_serve(d), "a replacement")
+        assert not os.path.exists(f"/proc/{pid}")
+
+
 def test_a_node_that_dies_while_the_controller_is_away_is_missed_at_once(cluster):
     cluster.start().wait_serving()
     victim = cluster.node("node-0-1")["pid"]

@@ -1,0 +1,72 @@
+"""A controller that has lost its memory, and knows only which processes there are."""
+
+from __future__ import annotations
+
+from cluster_driver import Driver, member
+from kevlarflow.recovery import events
+from kevlarflow.recovery.events import KillEngine, KillNode, KnownNode, Snapshot, StartNode
+from kevlarflow.types import EngineState, PipelineId
+from toy_world import pid_of
+
+TIMES = Driver().config.timeouts
+SETTLE = TIMES.settle_ms / 1_000
+NODES = ("node-0-0", "node-0-1", "node-1-0", "node-1-1")
+
+
+def found(*others: KnownNode, engines: dict[PipelineId, int] | None = None) -> Snapshot:
+    nodes = (KnownNode(member(node), (pid_of(member(node)),), ready=True, failed_starts=0) for node in NODES)
+    return Snapshot(nodes=(*nodes, *others), epochs={}, served=True, engines=engines or {})
+
+
+def resumed(snapshot: Snapshot):
+    driver = Driver()
+    driver.now = 200.0
+    return driver, driver.do(events.ControllerResumed(snapshot))
+
+
+def pass_time(driver, seconds):
+    commands, end = [], driver.now + seconds
+    while driver.now < end - 0.01:
+        commands += driver.tick(0.1)
+    return commands
+
+
+def those(kind, commands):
+    return [each for each in commands if isinstance(each, kind)]
+
+
+def test_a_node_that_does_not_introduce_itself_is_killed_and_replaced():
+    driver, _ = resumed(found())
+    for node in NODES[1:]:
+        driver.ready(node)
+    assert those(KillNode, pass_time(driver, SETTLE - 0.2)) == []
+    commands = pass_time(driver, 0.4)
+    assert those(KillNode, commands) == [KillNode(member("node-0-0"), (pid_of(member("node-0-0")),))]
+    (start,) = those(StartNode, pass_time(driver, 2.0))
+    # No life before has given this number out.
+    assert (start.member.node, start.member.incarnation > 1_000) == ("node-0-0", True)
+
+
+def test_a_node_that_still_loads_is_given_its_time():
+    driver, _ = resumed(found())
+    for node in NODES[1:]:
+        driver.ready(node)
+    loading = member("node-0-0")
+    driver.do(events.NodeStarting(loading, "here", (pid_of(loading),)))
+    assert those(KillNode, pass_time(driver, 2 * SETTLE)) == []
+    assert those(KillNode, pass_time(driver, TIMES.startup_timeout_s)) == [KillNode(loading, (pid_of(loading),))]
+
+
+def test_a_member_whose_place_another_has_is_killed():
+    older, newer = member("node-0-0", 1), member("node-0-0", 7)
+    _, commands = resumed(found(KnownNode(newer, (77,), ready=True, failed_starts=0)))
+    assert those(KillNode, commands) == [KillNode(older, (pid_of(older),))]
+
+
+def test_an_engine_that_does_not_report_is_killed():
+    driver, _ = resumed(found(engines={PipelineId(1): 71}))
+    for node in NODES:
+        driver.ready(node)
+    commands = pass_time(driver, TIMES.engine_lost_after_ms / 1_000 + 0.1)
+    assert those(KillEngine, commands) == [KillEngine(PipelineId(1), 71)]
+    assert driver.cluster.pipelines[1].engine.state is EngineState.SILENT
