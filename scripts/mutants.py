@@ -314,6 +314,32 @@ MUTANTS = (
         "    if False:",
     ),
     Mutant(
+        "a node that hears nothing is left alone",
+        "recovery/detector.py",
+        "            self._deaf(listener),\n",
+        "",
+    ),
+    Mutant(
+        "a node that hangs in a step is left alone",
+        "recovery/detector.py",
+        "            self._stuck(member, listener, now),\n",
+        "",
+    ),
+    Mutant(
+        "nodes that hang excuse one another",
+        "recovery/detector.py",
+        "not beat.is_overdue or beat.running_seconds > mine.running_seconds for beat",
+        "beat is not mine for beat",
+        "tests/unit/recovery/test_detector.py",
+    ),
+    Mutant(
+        "a process that nobody knows any more is left alone",
+        "recovery/cluster.py",
+        "            grid.command(KillNode(each.member, each.pids))\n",
+        "            pass\n",
+        "tests/unit/recovery/test_lost_memory.py",
+    ),
+    Mutant(
         "nodes are compared by what they compute in all, not by step",
         "recovery/pace.py",
         "means[pace.size].append(pace.seconds / pace.steps)",

@@ -178,19 +178,31 @@ class NodeServer:
         match header:
             case steps.Describe():
                 self._answer(engine, steps.Description(), self._description)
-            case steps.Join():
-                self._join(engine, header, payload)
-            case steps.Leave():
-                self._leave(header)
-            case steps.AssignStandby() | steps.Hasten():
-                self._take_from_engine_about_replicas(header)
+            case steps.Join() | steps.Leave() | steps.AssignStandby() | steps.Hasten():
+                # Should this never end, no work would ever begin again.
+                self._progress.begin(header.pipeline)
+                try:
+                    self._take_about_lane(engine, header, payload)
+                finally:
+                    self._progress.end()
             case steps.Execute() | steps.Recompute() | steps.Restore() | steps.Place() | steps.PlaceRest():
                 if not self._lanes.add_work(Work(engine, header, payload)):
                     self.dropped += 1
             case _:
                 self.dropped += 1
 
-    def _take_from_engine_about_replicas(self, header: steps.AssignStandby | steps.Hasten) -> None:
+    def _take_about_lane(
+        self, engine: bytes, header: steps.Join | steps.Leave | steps.AssignStandby | steps.Hasten, payload: list[bytes]
+    ) -> None:
+        match header:
+            case steps.Join():
+                self._join(engine, header, payload)
+            case steps.Leave():
+                self._leave(header)
+            case _:
+                self._take_about_replicas(header)
+
+    def _take_about_replicas(self, header: steps.AssignStandby | steps.Hasten) -> None:
         lane = self._lanes.current(header.pipeline, header.epoch)
         if lane is None or self._replicas is None:
             return

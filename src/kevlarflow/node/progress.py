@@ -13,13 +13,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kevlarflow.node.thread_clock import Spent, ThreadClock
+from kevlarflow.node.thread_clock import Clock, Spent, ThreadClock
 from kevlarflow.types import PipelineId
 
 OVERRUN_FACTOR = 10
 """A step may compute, or sleep, for so many times the longest that was seen of its size."""
 UNSEEN_FACTOR = 10
 """The floor is so many times higher for a step of a size that was never seen: libraries load what they need late."""
+
+UNKNOWN_FACTOR = 150
+"""What has no size, and the first step of all, may compute for so many times the floor: nothing tells how long that
+takes, but it is to end some time."""
 
 
 class Step(NamedTuple):
@@ -44,14 +48,14 @@ class Longest(NamedTuple):
 
 
 class Progress:
-    """See the module's text. It is made on the thread that runs the steps."""
+    """See the module's text. It is made on the thread that runs the steps, or is given the clock of that."""
 
-    def __init__(self, floor_seconds: float) -> None:
+    def __init__(self, floor_seconds: float, clock: Clock | None = None) -> None:
         self.steps_done = 0
         self._floor = floor_seconds
         self._running: _Running | None = None
         self._longest: dict[int, Longest] = {}
-        self._clock = ThreadClock()
+        self._clock: Clock = clock or ThreadClock()
 
     # ---- the main thread
 
@@ -90,7 +94,7 @@ class Progress:
     def _limits(self, size: int | None) -> tuple[float, float]:
         """(seconds that a step of this size may compute, seconds that it may sleep)."""
         if size is None or not self._longest:
-            return float("inf"), UNSEEN_FACTOR * self._floor
+            return UNKNOWN_FACTOR * self._floor, UNSEEN_FACTOR * self._floor
         if size in self._longest:
             longest = self._longest[size]
             return (

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class Spent(NamedTuple):
@@ -15,6 +15,20 @@ class Spent(NamedTuple):
     at: float
     computing: float
     waiting: float
+
+
+class Clock(Protocol):
+    """What tells how the time of one thread is spent."""
+
+    @property
+    def counts_waits(self) -> bool:
+        """Whether it tells more than the time."""
+
+    def spent(self) -> Spent:
+        """Up to now."""
+
+    def wants_to_run(self) -> bool:
+        """Whether the thread runs or waits for a CPU at this moment."""
 
 
 class ThreadClock:

@@ -8,7 +8,8 @@ a *confirmed* one is fenced (killed), and its lanes move. Evidence that goes awa
   gets no CPU cannot speak. What its threads have waited for a CPU since the last beat is no silence.
 * *stopped*: the kernel says so (SIGSTOP, a debugger).
 * *stuck*: the node itself says that a step is past its deadline (`kevlarflow.node.progress`), and no other node of
-  that pipeline is at work, whose slowness could explain it.
+  that pipeline is at work, whose slowness could explain it. Of several that are all past their deadlines, the one that
+  has been at it longest is explained by no other.
 * *deaf*: it beats, but does not acknowledge what the controller answers: the channel to it is cut.
 
 The detector may itself be starved or stopped. A gap between two checks that is longer than a few beats says nothing
@@ -201,9 +202,11 @@ class Detector:
         return Evidence("was stuck in a step", listener.beat_at - beat.running_seconds, confirmed)
 
     def _is_at_work(self, member: Member, pipeline: PipelineId) -> bool:
-        """Whether another node of the pipeline runs one of its steps."""
+        """Whether another node of the pipeline runs one of its steps, and does not hang as well, for less long."""
+        mine = self._listeners[member].beat
         others = [self._listeners.get(each) for each in self._surroundings.companions(member, pipeline)]
-        return any(each is not None and each.beat.pipeline == pipeline for each in others)
+        at_work = [each.beat for each in others if each is not None and each.beat.pipeline == pipeline]
+        return any(not beat.is_overdue or beat.running_seconds > mine.running_seconds for beat in at_work)
 
     def _deaf(self, listener: _Listener) -> Evidence | None:
         deaf = listener.deaf_seconds()

@@ -138,6 +138,8 @@ class Controller(Process):
         frozen = (node for node in self.fleet.living_nodes() if node.frozen and not network.parted(node, self))
         self.detector.stopped({node.member: node.frozen_since for node in frozen})
         for verdict in self.detector.check(now):
+            if isinstance(verdict, events.NodeSilent):
+                self.fleet.check_verdict(verdict)
             self.handle(verdict)
         self.handle(events.Tick())
 
@@ -145,13 +147,17 @@ class Controller(Process):
         if node not in self._known or not self.cluster.member_is_current(node.member):
             self._ask(node)
             return
-        for event in self.detector.beat(node.member, now):
+        beat = node.beat(heard=not self.fleet.network.stops(self, node))
+        for event in self.detector.beat(node.member, now, beat):
             self.handle(event)
+        self.detector.answered(node.member, node.beats, now)
 
     def _heard_nodes(self) -> list[Node]:
-        network = self.fleet.network
-        nodes = (node for node in self.fleet.living_nodes() if not node.frozen)
-        return [node for node in nodes if not (network.cuts and network.parted(node, self))]
+        return [node for node in self.fleet.living_nodes() if self.hears(node)]
+
+    def hears(self, node: Node) -> bool:
+        """Whether its beats arrive."""
+        return not node.frozen and not self.fleet.network.stops(node, self)
 
     def _hear_paces(self) -> None:
         now = self.timeline.now
@@ -250,6 +256,8 @@ class Controller(Process):
 
     def _send(self, peer: Process, deliver: object) -> None:
         assert callable(deliver)
+        if isinstance(peer, Node) and peer.deaf:
+            return
         self.fleet.network.send(self, peer, ("orders", self.life, peer.name), deliver)
 
     # ---- requests of people

@@ -28,11 +28,11 @@ class NoReason(Violation):
 
 
 class FalseAlarm(Violation):
-    """A node was taken for slow that computes as fast as its peers."""
+    """A node was taken for slow, or for dead, that is as fast as its peers, or does what it is there for."""
 
 
 class Overlooked(Violation):
-    """A node is far slower than its peers for long, and nothing is done about it."""
+    """A node is far slower than its peers for long, hangs, or hears nothing, and nothing is done about it."""
 
 
 class Unbounded(Violation):

@@ -111,6 +111,7 @@ class Fleet:
                 confirm_after_ms=600,
                 pace_interval_ms=200,
                 slow_after_ms=1_200,
+                deaf_after_ms=1_000,
                 startup_timeout_s=4,
             ),
             run_folder="sim",
@@ -168,6 +169,8 @@ class Fleet:
             lanes = [lane.pipeline for lane in node.lanes]
             if node.ready and lanes != [int(node.member.node.split("-")[1])]:
                 yield f"{node} has lanes {lanes}"
+            if node.ails:
+                yield f"{node} {node.ails}"
 
     def _count(self) -> None:
         if self.network.held > MAX_HELD_MESSAGES:
@@ -350,6 +353,21 @@ class Fleet:
         truth = self._truth.get((pipeline, stage, copy.block, copy.generation))
         if truth is None or content[: copy.filled] != truth[: copy.filled]:
             raise WrongCopy(f"{copy} of pipeline {pipeline} at stage {stage} is {content}, not {truth}")
+
+    def check_verdict(self, verdict: events.NodeSilent) -> None:
+        """Nobody is declared dead without the reason that is given for it."""
+        node = self._living.get(verdict.member)
+        if node is None:
+            return
+        self.counts[f"times a node {verdict.what}"] += 1
+        reasons = {
+            "did not answer": not self.controller.hears(node),
+            "was stopped": node.frozen,
+            "was stuck in a step": node.thread.hangs,
+            "did not hear us": node.deaf or self.network.stops(self.controller, node),
+        }
+        if not reasons[verdict.what]:
+            raise FalseAlarm(f"{node} is declared dead: it {verdict.what}")
 
     def check_slow(self, node: Node, slow: events.NodeSlow) -> None:
         """Nobody is taken for slow who is not, or was not just now."""

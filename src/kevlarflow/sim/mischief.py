@@ -29,6 +29,9 @@ UNRECEIVED_SECONDS = 0.01
 """What a process sent so shortly before its death may be lost."""
 NOTICED_SECONDS = 3.0
 """Within which a node that is slow, in a fleet that is busy and otherwise well, has to be on its way out."""
+FOUND_SECONDS = 8.0
+"""The same for a node that hangs or is deaf: a step of a size that was not seen before may sleep for 4 s, and a
+controller that was started again waits for so long for what it knows of."""
 MAX_FAILED_STARTS = 2
 """Starts of one place that fail in a row: one that is given up would not heal."""
 
@@ -103,6 +106,10 @@ class Mischief:
                     self._slow_places[node.member.node] = node.speed.factor
             case "raise":
                 node.raises = True
+            case "stuck":
+                node.thread.will_hang = fault.detail
+            case "deaf":
+                node.deaf = True
             case "drain":
                 self._fleet.controller.drain(node.member.node)
                 self._later(fault, functools.partial(self._fleet.controller.join, node.member.node))
@@ -123,6 +130,7 @@ class Mischief:
         for node in fleet.living_nodes():
             self._speed_up(node)
             node.raises = False
+            node.thread.will_hang = ""
             self._thaw(node)
         for engine in self._stopped:
             self._thaw_engine(engine)
@@ -133,6 +141,7 @@ class Mischief:
             fleet.controller.start()
         self._fill_vacant_places()
         fleet.network.release()
+        fleet.timeline.after(FOUND_SECONDS, self._expect_all_found)
 
     def _fill_vacant_places(self) -> None:
         """Somebody starts nodes by hand where others were drained."""
@@ -223,6 +232,13 @@ class Mischief:
         """A node begins its life: where the place is slow, so is every node in it."""
         if node.member.node in self._slow_places:
             node.speed.slow_down(self._slow_places[node.member.node])
+
+    def _expect_all_found(self) -> None:
+        for node in self._fleet.living_nodes():
+            if node.ails:
+                raise Overlooked(
+                    f"{node} {node.ails}, and lives {FOUND_SECONDS:.0f} s after all other faults were over"
+                )
 
     def _expect_notice(self, node: Node) -> None:
         slot = self._fleet.controller.cluster.slots[node.member.node]

@@ -153,7 +153,11 @@ class Network:
 
     def parted(self, one: Process, other: Process) -> bool:
         """Whether nothing passes between two processes in at least one direction."""
-        return any(cut.stops(one, other) or cut.stops(other, one) for cut in self.cuts)
+        return self.stops(one, other) or self.stops(other, one)
+
+    def stops(self, source: Process, target: Process) -> bool:
+        """Whether nothing passes from one process to another."""
+        return bool(self.cuts) and any(cut.stops(source, target) for cut in self.cuts)
 
     def release(self) -> None:
         """A partition has ended, or a process goes on: deliver what waited, in the order of each line."""
@@ -172,7 +176,7 @@ class Network:
         if waits and message.sent_at <= target.died_at and message.sent_at > target.loses_after:
             return
         stopped = target.frozen or not target.alive or message.line in self._held
-        if stopped or any(cut.stops(source, target) for cut in self.cuts):
+        if stopped or self.stops(source, target):
             self._held.setdefault(message.line, []).append(message)
         else:
             message.deliver()

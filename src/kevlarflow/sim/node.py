@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 from kevlarflow.node.lane_replicas import LaneReplicas
 from kevlarflow.node.lanes import Header, Lane, Lanes, Work
 from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.detector import Beat
 from kevlarflow.sim.copies import SimReplicator, ToyKv, content_of
 from kevlarflow.sim.errors import NotFenced, Unbounded
 from kevlarflow.sim.network import Process
 from kevlarflow.sim.speed import Speed
 from kevlarflow.sim.stage import LaneMemory, Memory, ToyStage
+from kevlarflow.sim.thread import ASLEEP, COMPUTING, IN_A_MESSAGE, Thread
 from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import messages, steps
 
@@ -46,6 +48,10 @@ class Node(Process):
         self.hard_to_kill = False
         self.raises = False
         """Whether its next step fails."""
+        self.deaf = False
+        """Whether it hears nothing of the controller, for good."""
+        self.beats = self._heard = 0
+        self.thread = Thread(fleet.timeline, fleet.controller.config.timeouts.step_floor_ms / 1_000)
         shape = fleet.plan.shape
         self.info = NodeInfo(
             member,
@@ -77,6 +83,11 @@ class Node(Process):
         """What ends the work that runs."""
         self._works = 0
 
+    @property
+    def ails(self) -> str:
+        """What it has for good, and has to be found out; completes "node-0-1#1 ..."."""
+        return "hangs" if self.thread.hangs else "is deaf" if self.deaf else ""
+
     # ---- what it says to the controller
 
     def introduce(self) -> None:
@@ -90,6 +101,14 @@ class Node(Process):
         """Its weights are loaded."""
         self.ready = True
         self.introduce()
+
+    def beat(self, *, heard: bool) -> Beat:
+        """Its next heartbeat, of a thread that never hangs; `heard`: whether the answers so far have arrived."""
+        if heard and not self.deaf:
+            self._heard = self.beats
+        self.beats += 1
+        step = self.thread.look()
+        return Beat(step.running_seconds, step.pipeline, step.is_overdue, self._heard)
 
     def _tell(self, message: messages.AnyMessage) -> None:
         controller = self.fleet.controller
@@ -112,15 +131,15 @@ class Node(Process):
 
     def look(self) -> None:
         """Take what has arrived, then run what can run; nothing of it in the middle of other work."""
-        if self._busy:
+        if self._busy or self.thread.hangs:
             return
         for outcome in self.replicas.outcomes() if self.replicas is not None else ():
             lane = self.lanes.current(outcome.pipeline)
             if lane is not None:
                 self._answer(self._engines[lane.pipeline], outcome)
-        while self._inbox and self.alive:
+        while self._inbox and self.alive and not self.thread.hangs:
             self._take(*self._inbox.popleft())
-        ready = self.lanes.next_work() if self.alive else None
+        ready = self.lanes.next_work() if self.alive and not self.thread.hangs else None
         if ready is not None:
             self._begin(*ready)
 
@@ -131,13 +150,18 @@ class Node(Process):
             self._queue(engine, header, payload)
             return
         self.fleet.tell(self, header, payload)
+        assert isinstance(header, steps.Join | steps.Leave | steps.AssignStandby | steps.Hasten), header
+        self.thread.begin(header.pipeline)
+        if self.thread.hangs_in((IN_A_MESSAGE,)):
+            return
         match header:
             case steps.Join():
                 self._join(engine, header, payload)
             case steps.Leave(pipeline, epoch):
                 self._leave(pipeline, epoch)
-            case steps.AssignStandby() | steps.Hasten():
+            case _:
                 self._take_about_replicas(header)
+        self.thread.end()
 
     def _take_about_replicas(self, header: steps.AssignStandby | steps.Hasten) -> None:
         lane = self.lanes.current(header.pipeline, header.epoch)
@@ -187,8 +211,10 @@ class Node(Process):
             raise NotFenced(f"{self} runs {header} with activations of epoch {activations['epoch']}")
         self._busy = True
         self.speed.begin(self.timeline.now)
+        self.thread.begin(header.pipeline, _size(work))
         self.fleet.tell(self, header, work.payload if not isinstance(header, steps.Execute) else ())
-        if self.fleet.poisons(self, header, _computed(work, self.stage)):
+        ways = (ASLEEP, COMPUTING) if isinstance(header, steps.Execute) else (ASLEEP,)
+        if self.fleet.poisons(self, header, _computed(work, self.stage)) or self.thread.hangs_in(ways):
             return
         engine = self._engines[lane.pipeline]
         shape = self.fleet.plan.shape
@@ -215,6 +241,7 @@ class Node(Process):
         if finish is not None and work == self._works:
             self._finishing = None
             finish()
+            self.thread.end()
             self._busy = False
             self.look()
 
@@ -291,6 +318,12 @@ class Node(Process):
             tuple((replica.block, replica.generation, replica.filled) for replica in replicas)
             for replicas in (missing, fuller)
         )
+
+
+def _size(work: Work) -> int | None:
+    """Tokens of a step; None for other work."""
+    payload: Any = work.payload
+    return sum(payload[0].scheduled.values()) if isinstance(work.header, steps.Execute) else None
 
 
 def _computed(work: Work, stage: Stage) -> Iterator[tuple[str, int]]:

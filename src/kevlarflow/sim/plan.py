@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass, replace
 
 from kevlarflow.sim.stage import VOCABULARY, next_token
+from kevlarflow.sim.thread import WAYS
 
 LOAD_SECONDS = 0.8
 """Requests arrive, and faults begin, within this time."""
@@ -33,6 +34,8 @@ KINDS = {
     "delay": 1,
     "echo": 1,
     "raise": 1,
+    "stuck": 2,
+    "deaf": 1,
     "drain": 2,
     "engine": 1,
     "engine freeze": 2,
@@ -96,7 +99,8 @@ class Fault:
     seconds: float
     """How long it lasts, or how long until the process is started again."""
     detail: str = ""
-    """The phase of a crash; the peers of a partition; whether a controller dies among its own deeds."""
+    """The phase of a crash; the peers of a partition; whether a controller dies among its own deeds; how a node hangs.
+    """
     strength: float = 0.0
 
     def __str__(self) -> str:
@@ -256,6 +260,7 @@ def _fault(rng: random.Random, name: str, shape: Shape, moments: list[tuple[floa
         "freeze": ("", "", "hard to kill"),
         "controller": ("", "as it acts"),
         "engine freeze": ("", "", "for good"),
+        "stuck": WAYS,
     }
     at, busy = rng.choice(moments)
     return Fault(

@@ -7,7 +7,8 @@ import subprocess
 import threading
 import time
 
-from kevlarflow.node.progress import OVERRUN_FACTOR, UNSEEN_FACTOR, Progress
+from kevlarflow.node.progress import OVERRUN_FACTOR, UNKNOWN_FACTOR, UNSEEN_FACTOR, Progress
+from kevlarflow.node.thread_clock import Spent
 from kevlarflow.types import PipelineId
 
 P = PipelineId(3)
@@ -78,6 +79,32 @@ def test_a_step_that_computes_far_longer_than_its_like_is_overdue():
     run_step(progress, 4, 0.02)
     assert not seen_while(progress, compute, OVERRUN_FACTOR * 0.02 * 0.7)
     assert seen_while(progress, compute, 10.0 * OVERRUN_FACTOR * 0.02)
+
+
+class Endless:
+    """The clock of a thread that has computed for so long since it was made."""
+
+    counts_waits = True
+    computing = 0.0
+
+    def spent(self) -> Spent:
+        return Spent(self.computing, self.computing, 0.0)
+
+    def wants_to_run(self) -> bool:
+        return True
+
+
+def test_work_without_a_size_and_a_first_step_end_some_time():
+    for tokens in (None, 4):
+        clock = Endless()
+        progress = Progress(FLOOR, clock)
+        progress.begin(P)
+        if tokens is not None:
+            progress.measure(tokens)
+        clock.computing = 0.9 * UNKNOWN_FACTOR * FLOOR
+        assert not progress.look().is_overdue
+        clock.computing = 1.1 * UNKNOWN_FACTOR * FLOOR
+        assert progress.look().is_overdue
 
 
 def test_larger_steps_may_take_longer():

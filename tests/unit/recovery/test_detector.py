@@ -137,6 +137,13 @@ def test_a_step_that_is_overdue_while_a_peer_is_at_work_on_it_is_not(watched):
     assert watched.until(9.0, a=STUCK, b=Beat(running_seconds=0.1, pipeline=P)) == []
 
 
+def test_of_peers_that_are_all_stuck_the_first_is_found_first_and_then_the_other(watched):
+    later = STUCK._replace(running_seconds=0.5)
+    assert whom(watched.until(1.0, a=STUCK, b=later)) == [(NodeSuspected, A), (NodeSilent, A)]
+    watched.detector.forget(A)
+    assert whom(watched.until(2.0, b=later)) == [(NodeSuspected, B), (NodeSilent, B)]
+
+
 def test_a_peer_that_works_for_another_pipeline_explains_nothing(watched):
     other = Beat(running_seconds=0.1, pipeline=PipelineId(1))
     assert whom(watched.until(0.5, a=STUCK, b=other)) == [(NodeSuspected, A), (NodeSilent, A)]

@@ -11,11 +11,13 @@ import sys
 import pytest
 
 from kevlarflow.config import ServeConfig
+from kevlarflow.node.progress import Step
 from kevlarflow.sim import fleet, plan
 from kevlarflow.sim.errors import FalseAlarm, Overlooked, WrongKv
 from kevlarflow.sim.many import run_many
 from kevlarflow.sim.scheduler import Blocks
 from kevlarflow.sim.shrink import failure_of, shrink, story_of
+from kevlarflow.types import PipelineId
 
 FIXED_SEEDS = 2_000
 
@@ -45,6 +47,8 @@ def test_what_is_drawn_happens() -> None:
         "tokens recomputed",
         "requests cancelled",
         "requests carried over",
+        "times a node was stuck in a step",
+        "times a node did not hear us",
     ):
         assert counts[what], f"no {what}"
 
@@ -80,6 +84,26 @@ def test_the_end_is_only_well_when_every_request_has_ended(monkeypatch: pytest.M
     monkeypatch.setattr(fleet, "HEAL_SECONDS", 1.0)
     monkeypatch.setattr("kevlarflow.sim.engine.Engine.poke", lambda _: None)
     with pytest.raises(fleet.Stuck, match="has not ended"):
+        fleet.run(plan.draw(0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "what", "evidence"),
+    [("stuck", "times a node was stuck in a step", "_stuck"), ("deaf", "times a node did not hear us", "_deaf")],
+)
+def test_a_node_that_only_seems_to_live_has_to_be_found(
+    kind: str, what: str, evidence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = (drawn for drawn in map(plan.draw, itertools.count()) if {each.kind for each in drawn.faults} == {kind})
+    drawn = next(each for each in plans if fleet.run(each).counts[what])
+    monkeypatch.setattr(f"kevlarflow.recovery.detector.Detector.{evidence}", lambda *_: None)
+    with pytest.raises(Overlooked, match="after all other faults were over"):
+        fleet.run(drawn)
+
+
+def test_a_node_that_is_declared_dead_for_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kevlarflow.sim.thread.Thread.look", lambda _: Step(1.0, PipelineId(0), is_overdue=True))
+    with pytest.raises(FalseAlarm, match="is declared dead: it was stuck in a step"):
         fleet.run(plan.draw(0))
 
 
