@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kevlarflow.cli import bench_suite
-from kevlarflow.cli.interrupts import treat_as_interrupt
+from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,11 +66,11 @@ def run(arguments: list[str]) -> int:
     report = _earlier_report(options) or _empty_report(arguments, options)
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
-    treat_as_interrupt()
     folder = Path(tempfile.mkdtemp(prefix="kevlarflow-bench-"))
     is_complete = False
     try:
-        _measure(options, report, folder, lambda line: console.print(line, markup=False))
+        with treated_as_interrupt():
+            _measure(options, report, folder, lambda line: console.print(line, markup=False))
         is_complete = not reporting.void(report)
     finally:
         if is_complete:

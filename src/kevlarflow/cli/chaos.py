@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kevlarflow.cli.interrupts import treat_as_interrupt
+from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.log_folder import log_folder
 from kevlarflow.errors import UsageError
 
@@ -45,16 +45,12 @@ def run(arguments: list[str]) -> int:
         raise UsageError(f"name a scenario, or use --all: {', '.join(scenarios.shipped())}")
     # All are read before the first one starts: a typing error must not cost minutes.
     chosen = [(name, scenarios.load(name)) for name in names]
-    treat_as_interrupt()
-    reports = []
-    worst = 0
-    for name, scenario in chosen:
-        status, report = _perform(name, scenario, options)
-        worst = max(worst, status)
-        reports.append(report)
+    with treated_as_interrupt():
+        performed = [_perform(name, scenario, options) for name, scenario in chosen]
+    reports = [report for _, report in performed]
     if options.json:
         print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
-    return worst
+    return max(status for status, _ in performed)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -9,7 +9,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kevlarflow.cli.interrupts import treat_as_interrupt
+from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.log_folder import log_folder
 
 if TYPE_CHECKING:
@@ -25,14 +25,13 @@ def run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="kevlarflow demo", description=DESCRIPTION)
     parser.add_argument("--plain", action="store_true", help="print plain lines even on a terminal")
     options = parser.parse_args(arguments)
-    treat_as_interrupt()
     from rich.console import Console
 
     from kevlarflow.default_model import ensure_default_model
 
     ensure_default_model()
     console = Console(highlight=False, force_terminal=False if options.plain else None)
-    with log_folder("demo", functools.partial(console.print, markup=False)) as folder:
+    with treated_as_interrupt(), log_folder("demo", functools.partial(console.print, markup=False)) as folder:
         return _perform(console, folder)
 
 

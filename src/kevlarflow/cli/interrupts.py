@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
-def treat_as_interrupt() -> None:
-    """From now on SIGTERM and SIGHUP are Ctrl-C, unless whoever started us has them ignored."""
+@contextmanager
+def treated_as_interrupt() -> Iterator[None]:
+    """While the block runs SIGTERM and SIGHUP are Ctrl-C, unless whoever started us has them ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if before[number] is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # Python does not know it, and nobody has changed it.
+                signal.signal(number, handler)
 
 
 def _interrupt(*_: object) -> None:

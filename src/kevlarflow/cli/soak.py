@@ -8,7 +8,7 @@ import functools
 import shlex
 from pathlib import Path
 
-from kevlarflow.cli.interrupts import treat_as_interrupt
+from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.log_folder import log_folder
 from kevlarflow.errors import UsageError
 
@@ -31,8 +31,8 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.faults < 1:
         raise UsageError(f"--faults {options.faults}: there has to be at least 1")
-    treat_as_interrupt()
-    return _soak(options, shlex.join(["kevlarflow", "soak", *arguments]))
+    with treated_as_interrupt():
+        return _soak(options, shlex.join(["kevlarflow", "soak", *arguments]))
 
 
 def _soak(options: argparse.Namespace, command: str) -> int:

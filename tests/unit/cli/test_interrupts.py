@@ -6,18 +6,20 @@ import sys
 
 import pytest
 
+from kevlarflow.cli.interrupts import treated_as_interrupt
+
 PROGRAM = """
 import signal, sys
-from kevlarflow.cli.interrupts import treat_as_interrupt
+from kevlarflow.cli.interrupts import treated_as_interrupt
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 for ignored in sys.argv[1:]:
     signal.signal(signal.Signals[ignored], signal.SIG_IGN)
-treat_as_interrupt()
 try:
-    print("ready", flush=True)
-    for line in sys.stdin:
-        print("still here", flush=True)
+    with treated_as_interrupt():
+        print("ready", flush=True)
+        for line in sys.stdin:
+            print("still here", flush=True)
 except KeyboardInterrupt:
     print("cleaned up", flush=True)
 """
@@ -53,3 +55,11 @@ def _running(*ignored):
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     return process
+
+
+def test_afterwards_signals_mean_what_they_meant():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    with treated_as_interrupt():
+        assert [signal.getsignal(number) for number in numbers] != before
+    assert [signal.getsignal(number) for number in numbers] == before
