@@ -16,7 +16,7 @@ import uvicorn
 PORT, MODE = int(sys.argv[1]), sys.argv[2]
 STRICKEN = 3
 TOKEN_SECONDS = 0.005
-LATE_SECONDS = 0.1
+LATE_SECONDS = 0.5
 JSON = [(b"content-type", b"application/json")]
 EVENTS = [(b"content-type", b"text/event-stream")]
 prompts = []
@@ -38,8 +38,9 @@ async def application(scope, receive, send):
     # What warms the system up is left alone.
     if not body["prompt"].startswith("warm") and body["max_tokens"] != 8:
         prompts.append(body["prompt"])
+    mode = MODE if len(prompts) == STRICKEN else "well"
     await send({"type": "http.response.start", "status": 200, "headers": EVENTS})
-    async for event in events(body, MODE if len(prompts) == STRICKEN else "well"):
+    async for event in events(body, mode):
         await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": True})
     await send({"type": "http.response.body", "body": b""})
 

@@ -91,7 +91,7 @@ def answer_once(router: zmq.Socket[bytes], availability: Availability) -> None:
     """Answer a subscription and the question for metrics that comes with it."""
     asked = set()
     while asked != {Subscribe, AskMetrics}:
-        assert router.poll(5000)
+        assert router.poll(30_000)
         peer, frame = router.recv_multipart()
         asked.add(type(decode(frame)))
         router.send_multipart([peer, b"nonsense"])

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import time
+import uuid
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
@@ -57,17 +59,17 @@ def test_a_step_takes_its_emulated_time_and_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv(REPORTS_VARIABLE, str(tmp_path))
     went_first = []
     monkeypatch.setattr(emulated, "go_first", lambda: went_first.append(True))
-    profile = Profile(device=Device(memory_bytes_per_second=1e15, flops=1e18, overhead_seconds=0.05))
+    profile = Profile(device=Device(memory_bytes_per_second=1e15, flops=1e18, overhead_seconds=0.3))
     clock = emulated.StepClock(profile)
     begun = time.monotonic()
     clock.begin(scheduled(), stage=0)
     clock.end()
-    assert time.monotonic() - begun >= 0.05
+    assert time.monotonic() - begun >= 0.3
     (path,) = tmp_path.glob("*.json")
     counts = msgspec.json.decode(path.read_bytes(), type=StepCounts)
     assert (counts.steps, counts.stage) == (1, 0)
-    assert counts.emulated_seconds == pytest.approx(0.05, rel=0.01)
-    assert counts.host_seconds < 0.04
+    assert counts.emulated_seconds == pytest.approx(0.3, rel=0.01)
+    assert counts.host_seconds < 0.2  # What was slept is not the host's.
     assert went_first == [True]
 
 
@@ -102,10 +104,14 @@ def test_a_device_goes_before_other_processes_of_its_session_and_its_session_bef
 @pytest.fixture
 def pipeline_group(monkeypatch, tmp_path):
     """A group as vLLM's stages make it, of one."""
-    monkeypatch.setenv("VLLM_DIST_IDENT", "test")
+    # vLLM names shared memory after it: no other run of the tests, and none that was killed, may have used it.
+    ident = uuid.uuid4().hex
+    monkeypatch.setenv("VLLM_DIST_IDENT", ident)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", world_size=1, rank=0)
     yield torch.distributed.group.WORLD
     torch.distributed.destroy_process_group()
+    for shared in Path("/dev/shm").glob(f"*{ident}*"):
+        shared.unlink()
 
 
 def test_who_waits_sleeps(monkeypatch, pipeline_group):

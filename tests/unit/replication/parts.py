@@ -2,6 +2,7 @@
 
 import zlib
 
+from kevlarflow.node.thread_clock import ThreadClock
 from kevlarflow.replication.standby import Bounds
 from kevlarflow.types import Member, NodeInfo
 from kevlarflow.wire import replicas
@@ -53,3 +54,9 @@ def content(store, pipeline, replica):
     """What a store has of exactly this content, or None."""
     found, _ = store.find(pipeline, [replica])
     return bytes(found[0][1]) if found else None
+
+
+def asleep(clock: ThreadClock) -> float:
+    """Seconds of a thread that went neither into computing nor into waiting for a CPU."""
+    spent = clock.spent()
+    return spent.at - spent.computing - spent.waiting

@@ -6,10 +6,12 @@ import time
 import pytest
 import zmq
 
+from kevlarflow.node.thread_clock import ThreadClock
 from kevlarflow.replication.transfer import CHANNEL_PLACES, MemoryNetwork, MemoryTransfer
 from kevlarflow.replication.zmq_transfer import ZmqTransfer
+from unit.replication.parts import asleep
 
-DEADLINE_SECONDS = 10.0
+DEADLINE_SECONDS = 60.0
 
 
 @pytest.fixture(params=["memory", "zmq"])
@@ -67,10 +69,11 @@ def test_each_channel_is_a_peer_of_its_own(make):
 def test_a_peer_that_is_not_there_takes_a_few_copies_and_then_none(make, tmp_path):
     source, _ = make("a")
     outlet = source.connect(f"ipc://{tmp_path}/nobody")
-    began = time.monotonic()
+    clock = ThreadClock()
+    began = asleep(clock)
     sent = sum(outlet.send(b"h", memoryview(b"x" * 8)) for _ in range(100))
     assert sent <= CHANNEL_PLACES
-    assert time.monotonic() - began < 1.0
+    assert asleep(clock) - began < 0.5
 
 
 def test_an_answer_to_a_peer_that_is_gone_is_lost(make):

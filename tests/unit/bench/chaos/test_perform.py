@@ -21,7 +21,7 @@ from kevlarflow.faults import FaultDidNotHappen
 from kevlarflow.faults.processes import identify
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
-TOKEN_SECONDS = 0.005
+TOKEN_SECONDS = 0.01
 LOAD = "load: {streams: 3, tokens: 30, kinds: [greedy, cancelled]}"
 BASE = f"""
 about: for a test
@@ -162,7 +162,7 @@ def test_a_frozen_process_is_thawed(standin: Standin) -> None:
 
 
 def test_a_slow_process_is_slow_for_its_time_and_proved_to_have_been(standin: Standin) -> None:
-    text = "faults: [{kind: slow, seconds: 0.3, share: 0.3, period_seconds: 0.03, at: {tokens: 3}}]"
+    text = "faults: [{kind: slow, seconds: 1, share: 0.3, period_seconds: 0.3, at: {tokens: 3}}]"
     load = "load: {streams: 1, requests: 4, tokens: 30, stay: true, kinds: [greedy]}"
     seen = perform(standin, text, base=BASE.replace(LOAD, load))
     assert "of the time" in seen.faults[0].proof

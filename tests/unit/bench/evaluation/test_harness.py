@@ -18,6 +18,12 @@ from kevlarflow.faults import FaultDidNotHappen, Target
 
 SERVER = Path(__file__).parents[3] / "faulty_server.py"
 LOAD = Workload(requests_per_second=8.0, seconds=1.0)
+LONG_LOAD = Workload(requests_per_second=8.0, seconds=3.0)
+"""So long that requests come after a fault, however late a busy machine lets it strike."""
+READY_SECONDS = 60.0
+NEVER_READY_SECONDS = 1.0
+LATE_SECONDS = 0.5
+"""As in the server."""
 CELL = Cell("real-2x2", "kevlarflow", "light", "none")
 
 
@@ -27,6 +33,7 @@ class Faulty:
     def __init__(self, mode, folder, port=None):
         # As vLLM's servers behind a router do, it refuses a pipeline that is not its own.
         self.pins = mode != "has-one-pipeline"
+        self.patience_seconds = NEVER_READY_SECONDS if mode == "never-ready" else READY_SECONDS
 
         def command(port):
             return [sys.executable, str(SERVER), str(port), mode]
@@ -43,7 +50,7 @@ class Faulty:
         return self.server.address
 
     def wait_ready(self):
-        return self.server.wait_ready(timeout_seconds=3.0)
+        return self.server.wait_ready(self.patience_seconds)
 
     def victim(self, pipeline, stage):
         return Target("the only process", tuple(self.processes()[:1]))
@@ -99,11 +106,11 @@ def test_a_wrong_token_is_reported(tmp_path, well):
     assert len(outcome.wrong(run("errs", tmp_path), well)) == 1
 
 
-def test_a_tenth_of_a_second_more_is_reported(tmp_path, well):
+def test_a_late_first_token_is_reported(tmp_path, well):
     late = run("late", tmp_path)
-    assert min(each.ttft for each in late.requests) >= 0.1 > min(each.ttft for each in well.requests)
-    more = outcome.window(late.requests, 0.0).ttft_mean - outcome.window(well.requests, 0.0).ttft_mean
-    assert 0.05 < more < 0.25
+    # Of the least ones, since a busy machine may make any of them late.
+    assert min(each.ttft for each in late.requests) >= LATE_SECONDS > min(each.ttft for each in well.requests)
+    assert outcome.window(late.requests, 0.0).ttft_mean >= LATE_SECONDS
 
 
 def test_a_system_that_dies_loses_what_follows(tmp_path):
@@ -120,7 +127,7 @@ def strikes_soon(monkeypatch):
 
 def with_fault(make, folder):
     hurt = msgspec.structs.replace(CELL, fault="one-last")
-    return drive.run(hurt, LOAD, folder, lambda _: None, lambda *_: make(folder))
+    return drive.run(hurt, LONG_LOAD, folder, lambda _: None, lambda *_: make(folder))
 
 
 def test_a_system_that_does_not_survive_its_fault_has_a_result(tmp_path, strikes_soon):
@@ -128,9 +135,9 @@ def test_a_system_that_does_not_survive_its_fault_has_a_result(tmp_path, strikes
     assert result.void is None
     assert "ended with exit status -9" in result.died
     (strike,) = result.strikes
-    assert 0.5 <= strike.at < 1.0
+    assert strike.at >= 0.5
     assert strike.first_token_seconds is None
-    after = [each for each in plan(LOAD) if each.start_seconds > strike.at]
+    after = [each for each in plan(LONG_LOAD) if each.start_seconds > strike.at]
     assert outcome.window(result.requests, strike.at).lost >= len(after) > 0
 
 
@@ -151,7 +158,7 @@ def test_the_arrival_of_every_token_is_kept(tmp_path):
 
 def test_a_system_that_is_never_ready_is_void(tmp_path):
     result = run("never-ready", tmp_path)
-    assert result.void == f"the faulty server was not ready after 3 s: see {tmp_path / 'log'}"
+    assert result.void == f"the faulty server was not ready after 1 s: see {tmp_path / 'log'}"
 
 
 def test_a_port_in_use_is_void(tmp_path):

@@ -22,7 +22,7 @@ def restarting(tmp_path):
     found.stop()
 
 
-def until(ask, seconds=10.0):
+def until(ask, seconds=60.0):
     deadline = time.monotonic() + seconds
     while not ask():
         assert time.monotonic() < deadline
