@@ -5,9 +5,9 @@ Four ideas, each in modules of its own, so that a new experiment or a new system
 * a **system under test** (`systems`) is started, is ready or is not, has a base URL, and leaves nothing behind;
 * the **load** (`streams`, `load`, `prompts`) records when each token of each stream arrives, and judges nothing;
 * a **measurement** (`measure`) is a pure function of those records;
-* an **experiment** (`throughput`, `startup`, `failover`, and about replication `resume`, `replication_cost`,
-  `standby_memory`, `transfers`) runs systems under load, and yields plain data, which `results` and `report` turn into
-  tables, Markdown and JSON.
+* an **experiment** (`throughput`, `startup`, `failover`, `detection`, and about replication `resume`,
+  `replication_cost`, `standby_memory`, `transfers`) runs systems under load, and yields plain data, which `results` and
+  `report` turn into tables, Markdown and JSON.
 
 `demo` and its `scene` are the same parts, put together for a person to watch.
 """

@@ -19,3 +19,8 @@ class Grid(msgspec.Struct, frozen=True):
 def milliseconds(seconds: float) -> str:
     """A duration, for people."""
     return f"{seconds * 1e3:,.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.1f} ms"
+
+
+def verdict(is_reached: bool) -> str:
+    """Whether something that is required was reached, in words."""
+    return "reached" if is_reached else "NOT REACHED"

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kevlarflow.bench.streams import REQUEST_TIMEOUT_SECONDS, Address, Listener, Request, Stream, send
+
+FAILURE_PAUSE_SECONDS = 1.0
+"""A client whose request has failed waits for so long: a server that is gone refuses thousands a second."""
 
 
 async def closed_loop(
@@ -24,6 +27,27 @@ async def closed_loop(
 
     streams = await asyncio.gather(*(client(requests) for requests in clients))
     return [stream for each in streams for stream in each]
+
+
+async def endless_loop(
+    address: Address,
+    model: str,
+    clients: Sequence[Iterator[Request]],
+    take: Listener,
+    is_over: Callable[[], bool],
+    timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
+) -> None:
+    """A closed loop until `is_over`, when each client ends with the request that it waits for. `take` gets each stream
+    that has ended."""
+
+    async def client(requests: Iterator[Request]) -> None:
+        while not is_over():
+            stream = await send(address, model, next(requests), timeout_seconds=timeout_seconds)
+            take(stream)
+            if stream.failure is not None:
+                await asyncio.sleep(FAILURE_PAUSE_SECONDS)
+
+    await asyncio.gather(*map(client, clients))
 
 
 async def open_loop(

@@ -61,12 +61,21 @@ class CpuMeter:
 
     def strangers(self) -> float:
         """The share since `start`; what a process of the system under test used that has ended counts as well."""
-        seconds, busy = (later - earlier for later, earlier in zip(_now(), self._begun, strict=True))
+        seconds, busy = self._passed()
         own = sum(now - self._own.get(pid, 0.0) for pid, now in self._own_now().items())
         return max(0.0, busy - own) / max(seconds * (os.cpu_count() or 1), 1e-9)
 
+    def idle(self) -> float:
+        """The share since `start` that nobody took."""
+        seconds, busy = self._passed()
+        return max(0.0, 1 - busy / max(seconds * (os.cpu_count() or 1), 1e-9))
+
+    def _passed(self) -> tuple[float, float]:
+        seconds, busy = (later - earlier for later, earlier in zip(_now(), self._begun, strict=True))
+        return seconds, busy
+
     def _own_now(self) -> dict[int, float]:
-        return {pid: _cpu_seconds(pid) for pid in {*self._pids(), os.getpid()}}
+        return {pid: cpu_seconds(pid) for pid in {*self._pids(), os.getpid()}}
 
 
 async def wait_quiet(meter: CpuMeter, patience_seconds: float) -> bool:
@@ -87,7 +96,8 @@ def _now() -> tuple[float, float]:
     return time.monotonic(), times.user + times.nice + times.system + times.irq + times.softirq
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used so far; 0.0 when there is no such process."""
     try:
         times = psutil.Process(pid).cpu_times()
     except psutil.Error:

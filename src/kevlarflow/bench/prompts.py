@@ -29,6 +29,8 @@ WHEN = (
 
 FEWEST_SENTENCES, MOST_SENTENCES = 6, 17
 """A sentence is some 16 tokens long."""
+ORDINARY_TOKENS = range(1_000, 30_000)
+"""Token ids that every tokenizer of use has, and that end nothing."""
 
 
 def passage(seed: str, count: int = FEWEST_SENTENCES) -> str:
@@ -38,6 +40,12 @@ def passage(seed: str, count: int = FEWEST_SENTENCES) -> str:
         f"{chance.choice(WHO)} {chance.choice(DID)} {chance.choice(WHERE)} {chance.choice(WHEN)}." for _ in range(count)
     ]
     return f"Chapter {chance.randint(1000, 999_999)}. " + " ".join(sentences)
+
+
+def token_prompt(seed: str, count: int) -> list[int]:
+    """A prompt of exactly `count` tokens, which mean nothing."""
+    chance = random.Random(seed)
+    return [chance.choice(ORDINARY_TOKENS) for _ in range(count)]
 
 
 def clients(seed: str, streams: int, requests_each: int, tokens: int, pipelines: int) -> list[list[Request]]:

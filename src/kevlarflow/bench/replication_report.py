@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kevlarflow.bench.grid import NOTHING, Grid, milliseconds
+from kevlarflow.bench.grid import NOTHING, Grid, milliseconds, verdict
 from kevlarflow.bench.measure import ratios, spread
 from kevlarflow.bench.replication_results import (
     CostLoad,
@@ -89,8 +89,10 @@ def _resume_remarks(result: Resume) -> list[str]:
     for what, phases in (("relinking and restoring", RESTORING), ("the whole recovery", ("total",))):
         worst = max((ratio for point in on if (ratio := extra(result, point, phases)) is not None), default=None)
         if worst is not None:
-            verdict = _verdict(worst <= MOST_COPIES)
-            remarks.append(f"Required: extra time / copy at most {MOST_COPIES}; {what}: worst {worst:.2f}: {verdict}.")
+            remarks.append(
+                f"Required: extra time / copy at most {MOST_COPIES}; {what}: worst {worst:.2f}: "
+                f"{verdict(worst <= MOST_COPIES)}."
+            )
     remarks.append(
         "copy: a plain copy of the bytes restored, block by block, in the same run. / copy: time above that of the "
         "shortest contexts, by a plain copy of the additional bytes; restore is relink and restore together: they "
@@ -153,7 +155,7 @@ def _cost_remarks(result: ReplicationCost, on: Sequence[CostLoad], off: Sequence
         ("p99 TPOT", tpot, f"at most {MOST_TPOT}", tpot <= MOST_TPOT),
         ("bytes in full blocks", whole, f"at most {MOST_COPIED}", whole <= MOST_COPIED),
     ):
-        remarks.append(f"Required: {what} {bound}; {value:.3f}: {'reached' if is_reached else 'NOT REACHED'}.")
+        remarks.append(f"Required: {what} {bound}; {value:.3f}: {verdict(is_reached)}.")
     strangers = max(load.strangers for load in (*on, *off))
     remarks.append(f"Others used at most {strangers:.0%} of the machine during a load.")
     return remarks
@@ -186,12 +188,8 @@ def _memory_remarks(result: StandbyMemory) -> Iterator[str]:
     over = sum(sample.standby_bytes > result.limit_bytes for sample in result.samples)
     fewer = sum(sample.kv_blocks != result.stock_kv_blocks for sample in result.samples)
     looks = len(result.samples)
-    yield f"Required: the standby within its flag; {over} of {looks} looks above it: {_verdict(not over)}."
-    yield f"Required: as many KV blocks as stock; {fewer} of {looks} looks differ: {_verdict(not fewer)}."
-
-
-def _verdict(is_reached: bool) -> str:
-    return "reached" if is_reached else "NOT REACHED"
+    yield f"Required: the standby within its flag; {over} of {looks} looks above it: {verdict(not over)}."
+    yield f"Required: as many KV blocks as stock; {fewer} of {looks} looks differ: {verdict(not fewer)}."
 
 
 # ---- transfer

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from kevlarflow.bench.contestants import KEVLARFLOW, STOCK
+from kevlarflow.bench.detection_report import alarms_grid, detection_grid, faults_grid
 from kevlarflow.bench.grid import NOTHING, Grid, milliseconds
 from kevlarflow.bench.measure import Pause, percentile, ratios, spread
 from kevlarflow.bench.replication_report import cost_grid, draw_resume, memory_grid, resume_grid, transfer_grid
@@ -22,7 +23,9 @@ from kevlarflow.bench.results import Failover, Kill, Report, Startup, Throughput
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-EXPERIMENTS = ("throughput", "startup", "failover", "resume", "replication_cost", "standby_memory", "transfer")
+EXPERIMENTS = (
+    "throughput", "startup", "failover", "detection", "resume", "replication_cost", "standby_memory", "transfer",
+)  # fmt: skip
 """Parts of a report, in the order in which they are shown."""
 PHASES = ("detect", "plan", "relink", "restore", "recompute", "reissue", "total")
 MEASURES = (
@@ -45,6 +48,10 @@ def grids(report: Report) -> Iterator[Grid]:
         yield pauses_grid(report.failover)
         yield phases_grid(report.failover)
         yield kills_grid(report.failover)
+    if report.detection is not None:
+        yield alarms_grid(report.detection, report.machine.cores)
+        yield detection_grid(report.detection)
+        yield faults_grid(report.detection)
     if report.resume is not None:
         yield resume_grid(report.resume)
     if report.replication_cost is not None:
@@ -61,10 +68,10 @@ def void(report: Report) -> list[str]:
         *(report.throughput.rounds if report.throughput else ()),
         *(report.startup.starts if report.startup else ()),
         *(report.failover.kills if report.failover else ()),
-        *([report.failover] if report.failover else ()),
         *(report.resume.points if report.resume else ()),
         *(report.replication_cost.loads if report.replication_cost else ()),
-        *(each for each in (report.resume, report.replication_cost, report.standby_memory, report.transfer) if each),
+        *(each for each in (report.failover, report.detection, report.resume) if each),
+        *(each for each in (report.replication_cost, report.standby_memory, report.transfer) if each),
     ]
     return [part.void for part in parts if part.void is not None]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from kevlarflow.bench.contestants import Recipe
+from kevlarflow.bench.detection_results import Detection
 from kevlarflow.bench.machine import Machine
 from kevlarflow.bench.measure import LoadSummary, Pause
 from kevlarflow.bench.replication_results import ReplicationCost, Resume, StandbyMemory, Transfers
@@ -101,6 +102,7 @@ class Report(msgspec.Struct):
     throughput: Throughput | None = None
     startup: Startup | None = None
     failover: Failover | None = None
+    detection: Detection | None = None
     resume: Resume | None = None
     replication_cost: ReplicationCost | None = None
     standby_memory: StandbyMemory | None = None

@@ -9,7 +9,6 @@ were restored, measured in the same run. Each length is a point; what a report h
 from __future__ import annotations
 
 import asyncio
-import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from kevlarflow.bench.experiment import Say, Void, running, until
 from kevlarflow.bench.kv_cache import KvCache, kv_cache, lag_tokens, read_page
 from kevlarflow.bench.measure import gaps, pause_after
 from kevlarflow.bench.memory_copy import copy_seconds
+from kevlarflow.bench.prompts import token_prompt
 from kevlarflow.bench.replication_results import Resume, Resumption
 from kevlarflow.bench.streams import Request, Stream, completion, send
 from kevlarflow.bench.systems import System, SystemFailed
@@ -44,8 +44,6 @@ BEGIN_TIMEOUT_SECONDS = 900.0
 RECOVERY_TIMEOUT_SECONDS = 600.0
 SETTLE_TIMEOUT_SECONDS = 300.0
 CATCH_UP_TIMEOUT_SECONDS = 120.0
-ORDINARY_TOKENS = range(1_000, 30_000)
-"""Token ids that every tokenizer of use has, and that end nothing."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -141,8 +139,7 @@ class _Point:
         requests = []
         for number in range(self._plan.streams):
             name = f"{self._plan.seed}/{self._point.replicated}/{self._point.context}/{number}"
-            chance = random.Random(name)
-            prompt = [chance.choice(ORDINARY_TOKENS) for _ in range(self._point.context)]
+            prompt = token_prompt(name, self._point.context)
             request = completion(name, "", tokens, PIPELINE)
             requests.append(msgspec.structs.replace(request, body=request.body | {"prompt": prompt}))
         return requests

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     Experiment = Callable[[argparse.Namespace, Report, Path, Say], None]
 
 REPLICATION = ("resume", "replication-cost", "standby-memory", "transfer")
-EXPERIMENTS = ("throughput", "startup", "failover", *REPLICATION)
-WITHOUT_STOCK = {"failover", "resume", "replication-cost", "transfer"}
+EXPERIMENTS = ("throughput", "startup", "failover", "detection", *REPLICATION)
+WITHOUT_STOCK = {"failover", "detection", "resume", "replication-cost", "transfer"}
 DEFAULT_OUTPUT = Path("docs/benchmarks")
 FILE_WIDTH = 120
 """Characters of a line where there is no terminal."""
@@ -35,6 +35,7 @@ Measure KevlarFlow against stock vLLM, in turns, with the same flags, model and 
   throughput        no failure: tokens/s, TTFT and TPOT at 1, 4 and 16 streams
   startup           from the command to the first 200 of /health, with cold and with warm compile caches
   failover          from SIGKILL of a node to the next token of every affected stream (KevlarFlow only)
+  detection         how soon crashes and hangs are noticed on a machine that is full, and false alarms (KevlarFlow only)
 
   resume            recovery time against the length of contexts, with and without replication
   replication-cost  throughput and TPOT with and without replication, while nothing fails
@@ -95,7 +96,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--streams", type=_counts, default=(1, 4, 16), help="streams at a time (1,4,16)")
     parser.add_argument("--tokens", type=_count, default=128, help="output tokens of a request (%(default)s)")
     parser.add_argument("--startup-rounds", type=_count, default=2, help="rounds of startup (%(default)s)")
-    parser.add_argument("--kills", type=_count, default=10, help="kills of failover (%(default)s)")
+    parser.add_argument("--kills", type=_count, help="of failover (10); crashes of detection, and as many hangs (20)")
     parser.add_argument("--kill-streams", type=_count, default=16, help="streams during a kill (%(default)s)")
     parser.add_argument("--model", help="a Hugging Face folder or name (KevlarFlow's default model)")
     parser.add_argument("-pp", "--stages", type=_count, default=2, help="stages of a pipeline (%(default)s)")
@@ -128,7 +129,7 @@ def _add_replication_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume-streams", type=_count, default=8, help="streams of resume (%(default)s)")
     parser.add_argument("--replication", choices=("on", "off", "both"), default="both", help="of resume (%(default)s)")
     parser.add_argument("--cost-rounds", type=_count, default=6, help="rounds of replication-cost (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of standby-memory (%(default)s)")
+    parser.add_argument("--minutes", type=float, help="of standby-memory (10); of detection without a fault (30)")
     parser.add_argument("--resume", type=Path, metavar="REPORT", help="a JSON report to go on with")
 
 
@@ -141,6 +142,10 @@ def _count(text: str) -> int:
 
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(_count(each) for each in text.split(","))
+
+
+def _minutes(options: argparse.Namespace, default: float) -> float:
+    return default if options.minutes is None else float(options.minutes)
 
 
 def _bytes(text: str) -> int:
@@ -193,6 +198,7 @@ def _measure(options: argparse.Namespace, report: Report, folder: Path, say: Say
         "throughput": _throughput,
         "startup": _startup,
         "failover": _failover,
+        "detection": _detection,
         "resume": _resume,
         "replication-cost": _replication_cost,
         "standby-memory": _standby_memory,
@@ -225,7 +231,7 @@ def _startup(options: argparse.Namespace, report: Report, folder: Path, say: Say
 def _failover(options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
     from kevlarflow.bench import failover, results
 
-    kills, streams = (2, 8) if options.quick else (options.kills, options.kill_streams)
+    kills, streams = (2, 8) if options.quick else (options.kills or 10, options.kill_streams)
     plan = failover.Plan(
         report.recipe, kills=kills, streams=streams, seed=options.seed, patience_seconds=options.patience
     )
@@ -235,6 +241,19 @@ def _failover(options: argparse.Namespace, report: Report, folder: Path, say: Sa
     # All kills are of one cluster.
     report.failover = results.Failover(streams)
     failover.run(plan, report.failover, folder, say)
+
+
+def _detection(options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
+    import msgspec
+
+    from kevlarflow.bench import detection
+
+    minutes, kills = _minutes(options, 30.0), options.kills or 20
+    plan = detection.Plan(recipe=report.recipe, minutes=minutes, kills=kills, seed=options.seed)
+    if options.quick:
+        plan = msgspec.structs.replace(plan, minutes=0.5, kills=1, long_tokens=512)
+    report.detection = report.detection or plan.empty()
+    detection.run(plan, report.detection, folder, say)
 
 
 def _resume(options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
@@ -272,7 +291,7 @@ def _standby_memory(options: argparse.Namespace, report: Report, folder: Path, s
     from kevlarflow.bench import standby_memory
     from kevlarflow.bench.replication_results import StandbyMemory
 
-    minutes = 0.5 if options.quick else options.minutes
+    minutes = 0.5 if options.quick else _minutes(options, 10.0)
     report.standby_memory = report.standby_memory or StandbyMemory(minutes)
     report.standby_memory.void = None
     plan = standby_memory.Plan(report.recipe, minutes, seed=options.seed)

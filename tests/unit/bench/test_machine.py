@@ -40,7 +40,7 @@ def test_a_busy_stranger_is_seen_and_our_own_process_is_not():
 def test_what_a_process_used_before_does_not_count_when_it_has_ended(monkeypatch: pytest.MonkeyPatch):
     moments = iter([(0.0, 500.0), (10.0, 504.0)])
     monkeypatch.setattr(machine, "_now", lambda: next(moments))
-    monkeypatch.setattr(machine, "_cpu_seconds", lambda pid: 100.0)
+    monkeypatch.setattr(machine, "cpu_seconds", lambda pid: 100.0)
     pids = [1]
     meter = CpuMeter(lambda: pids)
     meter.start()
