@@ -31,6 +31,9 @@ from kevlarflow.types import Epoch, Member, NodeId, NodeInfo, Phases, PipelineId
 from kevlarflow.wire import messages
 from kevlarflow.wire.messages import AnyMessage, decode, encode
 
+FORMING = Phases(relink=0.001, restore=0.002, recompute=0.003, reissue=0.004)
+"""What an engine says that its forming has taken."""
+
 
 def connect(config: ServeConfig) -> zmq.Socket[bytes]:
     sock: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -112,8 +115,7 @@ class FakeEngine(threading.Thread):
                 self.orders.append(message)
                 self.epoch = message.epoch
                 self.members = tuple(info.member for info in message.nodes)
-                seconds = Phases(relink=0.001, restore=0.002, recompute=0.003, reissue=0.004)
-                sock.send(encode(messages.Formed(self.pipeline, self.epoch, seconds, self.running, 0, 7)))
+                sock.send(encode(messages.Formed(self.pipeline, self.epoch, FORMING, self.running, 0, 7)))
                 if len(self.orders) == 1:
                     sock.send(encode(messages.EngineReady(self.pipeline, 100)))
 

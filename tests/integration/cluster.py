@@ -1,7 +1,7 @@
 """A real cluster for tests: starts ``kevlarflow serve``, asks it, hurts it, and checks that it leaves nothing behind.
 
-It is used through the command line and HTTP only, as a user would. What the tests know of its processes comes from
-the status document and from /proc.
+It is used as a user would, through HTTP and the command line; only its status is asked for directly. What the tests
+know of its processes comes from the status document and from /proc.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from typing import Any
 import httpx
 import psutil
 
-from integration.waiting import until
+from integration.waiting import POLL_SECONDS, until
 from kevlarflow.bench.systems import free_port
 from kevlarflow.config import RUN_FOLDER_VARIABLE, run_folder_of
+from kevlarflow.control.status import ask_status
+from kevlarflow.errors import ClusterUnreachable
 from kevlarflow.faults import Fault, Struck, Target, strike, verify
 from kevlarflow.faults.processes import ProcessIdentity, command_line, identify, is_alive, with_environment
 
@@ -54,6 +56,8 @@ FLAGS = (
     f"--kv-cache-memory-bytes={KV_BLOCKS * BLOCK_SIZE * LAYERS_PER_STAGE * BYTES_PER_TOKEN_AND_LAYER}",
     "--seed=0",
 )
+PATIENT_SECONDS = 120
+"""For `--replacement-wait`: on a crowded machine the usual 45 s may pass before a replacement is there."""
 
 Status = dict[str, Any]
 
@@ -80,14 +84,15 @@ class Cluster:
         return document
 
     def status(self) -> Status:
-        """The same for tests that are about something else: a crowded machine may make it late, but not for long."""
+        """The same for tests that are about something else and ask often: without an interpreter for each question."""
         deadline = time.monotonic() + STATUS_TIMEOUT_SECONDS
         while True:
             try:
-                return self.ask()
-            except AssertionError:
+                return ask_status(self.run_folder, STATUS_TIMEOUT_SECONDS)
+            except ClusterUnreachable:
                 if time.monotonic() >= deadline or self.process.poll() is not None:
                     raise
+                time.sleep(POLL_SECONDS)  # Its controller is being started again.
 
     def healthy(self) -> bool:
         """Whether /health is 200."""

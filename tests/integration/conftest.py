@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from integration.cluster import Cluster, running_cluster
+from integration.cluster import FLAGS, PATIENT_SECONDS, Cluster, running_cluster
 
 
 @pytest.fixture(scope="session")
 def started_grid() -> Iterator[Cluster]:
-    with running_cluster(stages=2, pipelines=2, name="the shared 2 x 2 cluster") as cluster:
+    flags = (*FLAGS, f"--replacement-wait={PATIENT_SECONDS}")
+    with running_cluster(stages=2, pipelines=2, flags=flags, name="the shared 2 x 2 cluster") as cluster:
         yield cluster
 
 

@@ -18,9 +18,9 @@ faults:
   - kind: crash
     target: {pipeline: 1, stage: 1}
     at: {tokens: 40}
-checks: {lane_back_seconds: 60, detected_seconds: 5}
+checks: {lane_back_seconds: 120, detected_seconds: 5}
 """
-SHORT_SECONDS = 120.0
+SHORT_SECONDS = 240.0
 LONG_SECONDS = 280.0
 
 

@@ -98,6 +98,7 @@ def require_private(cluster: Cluster) -> None:
 
 
 def test_a_node_that_dies_during_start_up_is_one_line_and_leaves_nothing() -> None:
+    shared_before = set(map(str, Path("/dev/shm").iterdir()))
     port = free_port()
     command = [KEVLARFLOW, "serve", "-pp", "2", "-dp", "2", "--port", str(port), *FLAGS]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as serve:
@@ -113,4 +114,4 @@ def test_a_node_that_dies_during_start_up_is_one_line_and_leaves_nothing() -> No
     assert errors.count("\n") == 1, errors
     assert re.match(r"kevlarflow: .*node-0-1.*\.log", errors), errors
     assert "ready in" not in said
-    require_nothing_left(Cluster(serve, port, 2, 2), set(map(str, Path("/dev/shm").iterdir())))
+    require_nothing_left(Cluster(serve, port, 2, 2), shared_before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,10 +32,13 @@ from kevlarflow.faults import (
 )
 from kevlarflow.faults.processes import identify, is_alive, with_environment
 
+HERE = uuid.uuid4().hex
+"""Not another run of these tests."""
+
 
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env={"MARK": "here"})
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env={"MARK": HERE})
     yield process
     process.kill()
     process.wait()
@@ -87,10 +91,10 @@ def test_a_target_that_survives_voids_the_fault(sleeper: subprocess.Popen[bytes]
 
 
 def test_processes_are_found_by_their_environment(sleeper: subprocess.Popen[bytes]) -> None:
-    assert with_environment("MARK", "here") == [sleeper.pid]
+    assert with_environment("MARK", HERE) == [sleeper.pid]
     sleeper.kill()
     sleeper.wait()
-    assert with_environment("MARK", "here") == []
+    assert with_environment("MARK", HERE) == []
 
 
 @pytest.mark.parametrize("fault", [KillServing(1, 0), KillNode("node-0-0"), KillProcesses("engine", (1, 2))])

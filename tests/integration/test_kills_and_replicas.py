@@ -24,8 +24,8 @@ from parity.reference import Reference
 pytestmark = pytest.mark.timeout(900)
 
 PIPELINE, STAGE = LANE = (0, 1)
-BANDWIDTH = "4M"
-SECONDS = 20.0
+BANDWIDTH = "2M"
+SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")

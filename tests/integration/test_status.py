@@ -40,7 +40,7 @@ def timed_status(cluster: Cluster) -> tuple[dict[str, Any], float]:
 
 
 def test_the_document_keeps_the_contract(grid: Cluster) -> None:
-    status = grid.status()
+    status = grid.ask()
     assert status["model"] == "smollm2-135m-instruct"
     assert status["main_pid"] == grid.process.pid
     for name, fields in FIELDS.items():
@@ -65,7 +65,7 @@ def test_it_answers_in_time_while_an_engine_is_stopped(grid: Cluster) -> None:
     engine = grid.status()["engines"][0]["pid"]
     os.kill(engine, signal.SIGSTOP)
     try:
-        until("the engine is stopped", lambda: process_state(engine) == "T", timeout=5)
+        until("the engine is stopped", lambda: process_state(engine) == "T", timeout=30)
         for _ in range(3):
             _, seconds = timed_status(grid)
             assert seconds < LONGEST_ANSWER_SECONDS
@@ -94,7 +94,7 @@ def test_it_answers_in_time_during_a_recovery_and_tells_of_it(grid: Cluster) -> 
 
 def test_it_fails_when_nothing_answers() -> None:
     command = [KEVLARFLOW, "status", "--port", str(free_port()), "--json"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert answer.returncode != 0
     assert len(answer.stderr.strip().splitlines()) == 1
 

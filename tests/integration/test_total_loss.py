@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from integration.cluster import FLAGS, Cluster, Status, running_cluster
+from integration.cluster import FLAGS, PATIENT_SECONDS, Cluster, Status, running_cluster
 from integration.failover import assert_identical, run
 from integration.waiting import until
 from kevlarflow.faults import KillServing, Target
@@ -98,7 +98,7 @@ def wait_for_refusal(cluster: Cluster) -> httpx.Response:
         answer = httpx.post(f"{cluster.base_url}/v1/completions", json=PROBE, timeout=30.0)
         return answer if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE else None
 
-    return until("a new request gets 503", refusal, timeout=10, poll=0.02)
+    return until("a new request gets 503", refusal, timeout=30, poll=0.02)
 
 
 def check_refused(refused: httpx.Response) -> None:
@@ -112,15 +112,15 @@ def wait_until_all_wait(cluster: Cluster, stage: int) -> int:
     def all_wait() -> Status | None:
         status = cluster.status()
         waits = [pipeline["waiting_for"] for pipeline in status["pipelines"]]
-        assert all(each["stages"] == [stage] and 0 < each["seconds_left"] <= 45 for each in waits), waits
+        assert all(each["stages"] == [stage] and 0 < each["seconds_left"] <= PATIENT_SECONDS for each in waits), waits
         return None if any(engine["running"] for engine in status["engines"]) else status
 
-    return load(until("no request runs", all_wait, timeout=10))
+    return load(until("no request runs", all_wait, timeout=30))
 
 
 def wait_for_fewer(cluster: Cluster, before: int) -> None:
     """A client that goes away is noticed although nothing can be computed."""
-    until("the request of a client that has gone is forgotten", lambda: load(cluster.status()) < before, timeout=10)
+    until("the request of a client that has gone is forgotten", lambda: load(cluster.status()) < before, timeout=30)
 
 
 def load(status: Status) -> int:

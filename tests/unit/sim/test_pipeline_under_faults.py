@@ -113,10 +113,6 @@ def missing_replicas_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.Pipeline, "_replicas_placed", believe)
 
 
-def every_prefix_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kevlarflow.sim.scheduler.Blocks.evict_unheld", lambda *_: None)
-
-
 @pytest.mark.parametrize(
     ("plant", "shape"),
     [
@@ -131,7 +127,7 @@ def every_prefix_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         (old_replicas_believed, REPLICATED),
         (watermark_off_by_a_block, REPLICATED),
         (missing_replicas_ignored, REPLICATED),
-        (every_prefix_kept, REPLICATED),
+        (no_eviction, REPLICATED),
     ],
 )
 def test_a_planted_bug_is_found(
