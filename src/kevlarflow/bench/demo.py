@@ -88,7 +88,6 @@ class Demo:
         self._begun_at = time.monotonic()
         self._fault_unix_time = 0.0
         self._news_shown = 0
-        self._log_shown = 0
 
     async def perform(self) -> Outcome:
         """The whole play; raises `DemoFailed`, or another of our errors, when it cannot go on."""

@@ -1,14 +1,13 @@
 """Load: which requests are under way at what time.
 
 In a **closed loop** so many clients each send their next request when the last one has ended; it shows what a system
-can do. In an **open loop** requests come when they come (a Poisson process), whether or not the system keeps up; it
-shows what users see when it does not.
+can do. In an **open loop** requests come when they come, whether or not the system keeps up; it shows what users see
+when it does not.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Iterator, Sequence
 
 from kevlarflow.bench.streams import REQUEST_TIMEOUT_SECONDS, Address, Listener, Request, Stream, send
@@ -66,15 +65,3 @@ async def open_loop(
 
     pairs = zip(requests, start_seconds, strict=True)
     return list(await asyncio.gather(*(later(request, seconds) for request, seconds in pairs)))
-
-
-def poisson_starts(count: int, requests_per_second: float, seed: int) -> list[float]:
-    """Start times in seconds of a Poisson process, the same for the same arguments."""
-    return list(_starts(count, requests_per_second, random.Random(seed)))
-
-
-def _starts(count: int, requests_per_second: float, chance: random.Random) -> Iterator[float]:
-    now = 0.0
-    for _ in range(count):
-        now += chance.expovariate(requests_per_second)
-        yield now

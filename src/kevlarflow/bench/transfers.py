@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import msgspec
 import psutil
@@ -41,7 +40,7 @@ class Plan(msgspec.Struct, frozen=True):
     copies: int = 200
 
 
-def run(plan: Plan, result: Transfers, folder: Path, say: Say) -> None:
+def run(plan: Plan, result: Transfers, say: Say) -> None:
     """Measure every size with every transfer that is there."""
     if nixl_version() is None:
         result.notes.append("NIXL is not installed, so it was not measured: pip install nixl-cu13")

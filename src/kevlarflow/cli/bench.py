@@ -298,9 +298,9 @@ def _standby_memory(options: argparse.Namespace, report: Report, folder: Path, s
     standby_memory.run(plan, report.standby_memory, folder, say)
 
 
-def _transfer(options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
+def _transfer(options: argparse.Namespace, report: Report, _: Path, say: Say) -> None:
     from kevlarflow.bench import transfers
     from kevlarflow.bench.replication_results import Transfers
 
     report.transfer = Transfers()
-    transfers.run(transfers.Plan(copies=50 if options.quick else 200), report.transfer, folder, say)
+    transfers.run(transfers.Plan(copies=50 if options.quick else 200), report.transfer, say)

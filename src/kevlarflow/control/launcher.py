@@ -56,11 +56,6 @@ class LauncherClient:
         self._waiting.append(_Request(member, stage, deadline))
 
     @property
-    def connected(self) -> bool:
-        """Whether there is a connection."""
-        return self._socket is not None
-
-    @property
     def idle(self) -> bool:
         """Whether nothing is asked for."""
         return not self._waiting and not self._sent

@@ -148,8 +148,3 @@ class ReplicationQueue:
             for block in blocks:
                 self._sent.pop(block, None)
             self._look_for_due()
-
-    @property
-    def backlog(self) -> int:
-        """Blocks that are due."""
-        return len(self._due)

@@ -48,14 +48,6 @@ def test_an_open_loop_does_not_wait(sent: list[tuple[str, str]]):
     assert [what for what, _ in sent[:3]] == ["sent"] * 3
 
 
-def test_poisson_starts_are_the_same_for_the_same_seed_and_come_at_the_rate():
-    starts = load.poisson_starts(4000, 10.0, seed=1)
-    assert starts == load.poisson_starts(4000, 10.0, seed=1)
-    assert starts != load.poisson_starts(4000, 10.0, seed=2)
-    assert starts == sorted(starts)
-    assert starts[-1] == pytest.approx(400, rel=0.05)
-
-
 def test_no_two_prompts_share_a_beginning():
     requests = [request for seed in ("1", "2") for each in clients(seed, 16, 4, 8, 2) for request in each]
     beginnings = {request.body["prompt"][:24] for request in requests}

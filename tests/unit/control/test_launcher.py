@@ -93,4 +93,5 @@ def test_an_answer_that_makes_no_sense_ends_the_connection(path, client):
             connection.send(b"\xc1")
             (outcome,) = client.pump(1.1)
             assert outcome.pid is None
-            assert not client.connected
+            assert decode(connection.recv(4096)) == StartNode(A.node, A.incarnation, Stage(0))
+            assert connection.recv(4096) == b"", "it is closed"

@@ -166,7 +166,7 @@ def test_a_full_channel_is_not_a_loss():
     for block in range(6):
         bench.write(lane, block)
     bench.turns(50, seconds=UNANSWERED_SECONDS)
-    assert lane.queue.backlog >= 2
+    assert len(lane.queue._due) >= 2, "the channel was to be full"
     bench.source.assign(lane, standby_info("b"))
     sent = []
     for _ in range(20):

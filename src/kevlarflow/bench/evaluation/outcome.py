@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -227,15 +227,6 @@ def goodput_back_seconds(result: CellResult) -> float | None:
 def recomputed_tokens(result: CellResult) -> int:
     """Tokens whose KV was computed again."""
     return sum(each.get("recomputed_tokens") or 0 for each in result.recoveries)
-
-
-def by_second(records: Iterable[RequestRecord], value: Callable[[RequestRecord], float]) -> Mapping[int, list[float]]:
-    """Values of requests by the second in which they were sent; NaN left out."""
-    found: dict[int, list[float]] = {}
-    for each in records:
-        if not math.isnan(seen := value(each)):
-            found.setdefault(math.floor(each.sent), []).append(seen)
-    return found
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -13,7 +13,6 @@ from kevlarflow.bench.evaluation.outcome import CellResult, LifeRecord, RequestR
 from kevlarflow.bench.evaluation.spread import spreads
 from kevlarflow.errors import UsageError
 
-PLACE = ("a10-2x4-1g", "near", "one-middle")
 PHASES = {"detect": 0.05, "plan": 0.01, "relink": 0.02, "restore": 0.1, "recompute": 0.2, "reissue": 0.1}
 
 
