@@ -35,7 +35,7 @@ class Trend(msgspec.Struct, frozen=True):
     plateau: float
     """Median of the second quarter of its samples."""
     end: float
-    """Median of the last quarter."""
+    """Of the last quarter: the median of memory, the least of what is counted."""
     has_grown: bool
 
     def told(self) -> str:
@@ -56,6 +56,10 @@ def trends(process: str, samples: Sequence[Sample]) -> list[Trend]:
 def _trend(process: str, what: str, values: Sequence[int]) -> Trend:
     quarter = len(values) // 4
     plateau = float(statistics.median(values[quarter : 2 * quarter]))
-    end = float(statistics.median(values[-quarter:]))
-    limit = plateau * (1 + MEMORY_SHARE) if what == "memory" else plateau
-    return Trend(process, what, len(values), plateau, end, end > limit)
+    last = values[-quarter:]
+    if what == "memory":
+        end = float(statistics.median(last))
+        return Trend(process, what, len(values), plateau, end, end > plateau * (1 + MEMORY_SHARE))
+    # A farewell to a node that has died keeps its socket for a minute; what is lost for good never goes down again.
+    end = float(min(last))
+    return Trend(process, what, len(values), plateau, end, end > plateau)

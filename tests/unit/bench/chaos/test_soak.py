@@ -40,6 +40,11 @@ def test_each_thing_that_grows_is_found(what: str) -> None:
     assert grown(growing(what)) == [what]
 
 
+def test_files_that_come_and_go_are_not_lost() -> None:
+    busy = [each._replace(open_files=10 + (3 if index % 2 else 0)) for index, each in enumerate(STILL)]
+    assert grown([*STILL, *busy]) == []
+
+
 def test_memory_has_some_slack_and_a_young_process_no_trend() -> None:
     end = [Sample(104 * MIB, 10, 4)] * 2
     assert grown([*STILL, *end]) == []
