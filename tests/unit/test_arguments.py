@@ -146,7 +146,7 @@ def test_more_stages_than_layers(configured: Any) -> None:
 
 
 def test_a_lane_too_small_for_one_request(configured: Any) -> None:
-    with pytest.raises(UsageError, match="use --kv-cache-memory-bytes 1048576 or --max-model-len 4"):
+    with pytest.raises(UsageError, match="use --kv-cache-memory-bytes 1M or --max-model-len 4"):
         inspect(configured("--dtype", "float32", kv_cache_memory_bytes=2**11))
 
 

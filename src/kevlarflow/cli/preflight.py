@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -87,8 +88,8 @@ def check_memory(size: Size, kv_bytes: int, available: int, standby_bytes: int =
             f"{gib(available)} are free: use --standby-memory-bytes {most // MIB}M or less, or 0 for no replication"
         )
     if needed > available:
-        flags = ", --kv-cache-memory-bytes" + (", --standby-memory-bytes" if standby_bytes else "")
-        raise NotEnoughMemory(_too_little(size, needed, available) + flags)
+        flags = ["--kv-cache-memory-bytes", *["--standby-memory-bytes"] * (standby_bytes > 0)]
+        raise NotEnoughMemory(_too_little(size, needed, available, flags))
 
 
 def choose_standby_bytes(size: Size, kv_bytes: int, available: int) -> int:
@@ -102,8 +103,11 @@ def choose_standby_bytes(size: Size, kv_bytes: int, available: int) -> int:
     return max(0, min(kv_bytes, left // (2 * size.nodes))) // MIB * MIB
 
 
-def _too_little(size: Size, needed: int, available: int) -> str:
-    return f"{size.nodes} nodes need {gib(needed)} of memory and {gib(available)} are free: lower -dp"
+def _too_little(size: Size, needed: int, available: int, flags: Sequence[str] = ()) -> str:
+    nodes = "1 node needs" if size.nodes == 1 else f"{size.nodes} nodes need"
+    lower = ["-dp", *flags] if size.pipelines > 1 else flags
+    advice = f"lower {', '.join(lower)}" if lower else "use a smaller model"
+    return f"{nodes} {gib(needed)} of memory and {gib(available)} are free: {advice}"
 
 
 def available_memory() -> int:

@@ -201,11 +201,12 @@ def introduction(config: ServeConfig) -> list[str]:
     """What is about to be started, for a person."""
     nodes = config.pipelines * config.stages
     lines = [
-        f"serving {config.served_model_name} on {nodes} nodes: "
-        f"{config.pipelines} pipelines (-dp) x {config.stages} stages (-pp)",
+        f"serving {config.served_model_name} on {nodes} node{'s' * (nodes > 1)}: "
+        f"{config.pipelines} pipeline{'s' * (config.pipelines > 1)} (-dp) x "
+        f"{config.stages} stage{'s' * (config.stages > 1)} (-pp)",
         f"KV memory: {gib(config.kv_cache_memory_bytes)} a node (--kv-cache-memory-bytes), shared among the pipelines "
         "that it serves",
-        _about_replication(config),
+        *([_about_replication(config)] if config.pipelines > 1 else []),
         f"logs: {config.log_folder} (kept if a process fails)",
     ]
     if config.pipelines == 1:

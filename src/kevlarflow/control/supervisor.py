@@ -358,8 +358,9 @@ def _encrypted(host: str, port: int) -> http.client.HTTPConnection:
 def ready_line(config: ServeConfig, seconds: float) -> str:
     """What a person wants to know when it is done."""
     host = "localhost" if config.host in {"0.0.0.0", "::"} else config.host
+    nodes = config.pipelines * config.stages
     return (
         f"ready in {seconds:.1f} s: http://{host}:{config.port}/v1 (model {config.served_model_name}, "
         f"{config.pipelines} pipeline{'s' * (config.pipelines > 1)} x {config.stages} "
-        f"stage{'s' * (config.stages > 1)}, {config.pipelines * config.stages} nodes)"
+        f"stage{'s' * (config.stages > 1)}, {nodes} node{'s' * (nodes > 1)})"
     )

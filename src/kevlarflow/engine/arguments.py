@@ -218,10 +218,11 @@ def _facts(config: ServeConfig, vllm_config: Any) -> ModelFacts:
     tokens = config.kv_cache_memory_bytes // per_token
     if tokens < model.max_model_len:
         needed = -(-model.max_model_len * per_token // 2**20)
+        shorter = f" or --max-model-len {tokens}" * (tokens > 0)
         raise UsageError(
             f"one request of {model.max_model_len} tokens needs {needed} MiB of KV memory and a lane has "
             f"{config.kv_cache_memory_bytes // 2**20} MiB, enough for {tokens} tokens: "
-            f"use --kv-cache-memory-bytes {needed * 2**20} or --max-model-len {max(tokens, 1)}"
+            f"use --kv-cache-memory-bytes {needed}M{shorter}"
         )
     return ModelFacts(
         layers=layers,

@@ -74,8 +74,14 @@ def test_vllms_variable_counts_when_the_flag_is_not_given(
         (["-pp", "0"], UsageError, "-pp 0 makes no pipeline"),
         (["-pp", "31"], UsageError, "-pp 31 asks for more stages than the model has layers (30)"),
         (["--kv-cache-memory-bytes", "0"], UsageError, "--kv-cache-memory-bytes 0 holds nothing"),
-        (["--kv-cache-memory-bytes", "40G"], NotEnoughMemory, "lower -dp, --kv-cache-memory-bytes"),
+        (["-dp", "2", "--kv-cache-memory-bytes", "40G"], NotEnoughMemory, "lower -dp, --kv-cache-memory-bytes"),
+        (
+            ["--kv-cache-memory-bytes", "40G"],
+            NotEnoughMemory,
+            "1 node needs 41.9 GiB of memory and 32.0 GiB are free: lower --kv",
+        ),
         (["-dp", "60"], NotEnoughMemory, "lower -dp"),
+        (["--replacement-wait", "-1"], UsageError, "is no bound"),
     ],
 )
 def test_what_cannot_work_is_named_before_anything_starts(
