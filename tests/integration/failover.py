@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 import httpx
 
 from integration.cluster import Cluster, metric_in
+from integration.waiting import until
 from kevlarflow.faults import Fault, FaultDidNotHappen, Progress, Struck, Target, Trigger, strike, verify
+from kevlarflow.faults.triggers import Phase
 from parity.client import Observer, Recording, Replay, replay
 from parity.compare import compare_all, unexcused
 from parity.reference import Reference
@@ -19,6 +21,8 @@ from parity.workload import Request
 METRICS_POLL_SECONDS = 0.1
 PREEMPTIONS = "vllm:num_preemptions"
 PREFIX_HITS = "vllm:prefix_cache_hits"
+TOKENS_FURTHER = 3
+"""More than may have been on their way."""
 REPLAY_TIMEOUT_SECONDS = 150.0
 """No single request of a replay takes that long here, failover included."""
 
@@ -112,6 +116,24 @@ async def _watch_preemptions(cluster: Cluster, current: Replay, observe: Observe
                 counted = metric_in(page, PREEMPTIONS, pipeline) - first[pipeline]
                 current.progress.preemptions[pipeline] = int(counted)
             observe(current.progress, current.now())
+
+
+def wait_until_all_go_on(current: Replay, pipeline: int) -> None:
+    """Until each request that was under way on the pipeline has come further, or ended.
+
+    A second loss before that would be held against those that have not: nobody computes them a third time.
+    """
+
+    def under_way() -> dict[str, int]:
+        requests = list(current.progress.requests.items())
+        return {name: each.tokens for name, each in requests if each.pipeline == pipeline and each.phase != Phase.ENDED}
+
+    before = under_way()
+
+    def went_on() -> bool:
+        return all(before.get(name, -TOKENS_FURTHER) + TOKENS_FURTHER <= tokens for name, tokens in under_way().items())
+
+    until("every request that was under way to go on", went_on, REPLAY_TIMEOUT_SECONDS, poll=0.02)
 
 
 def assert_identical(requests: Sequence[Request], stock: Reference, recordings: Mapping[str, Recording]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from integration.cluster import BLOCK_SIZE, FLAGS, Cluster, losses_since, running_cluster
-from integration.failover import assert_identical
+from integration.failover import assert_identical, wait_until_all_go_on
 from integration.test_parity_under_failure import PREEMPTION
 from integration.waiting import until
 from integration.watching import Row, lane
@@ -24,7 +24,7 @@ from parity.reference import Reference
 pytestmark = pytest.mark.timeout(900)
 
 PIPELINE, STAGE = LANE = (0, 1)
-BANDWIDTH = "2M"
+BANDWIDTH = str(1 << 19)
 SECONDS = 60.0
 
 
@@ -74,6 +74,7 @@ def test_a_kill_while_the_ring_is_still_catching_up(three: Cluster, stock_refere
 
     def kill_twice(current: Replay) -> None:
         first = kill_serving(three)
+        wait_until_all_go_on(current, PIPELINE)
         found.append(lane(three, PIPELINE, STAGE))
         assert not current.over, "the streams ended before the second kill"
         assert kill_serving(three) != first, "the second kill was to hit the donor"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from integration.cluster import FLAGS, Cluster, running_cluster
-from integration.failover import assert_identical
+from integration.failover import assert_identical, wait_until_all_go_on
 from kevlarflow.faults import KillServing
 from parity import workload
 from parity.client import Replay, replay
@@ -41,6 +41,7 @@ def test_a_second_loss_of_the_same_stage_is_survived(three: Cluster, stock_refer
     async def kill_twice(current: Replay) -> None:
         assert await current.reached(lambda progress: progress.tokens > 4 * len(streams))
         await asyncio.to_thread(kill_and_wait)
+        await asyncio.to_thread(wait_until_all_go_on, current, 0)
         assert not current.over, "the streams ended before the second kill"
         await asyncio.to_thread(kill_and_wait)
 
