@@ -242,11 +242,31 @@ MUTANTS = (
         "    if not waits:\n",
     ),
     Mutant(
-        "a request that gives way is no suspect any more",
+        "a request that has come less far than it was is no suspect any more",
         "recovery/suspicion.py",
-        "        if 0 < cost < MAX_COST:\n",
-        "        if False:\n",
+        "if request in step.finished or ends.get(request, 0) >= suspect.end:",
+        "if request in step.finished or request in ends:",
         "tests/unit/recovery/test_pipeline.py",
+    ),
+    Mutant(
+        "a loss is held against all that was in flight, whatever the node was computing",
+        "recovery/in_flight.py",
+        "        if unknown:\n            caught.append(self._may_have_run(unknown, forming))\n",
+        "        caught.append(self._may_have_run(set(lost), forming))\n",
+    ),
+    Mutant(
+        "nobody reads what a lost node was computing of a step as it was sent before",
+        "recovery/dispatched.py",
+        "self._requests.pop((computing.epoch, computing.sequence), Requests())",
+        "self._requests.pop((self._epoch, computing.sequence), Requests())",
+        "tests/unit/recovery/test_suspicion.py",
+    ),
+    Mutant(
+        "a node of two pipelines is held against both",
+        "recovery/nodes.py",
+        "        ours = slot.computing.pipeline == pipeline.id\n",
+        "        ours = True\n",
+        "tests/unit/recovery/test_losses.py",
     ),
     Mutant(
         "nobody is blamed while some node still prepares",
@@ -303,8 +323,8 @@ MUTANTS = (
     Mutant(
         "a loss is held against nobody while requests wait for a node",
         "recovery/pipeline.py",
-        "self._in_flight.recall(set(), lost, self._forming)",
-        "self._in_flight.recall(set(), set(), self._forming)",
+        "self._in_flight.recall(order.epoch, set(), lost, self._forming)",
+        "self._in_flight.recall(order.epoch, set(), {}, self._forming)",
         "tests/unit/recovery/test_waiting.py",
     ),
     Mutant(

@@ -150,6 +150,23 @@ class LaneCoverage(msgspec.Struct, frozen=True):
     """Copies that a standby called wrong."""
 
 
+class Computing(msgspec.Struct, frozen=True):
+    """What a node was computing in the moment in which it was lost; all zero: nothing."""
+
+    pipeline: PipelineId = PipelineId(0)
+    epoch: Epoch = Epoch(0)
+    """In which it was sent."""
+    sequence: int = 0
+    """The number of a step, or that of a chunk that is computed again, as a negative number."""
+
+
+class Loss(msgspec.Struct, frozen=True):
+    """A member that a pipeline has lost, and what it was computing for that pipeline."""
+
+    member: Member
+    computing: Computing
+
+
 class Phases(msgspec.Struct, frozen=True):
     """Seconds of each phase of a recovery. `detect` counts from the last proof of life."""
 

@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -41,7 +42,7 @@ from kevlarflow.recovery.events import AnyCommand, AnyEvent
 from kevlarflow.recovery.pace import Paces
 from kevlarflow.recovery.status import status_document
 from kevlarflow.types import Member, PipelineId
-from kevlarflow.wire import messages
+from kevlarflow.wire import flight_record, messages
 from kevlarflow.wire.channel import Hub, ZmqHub
 from kevlarflow.wire.messages import AnyMessage, decode, encode
 
@@ -254,7 +255,7 @@ class Controller:
         return [each for each in known.members if each is not None and each != member] if known is not None else []
 
     def _bury(self, member: Member, alive_at: float, now: float) -> None:
-        self.handle(events.NodeExited(member, alive_at), now)
+        self.handle(events.NodeExited(member, alive_at, flight_record.read(Path(self.config.run_folder), member)), now)
         self.detector.forget(member)
         self.paces.forget(member)
         self.peers.remove_member(member)

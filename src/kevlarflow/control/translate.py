@@ -65,7 +65,13 @@ def order_of(
         return messages.Hasten(command.pipeline, command.epoch, command.stages)
     if isinstance(command, events.Suspend):
         return messages.Suspend(
-            command.pipeline, command.epoch, command.stage, command.reason, command.waits, command.lost_stages
+            pipeline=command.pipeline,
+            epoch=command.epoch,
+            stage=command.stage,
+            reason=command.reason,
+            waits=command.waits,
+            lost_stages=command.lost_stages,
+            losses=command.losses,
         )
     return messages.Form(
         pipeline=command.pipeline,
@@ -76,4 +82,5 @@ def order_of(
         lost_stages=command.lost_stages,
         shares=command.shares,
         orphans=command.orphans,
+        losses=command.losses,
     )

@@ -37,6 +37,7 @@ from kevlarflow.replication.standby import Bounds
 from kevlarflow.replication.zmq_transfer import ZmqTransfer
 from kevlarflow.types import Member, NodeInfo, Stage
 from kevlarflow.wire import steps
+from kevlarflow.wire.flight_record import FlightRecorder
 from kevlarflow.wire.messages import NodeStarting
 
 log = logging.getLogger("kevlarflow.node")
@@ -93,6 +94,7 @@ class NodeServer:
         run_folder = Path(config.run_folder)
         remove_of_former_lives(run_folder, member)
         self._sockets = Sockets.of(run_folder, member)
+        self._recorder = FlightRecorder(run_folder, member)
         self._engines = self._bind(zmq.ROUTER, self._sockets.steps)
         self._upstream = self._bind(zmq.PULL, self._sockets.activations)
         self._replicas: LaneReplicas | None = None
@@ -286,7 +288,9 @@ class NodeServer:
                     self._replicas.hold(lane, held)
                 self._answer(work.engine, steps.Restored(pipeline, epoch, self._stage))
             case steps.Recompute(pipeline, epoch, sequence, through):
-                output = lane.runner.recompute(pickle.loads(work.payload[0]), activations)
+                chunk = pickle.loads(work.payload[0])
+                with self._recorder.computing(pipeline, epoch, sequence):
+                    output = lane.runner.recompute(chunk, activations)
                 if self._stage == through:
                     self._answer(work.engine, steps.Recomputed(pipeline, epoch, sequence))
                 elif output is not None:
@@ -313,7 +317,8 @@ class NodeServer:
         scheduled, grammar = pickle.loads(work.payload[0]), pickle.loads(work.payload[1])
         self._progress.measure(scheduled.total_num_scheduled_tokens)
         self._pace.begin(scheduled)
-        result = lane.runner.execute(scheduled, activations, grammar, self._pace.end)
+        with self._recorder.computing(step.pipeline, step.epoch, step.sequence):
+            result = lane.runner.execute(scheduled, activations, grammar, self._pace.end)
         if isinstance(result, Sampled):
             payload = pickle.dumps((result.output, result.generators), pickle.HIGHEST_PROTOCOL)
             self._answer(work.engine, steps.Executed(step.pipeline, step.epoch, step.sequence), payload)

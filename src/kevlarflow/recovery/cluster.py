@@ -49,6 +49,7 @@ def _resume(grid: Grid, event: events.ControllerResumed) -> None:
         pipeline.served = snapshot.served
         pipeline.leaving = set(snapshot.lanes.get(pipeline.id, ()))
         pipeline.wait_until = snapshot.waits.get(pipeline.id)
+        pipeline.losses.extend(snapshot.losses.get(pipeline.id, ()))
         if pipeline.id in snapshot.engines:
             # Should it not introduce itself, it is stopped, and nobody else would ever end it.
             pipeline.engine.pid = snapshot.engines[pipeline.id]
@@ -146,6 +147,7 @@ class Cluster(Grid):
             waits={each.id: each.wait_until for each in self.pipelines if each.wait_until is not None},
             start_seconds=tuple(self.start_seconds),
             engines={each.id: each.engine.pid for each in self.pipelines if each.engine.pid and each.engine.living},
+            losses={each.id: tuple(each.losses) for each in self.pipelines if each.losses},
         )
 
     # ---- what observers ask

@@ -11,8 +11,10 @@ import msgspec
 
 from kevlarflow.types import (
     Cause,
+    Computing,
     Epoch,
     LaneCoverage,
+    Loss,
     Member,
     NodeId,
     NodeInfo,
@@ -78,6 +80,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     start_seconds: tuple[float, ...] = ()
     engines: dict[PipelineId, int] = {}
     """Pids of the engines that may be at work."""
+    losses: dict[PipelineId, tuple[Loss, ...]] = {}
+    """What members were computing that were lost since their pipelines were last formed."""
 
 
 # ---- events
@@ -142,6 +146,8 @@ class NodeExited(Event, frozen=True):
 
     member: Member
     alive_at: float
+    computing: Computing | None = None
+    """What it was doing then; None: nobody knows."""
 
 
 class NodeSuspected(Event, frozen=True):
@@ -303,6 +309,7 @@ class Form(Command, frozen=True):
     lost_stages: tuple[Stage, ...]
     shares: int = 1
     orphans: tuple[tuple[PipelineId, Epoch], ...] = ()
+    losses: tuple[Loss, ...] = ()
 
 
 class Suspend(Command, frozen=True):
@@ -316,6 +323,7 @@ class Suspend(Command, frozen=True):
     """Whether its requests wait for one; otherwise they end with the reason."""
     lost_stages: tuple[Stage, ...] = ()
     """All that have no node now."""
+    losses: tuple[Loss, ...] = ()
 
 
 class AssignStandbys(Command, frozen=True):

@@ -90,6 +90,7 @@ def detach(grid: Grid, pipeline: Pipeline) -> None:
     pipeline.order = None
     pipeline.wait_until = None
     pipeline.unrestored.clear()
+    pipeline.losses.clear()
     pipeline.avoided.clear()
     pipeline.struck.clear()
     pipeline.complaints.clear()
@@ -158,6 +159,7 @@ def on_formed(grid: Grid, event: events.Formed) -> None:
     if isinstance(pipeline.order, Form):
         pipeline.leaving -= {info.member for info in pipeline.order.released}
     pipeline.unrestored.clear()
+    pipeline.losses.clear()
     pipeline.avoided.clear()
     pipeline.struck.clear()
     pipeline.complaints.clear()
@@ -398,6 +400,7 @@ def form(grid: Grid, pipeline: Pipeline, chosen: dict[Stage, NodeInfo], cause: C
         lost_stages=tuple(sorted(pipeline.unrestored)),
         shares=pipeline.shares,
         orphans=shares.orphans(grid, pipeline),
+        losses=tuple(pipeline.losses),
     )
     records.plan(grid, pipeline)
     _tell_of_loans(grid, pipeline, chosen, cause)

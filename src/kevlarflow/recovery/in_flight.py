@@ -1,6 +1,6 @@
 """Steps that were issued and have not completed: in which order they go out, and when.
 
-All that are due leave at once; those that may have cost a node (`recovery.suspicion`) one at a time.
+All that are due leave at once; those with requests that may have cost a node (`recovery.suspicion`) one at a time.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 
 from kevlarflow.recovery.capacity import without
 from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.dispatched import Dispatched
 from kevlarflow.recovery.forming import Forming
 from kevlarflow.recovery.ledger import Step, StepResult
-from kevlarflow.recovery.suspicion import Suspicion
-from kevlarflow.types import Stage
+from kevlarflow.recovery.suspicion import Requests, Suspicion, of_chunk, of_step, together
+from kevlarflow.types import Computing, Epoch, Stage
 
 Writes = dict[str, tuple[Replica, ...]]
 """By request, what each block that a step writes holds after it."""
@@ -34,6 +35,7 @@ class InFlight:
         """What the node of a stage may have been running when another order came; nothing once a node was lost."""
         self._held: set[int] = set()
         self._suspicion = Suspicion()
+        self.dispatched = Dispatched()
         self.hold_back = False
         """Whether steps that are added wait until `recall`."""
 
@@ -64,6 +66,7 @@ class InFlight:
         for part in (self._steps, self._writes, self._results, self._left_out, self._sent, self._recalled, self._held):
             part.clear()
         self._suspicion.clear()
+        self.dispatched.clear()
         self.hold_back = False
 
     # ---- coming and going
@@ -80,7 +83,6 @@ class InFlight:
         """Take requests out of every step: they are set aside."""
         for sequence, step in self._steps.items():
             leaving = requests & step.scheduled.keys()
-            self._suspicion.leave_out(step, leaving)
             self._left_out[sequence] |= leaving
             self._steps[sequence] = without(step, requests, block_size)
 
@@ -107,16 +109,21 @@ class InFlight:
             self._sent.discard(sequence)
             self._held.discard(sequence)
             self._suspicion.acquit(step)
+            if step.scheduled:
+                self.dispatched.done(sequence)
             self._note_done(step)
             return step, self._results.pop(sequence, NOTHING), self._left_out.pop(sequence)
         return None
 
     # ---- going out
 
-    def recall(self, staying: set[Stage], lost: set[Stage], forming: Forming | None) -> dict[str, str]:
+    def recall(
+        self, epoch: Epoch, staying: set[Stage], lost: Mapping[Stage, Computing | None], forming: Forming | None
+    ) -> dict[str, str]:
         """What was sent is void: a new epoch begins, while `forming` was under way, or nothing.
 
-        The nodes of the stages `staying` are to go on; those of `lost` were lost, which is held against what they ran.
+        The nodes of the stages `staying` are to go on; those of `lost` were lost, which is held against what they were
+        computing, or, where that is not known (None), against what they may have been.
         Returns the requests that must not run again, each with the reason.
         """
         doomed = self._blame(lost, forming) if lost else {}
@@ -130,6 +137,7 @@ class InFlight:
         self._sent.clear()
         self._held.clear()
         self.hold_back = False
+        self.dispatched.begin(epoch)
         return doomed
 
     @property
@@ -148,28 +156,27 @@ class InFlight:
             if step.scheduled and running and suspicious:
                 break
             self._sent.add(sequence)
+            self.dispatched.add_step(step)
             due.append(sequence)
         return due
 
-    def _blame(self, lost: set[Stage], forming: Forming | None) -> dict[str, str]:
-        recalled, self._recalled = self._recalled, {}
+    def _blame(self, lost: Mapping[Stage, Computing | None], forming: Forming | None) -> dict[str, str]:
+        caught = [self.dispatched.take(computing) for computing in lost.values() if computing is not None]
+        unknown = {stage for stage, computing in lost.items() if computing is None}
+        if unknown:
+            caught.append(self._may_have_run(unknown, forming))
+        possible = self._may_have_run(set(lost), forming)
+        self._recalled = {}
+        return self._suspicion.blame(together(caught), possible)
+
+    def _may_have_run(self, lost: set[Stage], forming: Forming | None) -> Requests:
         if forming is None or any(map(forming.may_run, lost)):
-            return self._blame_steps({sequence: self._steps[sequence] for sequence in self._sent})
+            return together(of_step(self._steps[sequence]) for sequence in self._sent)
         # What a node was still preparing for, it has not run; but that order may have come before the news of its end.
         if lost <= forming.to_join:
-            return self._blame_steps({k: step for stage in lost for k, step in recalled.get(stage, {}).items()})
+            return together(of_step(step) for stage in lost for step in self._recalled.get(stage, {}).values())
         chunk = forming.next_chunk() if not lost.isdisjoint(forming.to_restore) else None
-        return self._suspicion.blame_recompute(span.request for span in chunk.spans) if chunk is not None else {}
-
-    def _blame_steps(self, ran: Mapping[int, Step]) -> dict[str, str]:
-        """`ran` are steps as they were sent."""
-        doomed: dict[str, str] = {}
-        for sequence, then in sorted(ran.items()):
-            now = self._steps.get(sequence)
-            doomed |= self._suspicion.blame_step(now) if now is not None and now.scheduled else {}
-            left_out = then.scheduled.keys() - (now.scheduled.keys() if now is not None else ())
-            doomed |= self._suspicion.blame_requests(then, left_out)
-        return doomed
+        return of_chunk(chunk) if chunk is not None else Requests()
 
     def _note_done(self, step: Step) -> None:
         """Of a step that was recalled only those are still of interest that were taken out of it since."""

@@ -6,13 +6,16 @@ A pipeline names, for each stage, the member that serves it: the one in its own 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 from kevlarflow.recovery.events import EngineAttached, EngineReport, Form, Recovery, Suspend
 from kevlarflow.types import (
     Cause,
+    Computing,
     EngineState,
     Epoch,
+    Loss,
     Member,
     NodeId,
     NodeInfo,
@@ -23,6 +26,8 @@ from kevlarflow.types import (
 )
 
 NO_EPOCH = Epoch(0)
+MAX_LOSSES = 64
+"""Of which a pipeline keeps what the member was computing; there are few between two formations."""
 LIVING = (NodeState.READY, NodeState.SUSPECT, NodeState.DRAINING)
 
 
@@ -65,6 +70,8 @@ class Slot:
     """The last proof of life of a member that is being fenced."""
     silent_how: str = "did not answer"
     """Why it is; completes "node-0-1 ..."."""
+    computing: Computing | None = None
+    """What a member whose exit was seen was doing then; None: nobody knows."""
     emptied_for: Cause | None = None
     """Why its lanes move away, after which it leaves; None when it may stay."""
     stuck_since: float | None = None
@@ -102,7 +109,7 @@ class Slot:
         self.pids = ()
         self.info = None
         self.ready_by = self.start_at = self.exit_due = self.fenced_by = None
-        self.emptied_for = self.stuck_since = self.leave_by = None
+        self.computing = self.emptied_for = self.stuck_since = self.leave_by = None
         self.vacant = False
 
 
@@ -192,6 +199,8 @@ class Pipeline:
     """Those that are running."""
     moves: dict[Stage, Move] = dataclasses.field(default_factory=dict)
     """Lanes that are to move as soon as little is left to recompute."""
+    losses: collections.deque[Loss] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=MAX_LOSSES))
+    """What members were computing that were lost since the pipeline was last formed, as far as it is known."""
     news: str = ""
     """What befell it in this event, for the line that tells what is done about it."""
 

@@ -12,7 +12,7 @@ from kevlarflow.recovery.events import Form, KillNode, KnownNode, Retire, StartN
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import Pipeline, Slot
 from kevlarflow.recovery.transitions import NodeStep
-from kevlarflow.types import Cause, Epoch, Member, NodeState, PipelineId, PipelineState
+from kevlarflow.types import Cause, Computing, Epoch, Loss, Member, NodeState, PipelineId, PipelineState
 
 RETRY_SECONDS = 0.5
 """Pause after the first failed start; doubled after each further one, up to `LONGEST_RETRY_SECONDS`."""
@@ -133,6 +133,7 @@ def on_exited(grid: Grid, event: events.NodeExited) -> None:
     slot = grid.slot_of(event.member)
     if slot is None or slot.state is NodeState.DEAD:
         return
+    slot.computing = event.computing
     if slot.fenced_by is not None:
         _lose_silent(grid, slot)
     elif slot.leave_by is not None:
@@ -220,6 +221,9 @@ def lose(grid: Grid, slot: Slot, cause: Cause, alive_at: float, what: str) -> No
 
 def _bereave(grid: Grid, pipeline: Pipeline, slot: Slot, member: Member, cause: Cause, alive_at: float) -> bool:
     """Take a lost member out of one pipeline; says whether that leaves a hole."""
+    if slot.computing is not None and pipeline.has_lane_on(member):
+        ours = slot.computing.pipeline == pipeline.id
+        pipeline.losses.append(Loss(member, slot.computing if ours else Computing()))
     if member in pipeline.leaving and pipeline.forming and pipeline.order is not None:
         # A planned change waits for steps that are in flight there, and they will not complete any more.
         pipeline.reform = pipeline.reform or (isinstance(pipeline.order, Form) and pipeline.order.cause.is_planned)

@@ -27,11 +27,11 @@ again from their tokens once it is formed. After the bound it is *suspended*: th
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 from kevlarflow.errors import IllegalTransition
 from kevlarflow.recovery.coverage import Generations, IssuedTables, Replica
+from kevlarflow.recovery.dispatched import last_words
 from kevlarflow.recovery.forming import Forming, Phase
 from kevlarflow.recovery.giving_way import GivingWay
 from kevlarflow.recovery.holdings import blocks_in_use, filled_everywhere, holdings
@@ -98,7 +98,6 @@ class Pipeline:
         """An order that waits for the steps in flight."""
         self._next_standbys: StandbysAssigned | None = None
         """Standbys that were named after that order, and are to follow it."""
-        self._chunk_numbers = itertools.count(1)
         self._generations = Generations()
         self._tables = IssuedTables()
         self._watermarks = Watermarks(self._generations, limits.block_size)
@@ -150,11 +149,11 @@ class Pipeline:
             self._planned = order
             self._in_flight.hold_back = True
             return []
-        self._planned = None
-        self._disagrees = False
+        self._planned, self._disagrees = None, False
         changed = {after.stage for before, after in zip(self.nodes, order.nodes, strict=False) if before != after}
         stages = {Stage(index) for index in range(len(order.nodes))}
-        doomed = self._in_flight.recall(stages - changed, changed if order.lost else set(), self._forming)
+        bereft = last_words(self.nodes, changed if order.lost else (), order.losses)
+        doomed = self._in_flight.recall(order.epoch, stages - changed, bereft, self._forming)
         # Whether or not the controller knows of them: one that has lost its memory may not.
         left = {*order.released, *self.nodes} - {*order.nodes}
         self.epoch, self.nodes = order.epoch, order.nodes
@@ -230,9 +229,8 @@ class Pipeline:
         steps = list(self._in_flight)
         restored = filled_everywhere([self._current(replicas) for replicas in forming.placed.values()])
         chunks = plan(self.ledger, steps, forming.lost, self.limits, restored)
-        numbered = {next(self._chunk_numbers): chunk for chunk in chunks}
+        numbered = forming.chunks = self._in_flight.dispatched.add_chunks(chunks)
         forming.recomputed_tokens = sum(chunk.num_tokens for chunk in chunks)
-        forming.chunks = numbered
         forming.first_step = next((step.sequence for step in steps if step.scheduled), None)
         keep = frozenset(restored) - blocks_in_use(self.ledger, steps)
         self._resting = set(forming.placed)
@@ -275,6 +273,8 @@ class Pipeline:
         return lost
 
     def _progress(self, event: StageJoined | ChunkRecomputed | StageRestored, now: float) -> list[Command]:
+        if isinstance(event, ChunkRecomputed):
+            self._in_flight.dispatched.done(-event.sequence)
         if self._forming is None:
             return []
         self._forming.note(event, now)
@@ -289,8 +289,8 @@ class Pipeline:
         self._complete_on = {stage: node.member for stage, node in nodes if stage not in self._resting}
         if forming.first_step is not None and forming.first_step in self._in_flight:
             return []
-        self._forming = None
-        self.phase = Phase.SERVING
+        self._forming, self.phase = None, Phase.SERVING
+        self._in_flight.dispatched.settle()
         done = FormationDone(self.epoch, forming.phases(now), forming.requests, forming.recomputed_tokens)
         # No answer comes to a step without tokens: one that was held back is over now.
         return [*self._complete_in_order(), done]
@@ -299,11 +299,12 @@ class Pipeline:
         if order.epoch <= self.epoch:
             return []
         self.epoch = self._generations.mark = order.epoch
-        return self._wait(set(order.lost_stages)) if order.waits else self._abandon_all(order.reason)
+        return self._wait(order) if order.waits else self._abandon_all(order.reason)
 
-    def _wait(self, lost: set[Stage]) -> list[Command]:
+    def _wait(self, order: SuspensionOrdered) -> list[Command]:
         """Keep all requests until the next order, but nothing in flight: the scheduler gets no tokens for it."""
-        doomed = self._in_flight.recall(set(), lost, self._forming)
+        lost = last_words(self.nodes, order.lost_stages, order.losses)
+        doomed = self._in_flight.recall(order.epoch, set(), lost, self._forming)
         self.phase, self._forming, self._planned, self._disagrees = Phase.WAITING, None, None, False
         everybody = {entry.request for entry in self.ledger.entries()} | self._in_flight.requests
         return self._set_aside(dict.fromkeys(everybody, "") | doomed) + self._assign_next_standbys()
@@ -362,7 +363,7 @@ class Pipeline:
             return commands
         if lost:
             chunks = plan_hits(self.ledger, before, step, lost, self.limits)
-            commands += [Recompute(next(self._chunk_numbers), chunk) for chunk in chunks]
+            commands += [Recompute(*each) for each in self._in_flight.dispatched.add_chunks(chunks).items()]
         commands += self._send_due()
         return commands + self._complete_in_order()
 
@@ -410,8 +411,7 @@ class Pipeline:
         An order that waits for the steps in flight is carried out for it; otherwise the controller is asked for one.
         """
         self._disagrees = True
-        planned = self._planned
-        blamed = self._behind(event.sequence)
+        planned, blamed = self._planned, self._behind(event.sequence)
         if blamed is None:
             commands = self._abandon_all(event.reason)
         else:

@@ -10,7 +10,7 @@ import dataclasses
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.ledger import LedgerEntry, Step, StepResult
 from kevlarflow.recovery.recompute import Chunk
-from kevlarflow.types import Epoch, Member, NodeInfo, Phases, PipelineId, Stage
+from kevlarflow.types import Epoch, Loss, Member, NodeInfo, Phases, PipelineId, Stage
 
 # ---- events
 
@@ -30,6 +30,8 @@ class FormationOrdered:
     """Lanes without an engine, that those nodes are to give up."""
     lost: bool = False
     """Whether a node was lost: the steps in flight may be to blame."""
+    losses: tuple[Loss, ...] = ()
+    """What lost nodes were computing, as far as it is known."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class SuspensionOrdered:
     reason: str
     waits: bool = False
     lost_stages: tuple[Stage, ...] = ()
+    losses: tuple[Loss, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

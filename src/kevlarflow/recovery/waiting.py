@@ -35,7 +35,8 @@ def suspend(grid: Grid, pipeline: Pipeline, lacking: list[Stage]) -> None:
     pipeline.engine.report_is_new = False
     pipeline.ordered_at = grid.now
     lost = tuple(pipeline.holes)
-    pipeline.order = Suspend(pipeline.id, grid.raise_epoch(pipeline), stage, reason, left > 0, lost)
+    epoch, losses = grid.raise_epoch(pipeline), tuple(pipeline.losses)
+    pipeline.order = Suspend(pipeline.id, epoch, stage, reason, left > 0, lost, losses)
     line = f"{reason}{consequence}"
     grid.narrate(f"{pipeline.news}: {line}" if pipeline.news else line)
     pipeline.news = ""

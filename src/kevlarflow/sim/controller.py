@@ -193,7 +193,9 @@ class Controller(Process):
 
     def _bury(self, member: Member, alive_at: float) -> None:
         now = self.timeline.now
-        self.handle(events.NodeExited(member, min(now, max(alive_at, self.detector.beat_at(member)))))
+        dead = self.fleet.nodes.get(member)
+        record = dead.record.computing if dead is not None else None
+        self.handle(events.NodeExited(member, min(now, max(alive_at, self.detector.beat_at(member))), record))
         self.detector.forget(member)
         self.paces.forget(member)
         node = self._members.pop(member, None)

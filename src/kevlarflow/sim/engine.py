@@ -19,6 +19,7 @@ from kevlarflow.recovery.forming import Phase
 from kevlarflow.recovery.ledger import LedgerEntry, Step, StepResult
 from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Limits
+from kevlarflow.recovery.suspicion import POSSIBLE_REASON, REASON
 from kevlarflow.sim.errors import NoReason, NotFenced, Unbounded
 from kevlarflow.sim.network import Process
 from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler
@@ -134,6 +135,8 @@ class Engine(Process):
             order = self._mailbox.popleft()
             if isinstance(order, messages.Form):
                 formation, self._shares = formation_ordered(order, self._shares), order.shares
+                if formation.lost and order.epoch > self.core.epoch:
+                    self.fleet.blame.note_order(order, self.core.nodes)
                 self._handle(formation)
             elif isinstance(order, messages.Hasten):
                 if order.epoch == self.core.epoch:
@@ -142,6 +145,8 @@ class Engine(Process):
             elif isinstance(order, messages.Suspend):
                 if not order.waits:
                     self._may_end |= {request.name for request in self._everybody()}
+                if order.epoch > self.core.epoch:
+                    self.fleet.blame.note_order(order, self.core.nodes)
                 self._handle(suspension_ordered(order))
                 self.fleet.counts["waits for a node"] += self.core.phase is Phase.WAITING
             else:
@@ -223,9 +228,12 @@ class Engine(Process):
         return True
 
     def _end_failed(self) -> None:
-        """Requests that were set aside may end with an error, for two reasons only."""
+        """Requests that were set aside may end with an error, for few reasons only."""
         for request in self.scheduler.ended:
-            if request.error != DRAWN_ERROR and "nodes were lost" not in request.error:
+            if request.error in (REASON, POSSIBLE_REASON):
+                self.fleet.blame.check(request.name, request.error, self.pipeline)
+                self.fleet.counts["requests ended for what they cost"] += 1
+            elif request.error != DRAWN_ERROR:
                 raise NoReason(f"{self} ends {request.name}: {request.error}")
             self.fleet.end(request, request.error)
         self.scheduler.ended.clear()

@@ -21,6 +21,7 @@ from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.events import AnyCommand, KnownNode, Snapshot
 from kevlarflow.recovery.members import Pipeline
 from kevlarflow.recovery.suspicion import MAX_COST
+from kevlarflow.sim.blame import Blame
 from kevlarflow.sim.controller import REPORT_SECONDS, Controller
 from kevlarflow.sim.engine import Engine
 from kevlarflow.sim.errors import FalseAlarm, NoReason, NotFenced, Stuck, Unbounded, WrongCopy, WrongTokens
@@ -83,6 +84,7 @@ class Fleet:
         self._open = 0
         self._costs: collections.Counter[tuple[str, str]] = collections.Counter()
         """Nodes that died of a request, in steps or while it was computed again."""
+        self.blame = Blame()
         self._lives: collections.Counter[PipelineId] = collections.Counter()
         self._pids = 1_000
         self.channels = 0
@@ -252,6 +254,7 @@ class Fleet:
         self.counts[f"deaths of a {process.kind}"] += 1
         if isinstance(process, Node):
             self._living.pop(process.member, None)
+            self.blame.note_death(*process.record)
         if isinstance(process, Engine):
             for client in self.clients.values():
                 if client.engine is process and not client.ended:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kevlarflow.node.lane_replicas import LaneReplicas
 from kevlarflow.node.lanes import Header, Lane, Lanes, Work
@@ -21,7 +21,7 @@ from kevlarflow.sim.network import Process
 from kevlarflow.sim.speed import Speed
 from kevlarflow.sim.stage import LaneMemory, Memory, ToyStage
 from kevlarflow.sim.thread import ASLEEP, COMPUTING, IN_A_MESSAGE, Thread
-from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
+from kevlarflow.types import Computing, Epoch, Member, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import messages, steps
 
 if TYPE_CHECKING:
@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 
 MAX_QUEUED = 300
 """Work, or activations, that a toy run could ever have waiting on one node."""
+
+
+class Record(NamedTuple):
+    """What a node has written down to be computing (`wire.flight_record`), and the requests of that."""
+
+    computing: Computing = Computing()
+    requests: frozenset[str] = frozenset()
 
 
 class Node(Process):
@@ -52,6 +59,7 @@ class Node(Process):
         """Whether it hears nothing of the controller, for good."""
         self.beats = self._heard = 0
         self.thread = Thread(fleet.timeline, fleet.controller.config.timeouts.step_floor_ms / 1_000)
+        self.record = Record()
         shape = fleet.plan.shape
         self.info = NodeInfo(
             member,
@@ -213,6 +221,8 @@ class Node(Process):
         self.speed.begin(self.timeline.now)
         self.thread.begin(header.pipeline, _size(work))
         self.fleet.tell(self, header, work.payload if not isinstance(header, steps.Execute) else ())
+        if isinstance(header, steps.Execute | steps.Recompute):
+            self.record = Record(Computing(header.pipeline, header.epoch, header.sequence), _requests(work))
         ways = (ASLEEP, COMPUTING) if isinstance(header, steps.Execute) else (ASLEEP,)
         if self.fleet.poisons(self, header, _computed(work, self.stage)) or self.thread.hangs_in(ways):
             return
@@ -240,6 +250,8 @@ class Node(Process):
         finish = self._finishing
         if finish is not None and work == self._works:
             self._finishing = None
+            # Before anybody hears that it is done.
+            self.record = Record()
             finish()
             self.thread.end()
             self._busy = False
@@ -324,6 +336,14 @@ def _size(work: Work) -> int | None:
     """Tokens of a step; None for other work."""
     payload: Any = work.payload
     return sum(payload[0].scheduled.values()) if isinstance(work.header, steps.Execute) else None
+
+
+def _requests(work: Work) -> frozenset[str]:
+    """Those that take part in a step or a chunk."""
+    payload: Any = work.payload
+    if isinstance(work.header, steps.Recompute):
+        return frozenset(span.request for span in payload[0].spans)
+    return frozenset(payload[0].scheduled)
 
 
 def _computed(work: Work, stage: Stage) -> Iterator[tuple[str, int]]:

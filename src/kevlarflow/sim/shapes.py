@@ -24,7 +24,7 @@ class Shape:
     raise_rate: float = 0.0
     """How likely a step raises on a stage."""
     blames: bool = False
-    """Whether losses are held against the steps in flight; two are too many for one step."""
+    """Whether nobody knows what lost nodes were computing, so that losses are held against the steps in flight."""
     wait_rate: float = 0.0
     """How likely a lost node has no successor for a while."""
 

@@ -23,11 +23,12 @@ from kevlarflow.recovery.forming import Phase
 from kevlarflow.recovery.ledger import Step, StepResult
 from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Chunk, Limits
+from kevlarflow.recovery.suspicion import MAX_POSSIBLE_COST, POSSIBLE_REASON, REASON
 from kevlarflow.sim.errors import Stuck, Violation, WrongTokens
 from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler
 from kevlarflow.sim.shapes import Shape, draw
 from kevlarflow.sim.stage import VOCABULARY, Memory, ToyStage, next_token
-from kevlarflow.types import Epoch, Member, NodeId, NodeInfo, Stage
+from kevlarflow.types import Computing, Epoch, Loss, Member, NodeId, NodeInfo, Stage
 
 MAX_ACTIONS = 20_000
 
@@ -93,10 +94,10 @@ class World:
         """Requests that may end with an error, and with which ones."""
         self.epoch = 0
         """Of the last order."""
+        self.lost_idle: list[Loss] = []
+        """Lost nodes that were computing nothing, where that is known."""
         self.shares = 1
-        self.set_aside = 0
-        self.recoveries = 0
-        self.waits = 0
+        self.set_aside = self.recoveries = self.waits = 0
         self._form()
         self._assign()
 
@@ -141,8 +142,8 @@ class World:
             self.rng.choice(actions)()
         for request in self.scheduler.ended:
             if request.error:
-                # Whoever had to wait has been through a loss for certain.
-                excused = (self.shape.blames or self.waits) and "nodes were lost" in request.error
+                unknown = self.shape.blames and request.error == REASON
+                excused = unknown or (self.recoveries >= MAX_POSSIBLE_COST and request.error == POSSIBLE_REASON)
                 if not excused and request.error not in self.blamed.get(request.name, ()):
                     raise WrongTokens(f"{request.name} ended without need: {request.error}")
             elif not request.aborted and request.tokens != self.expected[request.name]:
@@ -179,7 +180,7 @@ class World:
         lacks_memory = scheduler.held and not (scheduler.running or scheduler.waiting or self.waits_for)
         remedies: list[Callable[[], None]] = []
         if self._waits:
-            remedies.append(functools.partial(self._form, lost=self.shape.blames))
+            remedies.append(functools.partial(self._form, lost=True))
         if self.shares > 1 and lacks_memory:
             remedies.append(functools.partial(self._reshare, 1))
         return remedies
@@ -235,6 +236,9 @@ class World:
         self.losses_left -= 1
         self.recoveries += 1
         stage = Stage(self.rng.randrange(self.shape.stages))
+        if not self.shape.blames:
+            # Nodes die between two pieces of work here.
+            self.lost_idle.append(Loss(self.lanes[stage].info.member, Computing()))
         if self.rng.random() < 0.7:
             standby = self.standbys[stage]
             self.lanes[stage] = self._new_lane(stage, standby.info)
@@ -245,9 +249,10 @@ class World:
         if self.rng.random() < self.shape.wait_rate:
             self.waits += 1
             self.epoch += 1
-            self._handle(core.SuspensionOrdered(Epoch(self.epoch), "no node", waits=True, lost_stages=(stage,)))
+            losses = tuple(self.lost_idle)
+            self._handle(core.SuspensionOrdered(Epoch(self.epoch), "no node", True, (stage,), losses))
             return
-        self._form(lost=self.shape.blames)
+        self._form(lost=True)
         if self.rng.random() < 0.8:
             self._assign()
 
@@ -285,8 +290,16 @@ class World:
     def _form(self, *, planned: bool = False, lost: bool = False) -> None:
         self.epoch += 1
         nodes = tuple(lane.info for lane in self.lanes)
-        order = core.FormationOrdered(Epoch(self.epoch), nodes, planned=planned, shares=self.shares, lost=lost)
-        self._handle(order)
+        self._handle(
+            core.FormationOrdered(
+                Epoch(self.epoch),
+                nodes,
+                planned=planned,
+                shares=self.shares,
+                lost=lost,
+                losses=tuple(self.lost_idle) if lost else (),
+            )
+        )
 
     # ---- channels
 

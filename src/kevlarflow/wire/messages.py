@@ -13,7 +13,19 @@ from __future__ import annotations
 
 import msgspec
 
-from kevlarflow.types import Cause, Epoch, LaneCoverage, Member, NodeId, NodeInfo, Pace, Phases, PipelineId, Stage
+from kevlarflow.types import (
+    Cause,
+    Epoch,
+    LaneCoverage,
+    Loss,
+    Member,
+    NodeId,
+    NodeInfo,
+    Pace,
+    Phases,
+    PipelineId,
+    Stage,
+)
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -166,6 +178,8 @@ class Form(Message, frozen=True):
     """Lanes that share the KV memory of the busiest of these nodes."""
     orphans: tuple[tuple[PipelineId, Epoch], ...] = ()
     """Pipelines that have no engine: the nodes are to give up their lanes, up to this epoch."""
+    losses: tuple[Loss, ...] = ()
+    """What members were computing that were lost since the pipeline was last formed, as far as it is known."""
 
 
 class Suspend(Message, frozen=True):
@@ -179,6 +193,8 @@ class Suspend(Message, frozen=True):
     """Whether requests wait for `Form` as well; another `Suspend` says when they have waited for long enough."""
     lost_stages: tuple[Stage, ...] = ()
     """All that have no node now."""
+    losses: tuple[Loss, ...] = ()
+    """As in `Form`."""
 
 
 class Standbys(Message, frozen=True):

@@ -21,9 +21,10 @@ def formation_ordered(order: Form, shares_before: int) -> FormationOrdered:
         shares=order.shares,
         orphans=order.orphans,
         lost=order.cause in (Cause.CRASH, Cause.HANG) and bool(order.lost_stages),
+        losses=order.losses,
     )
 
 
 def suspension_ordered(order: Suspend) -> SuspensionOrdered:
     """The core's event."""
-    return SuspensionOrdered(order.epoch, order.reason, order.waits, order.lost_stages)
+    return SuspensionOrdered(order.epoch, order.reason, order.waits, order.lost_stages, order.losses)

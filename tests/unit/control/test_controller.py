@@ -9,9 +9,10 @@ import pytest
 from kevlarflow.control.controller import Controller
 from kevlarflow.control.observers import MAX_SUBSCRIBERS
 from kevlarflow.control.watcher import Death
-from kevlarflow.types import Epoch, Member, NodeId, NodeInfo, Pace, Phases, PipelineId, Stage
+from kevlarflow.types import Computing, Epoch, Loss, Member, NodeId, NodeInfo, Pace, Phases, PipelineId, Stage
 from kevlarflow.wire import messages
 from kevlarflow.wire.channel import MemoryHub, MemoryPeer
+from kevlarflow.wire.flight_record import FlightRecorder
 from kevlarflow.wire.messages import AnyMessage, decode, encode
 from toy_world import make_config
 
@@ -158,6 +159,16 @@ def test_a_loss_is_never_dated_before_it_happened(shell, monkeypatch):
     shell.turn()
     (recovery,) = shell.controller.cluster.recoveries
     assert recovery.time == pytest.approx(shell.now + shell.controller.cluster.unix_offset, rel=0, abs=1e-3)
+
+
+def test_what_a_node_was_computing_is_read_when_it_is_dead(shell, tmp_path, monkeypatch):
+    _, engine = shell.serve()
+    member = Member(NodeId("node-0-0"), 1)
+    monkeypatch.setattr(shell.controller.watcher, "check", lambda now: [Death(member, os.getpid(), now)])
+    with FlightRecorder(tmp_path, member).computing(PipelineId(0), Epoch(1), 77):
+        shell.turn()
+    (order,) = [each for each in heard(engine) if isinstance(each, messages.Suspend)]
+    assert order.losses == (Loss(member, Computing(PipelineId(0), Epoch(1), 77)),)
 
 
 def test_a_wall_clock_that_is_set_is_followed(shell, monkeypatch):

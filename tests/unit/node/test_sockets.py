@@ -4,12 +4,14 @@ import pytest
 
 from kevlarflow.node.sockets import Sockets, remove_of_former_lives
 from kevlarflow.types import Member, NodeId
+from kevlarflow.wire import flight_record
 
 
 @pytest.fixture
 def sockets(tmp_path):
     def made(node, incarnation):
-        paths = Sockets.of(tmp_path, Member(NodeId(node), incarnation))
+        member = Member(NodeId(node), incarnation)
+        paths = [*Sockets.of(tmp_path, member), flight_record.path_of(tmp_path, member)]
         for path in paths:
             path.touch()
         return paths
@@ -18,7 +20,8 @@ def sockets(tmp_path):
 
 
 def there(*lives):
-    return [all(path.exists() for path in life) for life in lives]
+    assert all(len({path.exists() for path in life}) == 1 for life in lives), "all of it or nothing"
+    return [life[0].exists() for life in lives]
 
 
 def test_a_new_life_removes_what_all_lives_before_it_left(tmp_path, sockets):

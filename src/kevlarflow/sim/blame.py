@@ -1,0 +1,44 @@
+"""Requests that end since they cost nodes: whether they did, as only the simulated world knows."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable
+
+from kevlarflow.recovery.suspicion import MAX_COST, MAX_POSSIBLE_COST, POSSIBLE_REASON, REASON
+from kevlarflow.sim.errors import NoReason
+from kevlarflow.types import Computing, Member, NodeInfo, PipelineId
+from kevlarflow.wire.messages import Form, Suspend
+
+
+class Blame:
+    """What there is to blame requests for, over a whole run."""
+
+    def __init__(self) -> None:
+        self._caught: collections.Counter[tuple[str, bool]] = collections.Counter()
+        """Nodes that died while they computed a request, by whether it was computed again."""
+        self._losses: collections.Counter[PipelineId] = collections.Counter()
+        """Orders to an engine that were about lost nodes."""
+        self._unexplained: collections.Counter[PipelineId] = collections.Counter()
+        """Those that did not say what each of the nodes had been computing."""
+
+    def note_death(self, computing: Computing, requests: Iterable[str]) -> None:
+        """A node has died, and was computing these."""
+        self._caught.update((request, computing.sequence < 0) for request in requests)
+
+    def note_order(self, order: Form | Suspend, serving: tuple[NodeInfo, ...]) -> None:
+        """An engine takes an order that is about lost nodes; `serving` are those that it has."""
+        if isinstance(order, Form):
+            lost = {node.member for node in serving} - {node.member for node in order.nodes}
+        else:
+            lost = {serving[stage].member for stage in order.lost_stages} if serving else set[Member]()
+        self._losses[order.pipeline] += 1
+        self._unexplained[order.pipeline] += not lost <= {loss.member for loss in order.losses}
+
+    def check(self, request: str, reason: str, pipeline: PipelineId) -> None:
+        """A request ends; the reason has to be true."""
+        caught = max(self._caught[request, False], self._caught[request, True])
+        if reason == REASON and caught + self._unexplained[pipeline] < MAX_COST:
+            raise NoReason(f"{request} has cost {caught} nodes: {reason}")
+        if reason == POSSIBLE_REASON and self._losses[pipeline] < MAX_POSSIBLE_COST:
+            raise NoReason(f"pipeline {pipeline} has lost nodes {self._losses[pipeline]} times: {reason}")
