@@ -30,6 +30,11 @@ class GivingWay:
         self._block_size = block_size
         self.usable: frozenset[int] | None = None
         """KV blocks that the pipeline may use; None: all."""
+        self._choices: dict[int, frozenset[int]] = {}
+        """Blocks that it could use for a while, by the count at which that was said, until the scheduler has done so.
+
+        It does everything in turn: what a choice has left out must not be in use then, even if it is given back next.
+        """
         self._aside: dict[str, _Told] = {}
         self._spoilt: frozenset[int] = frozenset()
         self._changed_at = 0
@@ -56,6 +61,8 @@ class GivingWay:
         commands: list[Command] = []
         if self.usable != before:
             self._changed_at = count
+            if self.usable is not None:
+                self._choices[count] = self.usable
             commands.append(UseBlocks(self.usable))
         return commands + self.set_aside(dict.fromkeys(surplus, "") | dict(doomed), count)
 
@@ -80,13 +87,16 @@ class GivingWay:
         if step.formation >= self._changed_at:
             return step, []
         known = Fallout(frozenset(self._aside), self._spoilt)
-        found = fallout(self._issued.tables, (step,), self.usable, known, self._block_size)
+        choices = [each for each in (self.usable, *self._choices.values()) if each is not None]
+        usable = frozenset.intersection(*choices) if choices else None
+        found = fallout(self._issued.tables, (step,), usable, known, self._block_size)
         self._issued.forget(found.requests)
         return without(step, found.requests, self._block_size), self._tell(found, {}, count)
 
     def _acknowledge(self, formation: int) -> None:
         """The scheduler has done what it was told to until then: who was set aside may run again."""
         self._aside = {request: told for request, told in self._aside.items() if told.formation > formation}
+        self._choices = {count: usable for count, usable in self._choices.items() if count > formation}
         if not self._aside:
             self._spoilt = frozenset()
 

@@ -470,6 +470,18 @@ def test_lanes_that_share_a_node_use_a_part_of_the_blocks():
     assert pipeline.handle(p.FormationOrdered(3, (A0, A1)), 1.2)[0] == p.UseBlocks(None)
 
 
+def test_a_step_that_was_being_scheduled_is_held_against_a_share_that_is_over_again():
+    """The scheduler gives up blocks and takes them back one after the other: nobody may hold them in between."""
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "old", blocks=range(1, 25), tokens=96)), 1.0)
+    pipeline.handle(p.FormationOrdered(2, (A0, A1), shares=2), 1.1)
+    pipeline.handle(p.FormationOrdered(3, (A0, A1)), 1.2)
+    (aside, *_) = pipeline.handle(p.StepIssued(admit(2, "new", blocks=(30, 31))), 1.3)
+    assert aside.requests == (p.Aside("new", "", known=False),)
+    later = pipeline.formations
+    assert sent(pipeline.handle(p.StepIssued(admit(3, "new", blocks=(30, 31), formation=later)), 1.4)) == [3]
+
+
 def test_a_step_that_was_scheduled_before_everything_was_abandoned_is_abandoned_too():
     pipeline = serving()
     before = pipeline.formations
