@@ -170,7 +170,13 @@ def on_formed(grid: Grid, event: events.Formed) -> None:
 def on_member_failed(grid: Grid, event: events.MemberFailed) -> None:
     """An engine could not use a member. If it has crashed we shall see that; so wait for a moment."""
     pipeline = grid.pipeline(event.pipeline)
-    if pipeline is None or event.epoch not in (0, pipeline.epoch) or event.member not in pipeline.members:
+    if pipeline is None or event.epoch not in (0, pipeline.epoch):
+        return
+    claim = pipeline.engine.claim
+    if claim is not None and event.member in claim.members:
+        # It is not known yet whether all of them live; but what they serve has to be formed anew in any case.
+        pipeline.reform = True
+    if event.member not in pipeline.members:
         return
     grid.tell(event.member.node, f"{subject(pipeline.id)} could not use it: {event.reason}")
     pipeline.complaints.setdefault(event.member, grid.now + COMPLAINT_SECONDS)
@@ -292,7 +298,7 @@ def _adopt(grid: Grid, pipeline: Pipeline, claim: events.EngineAttached) -> bool
     if not holes:
         records.finish(grid, pipeline, None)
         # Someone has seen a newer epoch: what the engine sends would be refused.
-        pipeline.reform = claim.suspended or claim.epoch < pipeline.epoch
+        pipeline.reform = pipeline.reform or claim.suspended or claim.epoch < pipeline.epoch
         if not claim.suspended:
             pipeline.wait_until = None
     return True

@@ -457,6 +457,14 @@ def test_a_restarted_controller_lets_pipelines_serve_on():
     assert not driver.cluster.settling(driver.now)
 
 
+def test_a_restarted_controller_hears_a_complaint_before_it_knows_all_members():
+    driver = restarted(Driver().serve())
+    driver.attach(0, pid=70, epoch=1, members=(member("node-0-0"), member("node-0-1")))
+    driver.ready("node-0-1")
+    assert driver.do(events.MemberFailed(PipelineId(0), Epoch(1), member("node-0-1"), "a step has failed")) == []
+    assert orders(driver.ready("node-0-0")) == [driver.form(0, 2, ["node-0-0", "node-0-1"], Cause.CRASH)]
+
+
 def test_a_restarted_controller_recovers_what_lost_a_node_meanwhile():
     driver = restarted(Driver().serve())
     for node in ("node-0-0", "node-1-0", "node-1-1"):
