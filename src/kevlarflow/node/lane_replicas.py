@@ -1,7 +1,8 @@
 """The main thread's side of replication: what it notes of each lane, and how replicas come back into a lane.
 
 As a source it tells the replication thread what each step writes. As the donor of a lost lane it takes the replicas
-that it kept and writes them into the lane's KV memory; only content with exactly the tag that the engine asks for.
+that it kept and writes them into the lane's KV memory: only content of the generation that the engine asks for, with
+no fewer tokens.
 """
 
 from __future__ import annotations

@@ -127,9 +127,8 @@ def can_spare(grid: Grid, slot: Slot) -> bool:
     ]
     room = 0
     for other in others:
-        if other.pipeline in lanes:
-            # Its own lane always has room on a node.
-            lanes.discard(other.pipeline)
+        # Its own lane always has room on a node.
+        lanes.discard(other.pipeline)
         if other.info is not None:
             room += max(0, other.info.lanes - 1 - grid.foreign_lanes(other, other.pipeline))
     return len(lanes) <= room
