@@ -31,6 +31,7 @@ from kevlarflow.control.journal import Journal, Memory, Remembered, unix_offset
 from kevlarflow.control.launcher import LauncherClient
 from kevlarflow.control.metrics import Metrics
 from kevlarflow.control.observers import Observers
+from kevlarflow.control.peers import Peers
 from kevlarflow.control.relatives import find_relatives
 from kevlarflow.control.translate import FromPeer, event_of, order_of
 from kevlarflow.control.watcher import LocalProcessWatcher
@@ -50,8 +51,6 @@ log = logging.getLogger("kevlarflow.controller")
 
 TICK_SECONDS = 0.05
 MESSAGES_PER_TURN = 512
-INTRODUCTION_PAUSE_SECONDS = 0.5
-MAX_STRANGERS = 4_096
 KILL_AGAIN_SECONDS = 2.0
 FAREWELL_MS = 500
 
@@ -61,49 +60,6 @@ class EngineProcess(NamedTuple):
 
     pipeline: PipelineId
     pid: int
-
-
-class Peers:
-    """Who is behind which address of the hub."""
-
-    def __init__(self) -> None:
-        self.members: dict[Member, bytes] = {}
-        self.engines: dict[PipelineId, bytes] = {}
-        self._introduced: set[bytes] = set()
-        self._asked_at: dict[bytes, float] = {}
-
-    def knows(self, peer: bytes) -> bool:
-        """Whether the peer has said who it is."""
-        return peer in self._introduced
-
-    def add_member(self, member: Member, peer: bytes) -> None:
-        """A node has said who it is."""
-        self._forget(self.members.get(member), peer)
-        self.members[member] = peer
-        self._introduced.add(peer)
-
-    def add_engine(self, pipeline: PipelineId, peer: bytes) -> None:
-        """An engine has said which it is."""
-        self._forget(self.engines.get(pipeline), peer)
-        self.engines[pipeline] = peer
-        self._introduced.add(peer)
-
-    def remove_member(self, member: Member) -> None:
-        """A node is gone."""
-        self._forget(self.members.pop(member, None), None)
-
-    def may_ask(self, peer: bytes, now: float) -> bool:
-        """Whether it is time to ask a peer for an introduction again."""
-        if now - self._asked_at.get(peer, -INTRODUCTION_PAUSE_SECONDS) < INTRODUCTION_PAUSE_SECONDS:
-            return False
-        if len(self._asked_at) >= MAX_STRANGERS:
-            self._asked_at.clear()
-        self._asked_at[peer] = now
-        return True
-
-    def _forget(self, old: bytes | None, new: bytes | None) -> None:
-        if old is not None and old != new:
-            self._introduced.discard(old)
 
 
 class Controller:
