@@ -110,7 +110,6 @@ class HeartbeatThread(threading.Thread):
             self._pace_due = now + self._config.timeouts.pace_interval_ms / 1_000
         return Heartbeat(
             self._member,
-            self._progress.steps_done,
             step.running_seconds,
             step.pipeline,
             step.is_overdue,

@@ -238,7 +238,7 @@ class NodeServer:
             lane.link.setsockopt(zmq.LINGER, 0)
             lane.link.setsockopt(zmq.SNDHWM, MAX_WAITING_MESSAGES)
             lane.link.connect(join.next_address)
-        self._answer(engine, steps.Joined(join.pipeline, join.epoch, join.stage, self._member))
+        self._answer(engine, steps.Joined(join.pipeline, join.epoch, join.stage))
 
     def _pass_on_outcomes(self) -> None:
         """Tell engines what the standbys have confirmed."""

@@ -207,7 +207,7 @@ class Node(Process):
         tables = {each.pipeline: [block for block in each.blocks.table if block] for each in self.lanes}
         if len(set().union(*tables.values())) < sum(map(len, tables.values())):
             raise NotFenced(f"{self} has blocks that are two lanes': {tables}")
-        self._answer(engine, steps.Joined(join.pipeline, join.epoch, join.stage, self.member))
+        self._answer(engine, steps.Joined(join.pipeline, join.epoch, join.stage))
 
     # ---- running
 

@@ -64,7 +64,6 @@ class Heartbeat(Message, frozen=True):
     """Proof of life, from a thread of its own. Also carries progress, so that a stuck step can be seen."""
 
     member: Member
-    steps_done: int
     step_running_seconds: float
     """How long the step now on the device has been running; 0.0 when idle."""
     step_pipeline: PipelineId | None = None
@@ -326,43 +325,6 @@ AnyMessage = (
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
-
-__all__ = [
-    "Answered",
-    "AnyMessage",
-    "AskMetrics",
-    "AskStatus",
-    "Availability",
-    "BeatHeard",
-    "DrainNode",
-    "EngineAttached",
-    "EngineReady",
-    "EngineReport",
-    "Fatal",
-    "Form",
-    "Formed",
-    "Hasten",
-    "Heartbeat",
-    "Introduce",
-    "JoinNode",
-    "MemberFailed",
-    "Message",
-    "Metrics",
-    "Narration",
-    "NodeFailed",
-    "NodeReady",
-    "NodeStarting",
-    "Retire",
-    "Standbys",
-    "StartApiServer",
-    "StartNode",
-    "Started",
-    "Status",
-    "Subscribe",
-    "Suspend",
-    "decode",
-    "encode",
-]  # fmt: skip
 
 
 def encode(message: AnyMessage) -> bytes:

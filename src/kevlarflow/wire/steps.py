@@ -2,11 +2,11 @@
 
 A message is a small typed header, and for some kinds payload frames behind it that only the two ends
 understand (a pickled scheduler output, raw tensors). Pickle is safe here for one reason: these sockets live
-in the run folder, which only the user who started the cluster can enter (see `control.supervisor`).
+in the run folder, which only the user who started the cluster can enter (see `control.run_folder`).
 
 Everything carries ``(pipeline, epoch)``. A node drops what is older than the newest epoch that joined the
 lane; an engine drops what is not of its own epoch. Order is kept by each connection, so an engine may send
-`Join`, `Restore`, `Recompute` and `Execute` in one go without waiting for answers.
+`Join`, `Recompute`, `Restore` and `Execute` in one go without waiting for answers.
 """
 
 from __future__ import annotations
@@ -120,7 +120,6 @@ class Joined(StepMessage, frozen=True):
     pipeline: PipelineId
     epoch: Epoch
     stage: Stage
-    member: Member
 
 
 class Placed(StepMessage, frozen=True):

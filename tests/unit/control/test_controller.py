@@ -68,7 +68,7 @@ def shell(tmp_path):
 
 def test_strangers_are_asked_who_they_are_but_not_all_the_time(shell):
     node, engine = shell.hub.connect(), shell.hub.connect()
-    beat = messages.Heartbeat(Member(NodeId("node-0-0"), 1), 0, 0.0)
+    beat = messages.Heartbeat(Member(NodeId("node-0-0"), 1), 0.0)
     report = messages.EngineReport(PipelineId(0), 0, 0, 50, 0)
     assert shell.say(node, beat, beat) == [messages.Introduce()]
     assert shell.say(engine, report) == [messages.Introduce()]
@@ -107,19 +107,19 @@ def test_a_node_that_says_that_its_steps_take_long_is_emptied(tmp_path):
     peers = [shell.serve(pipeline, lanes=2) for pipeline in (0, 1)]
     # They are this very process: nobody must come to the point where it is killed.
     shell.controller.watcher.kill = lambda *_: None
-    for second in range(20):
+    for _ in range(20):
         shell.turn(1.0)
         for pipeline, (node, engine) in enumerate(peers):
             pace = (Pace(2, 8, 10, 1.0 if pipeline else 0.2),)
             member = Member(NodeId(f"node-{pipeline}-0"), 1)
-            shell.say(node, messages.Heartbeat(member, second, 0.0, pace=pace), messages.Heartbeat(member, second, 0.0))
+            shell.say(node, messages.Heartbeat(member, 0.0, pace=pace), messages.Heartbeat(member, 0.0))
             shell.say(engine, messages.EngineReport(PipelineId(pipeline), 2, 0, 50, 1))
     assert [slot.state for slot in shell.controller.cluster.slots.values()] == ["ready", "draining"]
 
 
 def test_silence_is_judged_after_what_waits_was_read(shell):
     node, _ = shell.serve()
-    beat = messages.Heartbeat(Member(NodeId("node-0-0"), 1), 0, 0.0)
+    beat = messages.Heartbeat(Member(NodeId("node-0-0"), 1), 0.0)
     for _ in range(40):
         shell.turn(0.1)
         shell.say(node, beat)
@@ -140,7 +140,7 @@ def test_beats_are_answered_and_a_step_that_hangs_is_fenced(shell):
     member = Member(NodeId("node-0-0"), 1)
     for number in range(1, 6):
         shell.turn(0.1)
-        beat = messages.Heartbeat(member, 7, 0.9, PipelineId(0), step_overdue=True, number=number, heard=number - 1)
+        beat = messages.Heartbeat(member, 0.9, PipelineId(0), step_overdue=True, number=number, heard=number - 1)
         assert shell.say(node, beat) == [messages.BeatHeard(number)]
     assert killed == [member]
     said = [entry for entry in shell.controller.cluster.story.tell("node-0-0").splitlines() if "fenced" in entry]
