@@ -181,3 +181,7 @@ class Phases(msgspec.Struct, frozen=True):
     def total(self) -> float:
         """Seconds from the last proof of life to the first re-issued step's completion."""
         return self.detect + self.plan + self.relink + self.restore + self.recompute + self.reissue
+
+
+PHASES = (*Phases.__struct_fields__, "total")
+"""Names of the phases and of their sum, as `status` shows them."""

@@ -19,6 +19,7 @@ from kevlarflow.bench.grid import NOTHING, Grid, milliseconds
 from kevlarflow.bench.measure import Pause, percentile, ratios, spread
 from kevlarflow.bench.replication_report import cost_grid, draw_resume, memory_grid, resume_grid, transfer_grid
 from kevlarflow.bench.results import Failover, Kill, Report, Startup, Throughput
+from kevlarflow.types import PHASES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,7 +28,6 @@ EXPERIMENTS = (
     "throughput", "startup", "failover", "detection", "resume", "replication_cost", "standby_memory", "transfer",
 )  # fmt: skip
 """Parts of a report, in the order in which they are shown."""
-PHASES = ("detect", "plan", "relink", "restore", "recompute", "reissue", "total")
 MEASURES = (
     ("throughput", "tokens_per_second", 1.0, "{:.1f} tokens/s"),
     ("TTFT p50", "ttft_p50", 1e3, "{:.0f} ms"),

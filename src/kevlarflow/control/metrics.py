@@ -7,10 +7,9 @@ from prometheus_client.exposition import generate_latest
 
 from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.status import replication_rows
-from kevlarflow.types import NodeState, PipelineState
+from kevlarflow.types import PHASES, NodeState, PipelineState
 
 BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-PHASES = ("detect", "plan", "relink", "restore", "recompute", "reissue", "total")
 
 
 class Metrics:

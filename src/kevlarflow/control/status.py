@@ -12,6 +12,7 @@ import zmq
 
 from kevlarflow.config import run_folder_of
 from kevlarflow.errors import ClusterUnreachable
+from kevlarflow.types import PHASES
 from kevlarflow.wire.channel import limit
 from kevlarflow.wire.messages import AnyMessage, AskStatus, Status, decode, encode
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 A = TypeVar("A")
 
-PHASES = ("detect", "plan", "relink", "restore", "recompute", "reissue", "total")
 MIB = 2**20
 RECOVERIES_SHOWN = 10
 COLOURS = {

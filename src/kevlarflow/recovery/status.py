@@ -8,7 +8,7 @@ from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.events import Recovery
 from kevlarflow.recovery.members import Pipeline, Slot
 from kevlarflow.recovery.waiting import seconds_left
-from kevlarflow.types import NodeState, PipelineState
+from kevlarflow.types import PHASES, NodeState, PipelineState
 
 
 def status_document(cluster: Cluster, main_pid: int) -> dict[str, Any]:
@@ -90,7 +90,6 @@ def _node(cluster: Cluster, slot: Slot) -> dict[str, Any]:
 
 
 def _recovery(recovery: Recovery) -> dict[str, Any]:
-    seconds = recovery.seconds
     return {
         "id": recovery.id,
         "state": str(recovery.state),
@@ -103,13 +102,5 @@ def _recovery(recovery: Recovery) -> dict[str, Any]:
         "requests": recovery.requests,
         "lost_requests": recovery.lost_requests,
         "recomputed_tokens": recovery.recomputed_tokens,
-        "seconds": {
-            "detect": seconds.detect,
-            "plan": seconds.plan,
-            "relink": seconds.relink,
-            "restore": seconds.restore,
-            "recompute": seconds.recompute,
-            "reissue": seconds.reissue,
-            "total": seconds.total,
-        },
+        "seconds": {phase: getattr(recovery.seconds, phase) for phase in PHASES},
     }

@@ -13,9 +13,9 @@ from kevlarflow.bench.evaluation.cells import KEVLARFLOW, NO_FAULT, REPLAY, STOC
 from kevlarflow.bench.evaluation.comparison import Row, emulation_note
 from kevlarflow.bench.evaluation.outcome import CellResult
 from kevlarflow.bench.measure import percentile
+from kevlarflow.types import Phases
 
 ROLLING_SECONDS = 10.0
-PHASES = ("detect", "plan", "relink", "restore", "recompute", "reissue")
 COLOURS = {KEVLARFLOW: "#0b6e4f", REPLAY: "#6fb98f", STOCK: "#c8553d", STOCK_DP: "#e3a857"}
 DOTS_PER_INCH = 120
 
@@ -125,7 +125,7 @@ def _phases_of(result: CellResult) -> list[tuple[str, float]]:
     """The phases of the first recovery, by the system's own record or by the supervisor's."""
     losses = [each for each in result.recoveries if each["cause"] in {"crash", "hang"}]
     if losses:
-        return [(phase, losses[0]["seconds"].get(phase) or 0.0) for phase in PHASES]
+        return [(phase, losses[0]["seconds"].get(phase) or 0.0) for phase in Phases.__struct_fields__]
     if not result.lives or result.fault_at is None:
         return []
     life = result.lives[0]
