@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from kevlarflow import config as configuration
 from kevlarflow.cli import serve
-from kevlarflow.cli.preflight import GIB, MIB
+from kevlarflow.cli.flags import _TAKEN
+from kevlarflow.cli.preflight import GIB, LARGEST_DEFAULT_KV_BYTES, MIB
 from kevlarflow.config import ServeConfig, Timeouts
 from kevlarflow.errors import NotEnoughMemory, UsageError
 
@@ -132,9 +134,26 @@ def test_the_users_environment_wins(model: Path, served: list[ServeConfig], monk
 def test_help_names_every_flag_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
     assert serve.run(["--help"]) == 0
     text = capsys.readouterr().out
-    ours = ("--kv-cache-memory-bytes", "--slow-node-ratio", "--replacement-wait")
-    for flag in ("MODEL", "-pp", "-dp", "-tp", "--host", "--port", *ours):
+    # --model is vLLM's other way to name MODEL.
+    for flag in ("MODEL", *_TAKEN.keys() - {"--model"}):
         assert flag in text
+
+
+@pytest.mark.parametrize(
+    ("flag", "default"),
+    [
+        ("--replication-interval-tokens N", f"{configuration.DEFAULT_REPLICATION_INTERVAL_TOKENS}"),
+        ("--replication-bandwidth N", f"{configuration.DEFAULT_BANDWIDTH // MIB}M"),
+        ("--replacement-wait SECONDS", f"{configuration.DEFAULT_REPLACEMENT_WAIT_S:g}"),
+        ("--slow-node-ratio X", f"{configuration.DEFAULT_SLOW_RATIO:g}"),
+        ("--slow-node-seconds N", f"{Timeouts().slow_after_ms / 1_000:g}"),
+        ("--kv-cache-memory-bytes N", f"what fits, up to {LARGEST_DEFAULT_KV_BYTES // GIB} GiB"),
+    ],
+)
+def test_the_readme_tells_the_defaults(flag: str, default: str) -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text().splitlines()
+    (row,) = [line for line in readme if line.startswith(f"| `{flag}`")]
+    assert row.rstrip(" |").rpartition("| ")[2] == default
 
 
 def test_no_memory_for_replicas_turns_replication_off_and_says_so(model: Path, served: list[ServeConfig]) -> None:
