@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from kevlarflow.cli import bench_suite
 from kevlarflow.cli.interrupts import treated_as_interrupt
+from kevlarflow.cli.output_folder import require_writable
 from kevlarflow.errors import UsageError
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def run(arguments: list[str]) -> int:
     if not console.is_terminal:
         console.width = FILE_WIDTH
     report = _earlier_report(options) or _empty_report(arguments, options)
+    require_writable(options.output)
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
     folder = Path(tempfile.mkdtemp(prefix="kevlarflow-bench-"))
@@ -134,10 +136,9 @@ def _add_replication_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of 1 or more")
+    return int(text)
 
 
 def _counts(text: str) -> tuple[int, ...]:

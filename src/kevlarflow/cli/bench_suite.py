@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kevlarflow.cli.interrupts import treated_as_interrupt
+from kevlarflow.cli.output_folder import require_writable
 from kevlarflow.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def _run(arguments: list[str]) -> int:
     loads = {cell: cells.workload(cell, options.trace, options.arrivals) for cell in chosen}
     for load in loads.values():
         workload.plan(load)  # What is wrong with the load is said before anything is started.
+    require_writable(options.output)
     with treated_as_interrupt():
         void = suite.run(loads, options.output, lambda cell, folder: drive.run(cell, loads[cell], folder, _say), _say)
     return _report([str(options.output)]) or int(void > 0)

@@ -190,8 +190,13 @@ def _supervise(config: ServeConfig) -> int:
     from kevlarflow.control.run_folder import RunFolder
     from kevlarflow.control.supervisor import Supervisor
 
-    run_folder = RunFolder(configuration.run_folder_of(config.port))
-    configuration.save(config)
+    try:
+        run_folder = RunFolder(configuration.run_folder_of(config.port))
+        configuration.save(config)
+    except OSError as error:
+        raise UsageError(
+            f"{config.run_folder} cannot be made ({error.strerror}): set XDG_RUNTIME_DIR to a folder of yours with room"
+        ) from error
     for line in introduction(config):
         say(line)
     return Supervisor(config, run_folder, child_environment(config), say).run()

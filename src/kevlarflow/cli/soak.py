@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.log_folder import log_folder
+from kevlarflow.cli.output_folder import require_writable
 from kevlarflow.errors import UsageError
 
 FAILED = 1
@@ -31,6 +32,7 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.faults < 1:
         raise UsageError(f"--faults {options.faults}: there has to be at least 1")
+    require_writable(options.output)
     with treated_as_interrupt():
         return _soak(options, shlex.join(["kevlarflow", "soak", *arguments]))
 

@@ -16,12 +16,26 @@ def test_an_unknown_experiment_is_refused(capsys: pytest.CaptureFixture[str]):
     assert "there is no experiment 'speed': use throughput, startup, failover" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--streams", "0"], ["--kills", "-1"], ["--kv-cache-memory-bytes", "much"]])
+@pytest.mark.parametrize(
+    "words", [["--streams", "0"], ["--streams", "1,x"], ["--kills", "-1"], ["--kv-cache-memory-bytes", "much"]]
+)
 def test_a_senseless_number_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as refusal:
         main(["bench", *words])
     assert refusal.value.code == 2
-    assert words[0] in capsys.readouterr().err
+    complaint = capsys.readouterr().err.splitlines()[-1]
+    assert words[0] in complaint
+    assert " is no number " in complaint
+
+
+@pytest.mark.parametrize("command", [["bench", "transfer"], ["bench", "run", "quick"], ["soak"]])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert main([*command, "--output", "/proc/nowhere"]) == 2
+    assert capsys.readouterr().err == (
+        "kevlarflow: --output /proc/nowhere cannot be written (No such file or directory): name another folder\n"
+    )
 
 
 def test_sizes_may_have_a_unit():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,12 @@ def model(tmp_path: Path) -> Path:
     (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 30, "dtype": "bfloat16"}))
     (folder / "model.safetensors").write_bytes(b"0" * 1000)
     return folder
+
+
+@pytest.fixture
+def supervise() -> Callable[[ServeConfig], int]:
+    """The real one. It comes before `served`, which replaces it."""
+    return serve._supervise
 
 
 @pytest.fixture
@@ -93,6 +100,15 @@ def test_what_cannot_work_is_named_before_anything_starts(
         serve.run([str(model), *flags])
     assert words in str(caught.value)
     assert served == []
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(
+    model: Path, supervise: Callable[[ServeConfig], int], served: list[ServeConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc/nowhere")
+    monkeypatch.setattr(serve, "_supervise", supervise)
+    with pytest.raises(UsageError, match=r"^/proc/nowhere/\S+ cannot be made \(No such .*\): set XDG_RUNTIME_DIR"):
+        serve.run([str(model)])
 
 
 def test_who_lets_vllm_drain_gives_it_the_time(model: Path, served: list[ServeConfig]) -> None:

@@ -140,6 +140,7 @@ History.TestCase.settings = settings(
     max_examples=150,
     stateful_step_count=40,
     deadline=None,
+    print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
 TestHistories = History.TestCase
