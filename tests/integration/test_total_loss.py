@@ -14,9 +14,11 @@ import pytest
 from integration.cluster import FLAGS, PATIENT_SECONDS, Cluster, Status, running_cluster
 from integration.failover import assert_identical, run
 from integration.waiting import until
-from kevlarflow.faults import KillServing, Target
+from kevlarflow.faults import KillServing, Target, strike, verify
 from kevlarflow.faults.processes import command_line
 from kevlarflow.faults.stopping import stop, thaw, verify_stopped
+from kevlarflow.types import Computing, Member, NodeId
+from kevlarflow.wire import flight_record
 from parity import workload
 from parity.client import Recording, Replay, replay
 from parity.reference import Reference
@@ -54,6 +56,20 @@ def test_streams_wait_for_a_replacement_and_go_on(stage: int, grid: Cluster, sto
     assert [pipeline["waiting_for"] for pipeline in status["pipelines"]] == [None] * grid.pipelines
 
 
+@pytest.mark.slow
+def test_a_donor_that_dies_within_the_recovery_costs_no_request(grid: Cluster, stock_reference: Reference) -> None:
+    """Though it dies in the step that the first node may have died of: that one was killed between two steps."""
+    streams = [*workload.steady(), *MIXED]
+
+    async def lose_both(current: Replay) -> None:
+        assert await current.reached(lambda progress: progress.tokens > 4 * len(streams))
+        await asyncio.to_thread(kill_a_node_and_its_donor, grid)
+
+    recordings = replay(grid.base_url, streams, pipelines=grid.pipelines, beside=lose_both)
+    assert_identical(streams, stock_reference, recordings)
+    grid.wait_settled()
+
+
 def test_after_the_bound_clients_are_told_and_service_comes_back(stock_reference: Reference) -> None:
     streams = workload.steady()
     flags = (*FLAGS, f"--replacement-wait={SHORT_WAIT_SECONDS:g}")
@@ -89,6 +105,34 @@ def no_replacements(cluster: Cluster) -> Iterator[None]:
 
 def kill_stage(cluster: Cluster, stage: int) -> None:
     cluster.inject(*(KillServing(pipeline, stage) for pipeline in range(cluster.pipelines)))
+
+
+def kill_a_node_and_its_donor(cluster: Cluster) -> None:
+    """The donor in the first step that it computes for the pipeline."""
+    node, donor = cluster.aim(KillServing(0, 1)), cluster.aim(KillServing(1, 1))
+    members = [member_at(cluster, place) for place in ("node-0-1", "node-1-1")]
+
+    def idle_and_killed() -> bool:
+        """Stop the node and look at what it has written down: kill it if that is nothing, else let it go on."""
+        verify_stopped(stop(node))
+        if flight_record.read(cluster.run_folder, members[0]) != Computing():
+            thaw(node)
+            return False
+        verify(strike(node))
+        return True
+
+    def is_helping() -> bool:
+        computing = flight_record.read(cluster.run_folder, members[1])
+        return computing is not None and computing.pipeline == 0 and computing.sequence > 0
+
+    until("the node to be killed between two steps", idle_and_killed, 60, poll=0.003)
+    until("the donor to compute a step of the pipeline", is_helping, 30, poll=0.001)
+    verify(strike(donor))
+
+
+def member_at(cluster: Cluster, place: str) -> Member:
+    (incarnation,) = (each["incarnation"] for each in cluster.status()["nodes"] if each["id"] == place)
+    return Member(NodeId(place), incarnation)
 
 
 def wait_for_refusal(cluster: Cluster) -> httpx.Response:
