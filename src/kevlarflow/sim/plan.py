@@ -120,6 +120,12 @@ class Plan:
     """How long faults may last."""
 
     @property
+    def reads_records(self) -> bool:
+        """Whether the controller sees all nodes die and forgets none: then it reads what each was computing."""
+        unseen = any("controller" in each.detail or each.detail == "hard to kill" for each in self.faults)
+        return not unseen and all(each.kind != "forgetful controller" for each in self.faults)
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """Names of all that can be left out, the most telling first."""
         nodes = [f"p{index}" for index in range(self.shape.pipelines - 1, 0, -1)]
