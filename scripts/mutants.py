@@ -27,7 +27,9 @@ DEADLINE_SECONDS = 600
 
 
 class Mutant(NamedTuple):
-    """A bug: in `file`, `text` becomes `instead`. `tests` are asked when the simulator finds nothing."""
+    """A bug: in `file`, `text` becomes `instead`. `tests`, a file or one test in it, is asked when the simulator finds
+    nothing.
+    """
 
     name: str
     file: str
@@ -300,7 +302,8 @@ MUTANTS = (
         "recovery/pipeline.py",
         "left = {*order.released, *self.nodes} - {*order.nodes}",
         "left = {*order.released}",
-        "tests/unit/recovery/test_pipeline.py",
+        "tests/unit/recovery/test_pipeline.py"
+        "::test_a_node_that_is_used_no_more_is_left_though_the_controller_has_forgotten_it",
     ),
     Mutant(
         "a hole in a prefix hit is overlooked",
