@@ -325,6 +325,19 @@ MUTANTS = (
         "return False",
     ),
     Mutant(
+        "a pipeline that waits for a node keeps its lanes",
+        "recovery/pipeline.py",
+        "        return [Leave(node) for node in self.nodes]\n",
+        "        return []\n",
+    ),
+    Mutant(
+        "a pipeline that waits for a node keeps what it has borrowed",
+        "recovery/waiting.py",
+        "        pipeline.leaving -= pipeline.given_back\n",
+        "        pass\n",
+        "tests/unit/recovery/test_replacement_wait.py",
+    ),
+    Mutant(
         "a step that was being scheduled is in flight without a node",
         "recovery/pipeline.py",
         "        if self.phase is Phase.WAITING:\n",

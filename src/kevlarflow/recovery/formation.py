@@ -89,6 +89,7 @@ def detach(grid: Grid, pipeline: Pipeline) -> None:
     pipeline.forming = pipeline.formed = pipeline.reform = False
     pipeline.order = None
     pipeline.wait_until = None
+    pipeline.given_back.clear()
     pipeline.unrestored.clear()
     pipeline.losses.clear()
     pipeline.avoided.clear()
@@ -120,6 +121,7 @@ def on_report(grid: Grid, event: events.EngineReport) -> None:
     ordered = pipeline.order.epoch if pipeline.order is not None else event.epoch
     pipeline.engine.report_is_new = event.epoch in (NO_EPOCH, ordered)
     _hear(grid, pipeline, event)
+    waiting.note_report(pipeline, event)
     if event.kv_blocks > 0:
         pipeline.engine.kv_blocks = event.kv_blocks
         pipeline.engine.state = EngineState.READY
@@ -158,6 +160,7 @@ def on_formed(grid: Grid, event: events.Formed) -> None:
     pipeline.wait_until = None
     if isinstance(pipeline.order, Form):
         pipeline.leaving -= {info.member for info in pipeline.order.released}
+    pipeline.given_back.clear()
     pipeline.unrestored.clear()
     pipeline.losses.clear()
     pipeline.avoided.clear()
@@ -345,6 +348,12 @@ def _choose(grid: Grid, pipeline: Pipeline, stage: Stage) -> NodeInfo | None:
                 drain.keep(grid, slot, "it is needed")
         info = choose(candidates(grid, pipeline, stage), pipeline.id, len(grid.pipelines))
     return info
+
+
+def stages_without_candidates(grid: Grid, pipeline: Pipeline) -> list[Stage]:
+    """Those of its holes that nobody could fill now."""
+    count = len(grid.pipelines)
+    return [each for each in pipeline.holes if choose(candidates(grid, pipeline, each), pipeline.id, count) is None]
 
 
 def candidates(grid: Grid, pipeline: Pipeline, stage: Stage) -> list[Candidate]:

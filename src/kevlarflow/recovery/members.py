@@ -185,6 +185,8 @@ class Pipeline:
     """Who keeps the replicas of each stage, as the engine was told."""
     leaving: set[Member] = dataclasses.field(default_factory=set)
     """Living members that may still hold a lane of this pipeline, though it is not used any more."""
+    given_back: set[Member] = dataclasses.field(default_factory=set)
+    """Members whose lanes its engine leaves because it waits; what they die of may still be a step of this pipeline."""
     unrestored: set[Stage] = dataclasses.field(default_factory=set)
     """Stages whose member has changed since the pipeline last generated."""
     avoided: dict[Member, float] = dataclasses.field(default_factory=dict)

@@ -221,7 +221,7 @@ def lose(grid: Grid, slot: Slot, cause: Cause, alive_at: float, what: str) -> No
 
 def _bereave(grid: Grid, pipeline: Pipeline, slot: Slot, member: Member, cause: Cause, alive_at: float) -> bool:
     """Take a lost member out of one pipeline; says whether that leaves a hole."""
-    if slot.computing is not None and pipeline.has_lane_on(member):
+    if slot.computing is not None and (pipeline.has_lane_on(member) or member in pipeline.given_back):
         ours = slot.computing.pipeline == pipeline.id
         pipeline.losses.append(Loss(member, slot.computing if ours else Computing()))
     if member in pipeline.leaving and pipeline.forming and pipeline.order is not None:

@@ -307,7 +307,13 @@ class Pipeline:
         doomed = self._in_flight.recall(order.epoch, set(), lost, self._forming)
         self.phase, self._forming, self._planned, self._disagrees = Phase.WAITING, None, None, False
         everybody = {entry.request for entry in self.ledger.entries()} | self._in_flight.requests
-        return self._set_aside(dict.fromkeys(everybody, "") | doomed) + self._assign_next_standbys()
+        aside = self._set_aside(dict.fromkeys(everybody, "") | doomed)
+        return aside + self._leave_lanes() + self._assign_next_standbys()
+
+    def _leave_lanes(self) -> list[Command]:
+        """What the nodes hold is of no use any more: no request has blocks. And others may wait for the memory."""
+        self._complete_on, self._resting = {}, set()
+        return [Leave(node) for node in self.nodes]
 
     def _set_aside(self, reasons: dict[str, str]) -> list[Command]:
         """An empty reason is for a request that is to go on later."""
@@ -440,10 +446,6 @@ class Pipeline:
         self._in_flight.clear()
         self._tables.clear()
         self.ledger.clear()
-        self._complete_on.clear()
-        self._resting.clear()
         self._watermarks.clear()
         self._giving_way.clear()
-        # What the nodes hold is of no use any more, and others may wait for the memory.
-        left = [Leave(node) for node in self.nodes]
-        return [AbandonEverything(reason), *commands, *left, *self._assign_next_standbys()]
+        return [AbandonEverything(reason), *commands, *self._leave_lanes(), *self._assign_next_standbys()]

@@ -6,6 +6,7 @@ from typing import Any
 
 from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.events import Recovery
+from kevlarflow.recovery.formation import stages_without_candidates
 from kevlarflow.recovery.members import Pipeline, Slot
 from kevlarflow.recovery.waiting import seconds_left
 from kevlarflow.types import PHASES, NodeState, PipelineState
@@ -25,13 +26,16 @@ def status_document(cluster: Cluster, main_pid: int) -> dict[str, Any]:
 
 
 def _pipeline(cluster: Cluster, pipeline: Pipeline) -> dict[str, Any]:
-    waits = pipeline.state is PipelineState.WAITING
+    waiting_for = None
+    if pipeline.state is PipelineState.WAITING:
+        stages = stages_without_candidates(cluster, pipeline)
+        waiting_for = {"stages": stages, "seconds_left": seconds_left(cluster, pipeline)}
     return {
         "id": pipeline.id,
         "state": str(pipeline.state),
         "epoch": pipeline.epoch,
         "nodes": [member.node if member is not None else None for member in pipeline.members],
-        "waiting_for": {"stages": pipeline.holes, "seconds_left": seconds_left(cluster, pipeline)} if waits else None,
+        "waiting_for": waiting_for,
     }
 
 

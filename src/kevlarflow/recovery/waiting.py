@@ -3,11 +3,14 @@
 The bound begins when the pipeline can no longer be formed, and stops when it generates again. A second stage that is
 lost meanwhile, or a replacement that dies as well, does not begin it anew: so no row of replacements that die keeps a
 client waiting for ever. While a replacement takes over nobody's request is ended, even if the bound passes.
+
+A pipeline that waits gives back what it has borrowed for its other stages, so that no two of them hold what the other
+needs. It is chosen anew with the stage that it waits for.
 """
 
 from __future__ import annotations
 
-from kevlarflow.recovery.events import Suspend
+from kevlarflow.recovery.events import EngineReport, Suspend
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import Pipeline, node_id, subject
 from kevlarflow.recovery.transitions import PipelineStep
@@ -35,12 +38,27 @@ def suspend(grid: Grid, pipeline: Pipeline, lacking: list[Stage]) -> None:
     pipeline.engine.report_is_new = False
     pipeline.ordered_at = grid.now
     lost = tuple(pipeline.holes)
+    _give_back_loans(grid, pipeline)
     epoch, losses = grid.raise_epoch(pipeline), tuple(pipeline.losses)
     pipeline.order = Suspend(pipeline.id, epoch, stage, reason, left > 0, lost, losses)
     line = f"{reason}{consequence}"
     grid.narrate(f"{pipeline.news}: {line}" if pipeline.news else line)
     pipeline.news = ""
     grid.command(pipeline.order)
+
+
+def _give_back_loans(grid: Grid, pipeline: Pipeline) -> None:
+    for stage, member in enumerate(pipeline.members):
+        if member is not None and grid.slots[member.node].pipeline != pipeline.id:
+            pipeline.members[stage] = None
+            pipeline.leaving.add(member)
+            pipeline.given_back.add(member)
+
+
+def note_report(pipeline: Pipeline, report: EngineReport) -> None:
+    """An engine that has heard of its suspension has left its lanes."""
+    if isinstance(pipeline.order, Suspend) and report.epoch == pipeline.order.epoch:
+        pipeline.leaving -= pipeline.given_back
 
 
 def bound_has_passed(grid: Grid, pipeline: Pipeline) -> bool:

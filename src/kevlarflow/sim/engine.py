@@ -100,6 +100,7 @@ class Engine(Process):
 
     def report(self) -> None:
         """Tell its load."""
+        self.fleet.check_left(self)
         scheduler = self.scheduler
         running, waiting = len(scheduler.running), len(scheduler.waiting) + len(scheduler.held) + len(self._inputs)
         blocks = self.fleet.plan.shape.blocks if self.started else 0

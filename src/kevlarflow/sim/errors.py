@@ -43,5 +43,9 @@ class Stuck(Violation):
     """All faults are over, and yet not every request ends, or not every pipeline serves with its own nodes."""
 
 
+class Hoarded(Violation):
+    """A pipeline that waits for a node keeps a lane, whose memory others could use."""
+
+
 class WrongBlocks(Violation):
     """A pipeline uses KV blocks beyond its share."""

@@ -19,12 +19,13 @@ from kevlarflow.node.lanes import Header, Lane
 from kevlarflow.recovery import events
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.events import AnyCommand, KnownNode, Snapshot
+from kevlarflow.recovery.forming import Phase
 from kevlarflow.recovery.members import Pipeline
 from kevlarflow.recovery.suspicion import MAX_COST
 from kevlarflow.sim.blame import Blame
 from kevlarflow.sim.controller import REPORT_SECONDS, Controller
 from kevlarflow.sim.engine import Engine
-from kevlarflow.sim.errors import FalseAlarm, NoReason, NotFenced, Stuck, Unbounded, WrongCopy, WrongTokens
+from kevlarflow.sim.errors import FalseAlarm, Hoarded, NoReason, NotFenced, Stuck, Unbounded, WrongCopy, WrongTokens
 from kevlarflow.sim.mischief import Mischief
 from kevlarflow.sim.network import Network, Process, Timeline
 from kevlarflow.sim.node import Node
@@ -42,6 +43,8 @@ HEAL_SECONDS = 60.0
 """Within which everything ends well once the faults are over."""
 FRONT_RETRY_SECONDS = 0.05
 """After which a client that found no engine asks again."""
+LEAVING_SECONDS = 0.4
+"""Within which a pipeline that waits has left all its lanes."""
 MAX_HELD_MESSAGES = 20_000
 AFTERWARDS_SECONDS = 2.0
 """For so long what a node says of its steps may be about a time when it was slow."""
@@ -95,6 +98,8 @@ class Fleet:
         self._newest: collections.Counter[PipelineId] = collections.Counter()
         self._bereft_at: dict[PipelineId, float] = {}
         """Since when a pipeline has not served for want of a node."""
+        self._waits_since: dict[str, float] = {}
+        """Since when an engine reports that it waits."""
 
     def _config(self) -> ServeConfig:
         shape = self.plan.shape
@@ -403,6 +408,16 @@ class Fleet:
             if isinstance(command, events.Suspend):
                 self._check_wait(command)
                 self._check_suspension(command)
+
+    def check_left(self, engine: Engine) -> None:
+        """No node that hears and works keeps a lane of a pipeline that has waited for a while."""
+        since = self._waits_since.setdefault(engine.name, self.timeline.now)
+        if engine.core.phase is not Phase.WAITING:
+            del self._waits_since[engine.name]
+        elif self.timeline.now > since + LEAVING_SECONDS and not self.network.cuts and self.network.slowness == 1.0:
+            keepers = [each for each in self._living.values() if each.is_well and each.lanes.current(engine.pipeline)]
+            if keepers:
+                raise Hoarded(f"{engine} waits in epoch {engine.core.epoch}, and has a lane on {keepers[0]}")
 
     def note_served(self, pipelines: Iterable[Pipeline]) -> None:
         """The controller sees these pipelines so after an event: who serves waits for nobody."""

@@ -96,6 +96,11 @@ class Node(Process):
         """What it has for good, and has to be found out; completes "node-0-1#1 ..."."""
         return "hangs" if self.thread.hangs else "is deaf" if self.deaf else ""
 
+    @property
+    def is_well(self) -> bool:
+        """Whether it does at once what it is told."""
+        return not self.frozen and not self.ails and self.speed.factor == 1.0
+
     # ---- what it says to the controller
 
     def introduce(self) -> None:

@@ -148,6 +148,38 @@ def test_an_engine_that_waits_is_formed_anew_even_with_the_nodes_that_it_names()
     assert driver.state(0) is PipelineState.RECOVERING
 
 
+def crowded() -> Driver:
+    """Pipeline 0 borrows stage 0 of pipeline 1, whose node has no more lanes, and waits for a node of stage 1."""
+    driver = Driver(pipelines=3).serve()
+    for node, pipeline in (("node-0-0", 0), ("node-1-1", 1)):
+        (order,) = orders(driver.exited(node))
+        driver.formed(pipeline, order.epoch)
+    (order,) = orders(driver.exited("node-0-1"))
+    assert isinstance(order, Suspend)
+    assert (order.stage, order.lost_stages) == (Stage(1), (Stage(1),))
+    return driver
+
+
+def test_a_pipeline_that_waits_gives_back_what_it_has_borrowed():
+    driver = crowded()
+    epoch = driver.cluster.pipelines[0].epoch
+    # Its engine has not left the lane yet, so nobody else can have it.
+    (order,) = orders(driver.exited("node-2-0"))
+    assert isinstance(order, Suspend)
+    (order,) = orders([*driver.report(0, running=1, epoch=epoch), *driver.tick()])
+    assert (order.pipeline, [info.member.node for info in order.nodes]) == (2, ["node-1-0", "node-2-1"])
+
+
+def test_a_pipeline_that_waits_tells_only_of_stages_that_nobody_could_serve():
+    driver = crowded()
+    driver.report(0, running=1, epoch=driver.cluster.pipelines[0].epoch)
+    row = status_document(driver.cluster, 1)["pipelines"][0]
+    assert (row["nodes"], row["waiting_for"]["stages"]) == ([None, None], [1])
+    # What it has given back it takes again when the other stage has a node.
+    (order,) = orders(driver.ready("node-0-1", 2))
+    assert [info.member.node for info in order.nodes] == ["node-1-0", "node-0-1"]
+
+
 def test_the_status_tells_who_waits_and_how_long_still():
     driver = bereft()
     driver.tick(12.3)
