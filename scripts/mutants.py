@@ -53,6 +53,33 @@ MUTANTS = (
         "tests/unit/node/test_lanes.py",
     ),
     Mutant(
+        "a lane goes on over a connection that was made anew",
+        "node/lanes.py",
+        "if lane is None or engine == lane.engine:",
+        "lane.engine = engine if lane is not None else b''\n        if True:",
+        "tests/unit/node/test_lanes.py",
+    ),
+    Mutant(
+        "nobody notices that a pipeline stands still",
+        "recovery/standstill.py",
+        "if report.still_seconds < self._patience:",
+        "if True:",
+    ),
+    Mutant(
+        "a lost Leave is not said again",
+        "recovery/watched.py",
+        "return [Leave(each.node) for each in due]",
+        "return []",
+        "tests/unit/recovery/test_watched.py",
+    ),
+    Mutant(
+        "a lost Formed is not asked for again",
+        "recovery/formation.py",
+        "if behind or unanswered:",
+        "if behind:",
+        "tests/unit/recovery/test_engines.py",
+    ),
+    Mutant(
         "a node lets an old epoch open its lane",
         "node/lanes.py",
         "        if epoch <= self.epochs.get(pipeline, 0):\n            return None\n",

@@ -67,14 +67,14 @@ class Driver:
         answer = seconds or Phases(relink=0.01, restore=0.02, recompute=0.03, reissue=0.04)
         return self.do(events.Formed(PipelineId(pipeline), Epoch(epoch), answer, requests, lost, tokens))
 
-    def report(self, pipeline, running=0, waiting=0, in_flight=0, coverage=(), epoch=0):
+    def report(self, pipeline, running=0, waiting=0, in_flight=0, coverage=(), epoch=0, forming=False):
         """`coverage` holds (stage, standby or None, live tokens, covered tokens) for stages that are replicated."""
         rows = tuple(
             LaneCoverage(Stage(stage), self.named(standby).member if standby else None, live, covered, 0, 0)
             for stage, standby, live, covered in coverage
         )
         load = (PipelineId(pipeline), running, waiting, in_flight, 100)
-        return self.do(events.EngineReport(*load, replication=rows, epoch=Epoch(epoch)))
+        return self.do(events.EngineReport(*load, replication=rows, epoch=Epoch(epoch), forming=forming))
 
     def exited(self, node, incarnation=1, alive_at=None):
         when = self.now if alive_at is None else alive_at

@@ -56,6 +56,9 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """A node whose step is overdue while its peers are idle is fenced after this long."""
     deaf_after_ms: int = 5_000
     """A node that beats, but does not hear the controller, is fenced after this long."""
+    still_after_ms: int = 1_000
+    """A pipeline whose engine waits while no node works for it is formed anew after this long; twice as long after each
+    time within half a minute."""
     engine_silent_after_ms: int = 2_000
     """An engine that has not reported for this long is shown as silent."""
     engine_lost_after_ms: int = 10_000
@@ -174,6 +177,9 @@ def check_timeouts(times: Timeouts) -> None:
         ("confirm_after_ms < deaf_after_ms", times.confirm_after_ms, times.deaf_after_ms),
         ("confirm_after_ms < settle_ms", times.confirm_after_ms, times.settle_ms),
         ("4 x report_interval_ms < engine_silent_after_ms", 4 * times.report_interval_ms, times.engine_silent_after_ms),
+        ("4 x report_interval_ms < still_after_ms", 4 * times.report_interval_ms, times.still_after_ms),
+        ("4 x heartbeat_interval_ms < still_after_ms", 4 * times.heartbeat_interval_ms, times.still_after_ms),
+        ("step_floor_ms < still_after_ms", times.step_floor_ms, times.still_after_ms),
         ("engine_silent_after_ms < engine_lost_after_ms", times.engine_silent_after_ms, times.engine_lost_after_ms),
         ("settle_ms < engine_lost_after_ms", times.settle_ms, times.engine_lost_after_ms),
         ("heartbeat_interval_ms < pace_interval_ms", times.heartbeat_interval_ms, times.pace_interval_ms),

@@ -71,6 +71,8 @@ class Cause(enum.StrEnum):
     SLOW = "slow"
     """A node was far slower than its peers for long."""
     SHARE = "share"
+    LINK = "link"
+    """A connection broke, and what was on its way in it is lost; every node may be well."""
 
     @property
     def is_planned(self) -> bool:

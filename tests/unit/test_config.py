@@ -24,6 +24,12 @@ def test_the_defaults_agree():
         (Timeouts(deaf_after_ms=3_000), "confirm_after_ms < deaf_after_ms"),
         (Timeouts(settle_ms=3_000), "confirm_after_ms < settle_ms"),
         (Timeouts(report_interval_ms=500), "4 x report_interval_ms < engine_silent_after_ms"),
+        (Timeouts(still_after_ms=800), "4 x report_interval_ms < still_after_ms"),
+        (
+            Timeouts(heartbeat_interval_ms=150, step_floor_ms=500, still_after_ms=600, report_interval_ms=100),
+            "4 x heartbeat_interval_ms < still_after_ms",
+        ),
+        (Timeouts(step_floor_ms=1_000), "step_floor_ms < still_after_ms"),
         (Timeouts(engine_silent_after_ms=10_000), "engine_silent_after_ms < engine_lost_after_ms"),
         (Timeouts(settle_ms=10_000), "settle_ms < engine_lost_after_ms"),
         (Timeouts(pace_interval_ms=100), "heartbeat_interval_ms < pace_interval_ms"),

@@ -41,6 +41,7 @@ from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.detector import Beat, Detector
 from kevlarflow.recovery.events import AnyCommand, AnyEvent
 from kevlarflow.recovery.pace import Paces
+from kevlarflow.recovery.standstill import Stillness, Work
 from kevlarflow.recovery.status import status_document
 from kevlarflow.types import Member, PipelineId
 from kevlarflow.wire import flight_record, messages
@@ -77,6 +78,7 @@ class Controller:
         self.watcher: LocalProcessWatcher[Member | EngineProcess] = LocalProcessWatcher()
         self.detector = Detector(config.timeouts, self)
         self.paces = Paces(config)
+        self.stillness = Stillness(config.timeouts, config.pipelines)
         self.launcher = LauncherClient(config.launcher_path)
         self.observers = Observers(hub, self.cluster)
         self.peers = Peers()
@@ -214,6 +216,7 @@ class Controller:
         self.handle(events.NodeExited(member, alive_at, flight_record.read(Path(self.config.run_folder), member)), now)
         self.detector.forget(member)
         self.paces.forget(member)
+        self.stillness.forget(member)
         self.peers.remove_member(member)
 
     def _watch_member(self, member: Member, pids: tuple[int, ...], now: float) -> None:
@@ -285,6 +288,7 @@ class Controller:
         )
         for event in self.detector.beat(member, now, beat):
             self.handle(event, now)
+        self.stillness.beat(member, Work(heartbeat.step_pipeline, heartbeat.done), now)
         if heartbeat.pace is not None:
             for slow in self.paces.hear(member, self.cluster.slots[member.node].stage, heartbeat.pace, now):
                 self.handle(slow, now)
@@ -312,7 +316,13 @@ class Controller:
         if pipeline is None or self.peers.engines.get(pipeline) != peer:
             self._ask_for_introduction(peer, now)
             return
-        self.handle(event_of(message), now)
+        event = event_of(message)
+        self.handle(event, now)
+        known = self.cluster.pipeline(pipeline)
+        if isinstance(event, events.EngineReport) and known is not None:
+            still = self.stillness.judge(event, known.members, now)
+            if still is not None:
+                self.handle(still, now)
 
     def _ask_for_introduction(self, peer: bytes, now: float) -> None:
         if self.peers.may_ask(peer, now):

@@ -41,6 +41,8 @@ def event_of(message: FromPeer) -> events.AnyEvent:
                 kv_blocks=message.kv_blocks,
                 replication=message.replication,
                 epoch=message.epoch,
+                forming=message.forming,
+                still_seconds=message.still_seconds,
             )
         case messages.Formed():
             return events.Formed(
@@ -51,8 +53,8 @@ def event_of(message: FromPeer) -> events.AnyEvent:
                 lost_requests=message.lost_requests,
                 recomputed_tokens=message.recomputed_tokens,
             )
-        case messages.MemberFailed(pipeline=pipeline, member=member, reason=reason, epoch=epoch):
-            return events.MemberFailed(pipeline, epoch, member, reason)
+        case messages.MemberFailed(pipeline=pipeline, member=member, reason=reason, epoch=epoch, unlinked=unlinked):
+            return events.MemberFailed(pipeline, epoch, member, reason, unlinked)
 
 
 def order_of(

@@ -110,11 +110,20 @@ class Attendant(threading.Thread):
 
     def _report_load(self, controller: zmq.Socket[bytes]) -> None:
         session = self._session
+        session.glance()
         # Before the rest is looked at: a report must not seem newer than it is.
         epoch = Epoch(session.epoch)
         running, waiting, blocks = self._load() if self._load else (0, 0, 0)
         report = EngineReport(
-            session.pipeline, running, waiting, blocks, session.in_flight, session.replication(), epoch
+            session.pipeline,
+            running,
+            waiting,
+            blocks,
+            session.in_flight,
+            session.replication(),
+            epoch,
+            session.forming,
+            session.still_seconds,
         )
         self._send(controller, report)
 

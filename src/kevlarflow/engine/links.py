@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 import zmq
 
-from kevlarflow.types import NodeInfo, Stage
+from kevlarflow.types import Member, NodeInfo, Stage
 from kevlarflow.wire import steps
 
 log = logging.getLogger("kevlarflow.engine")
@@ -16,6 +16,8 @@ log = logging.getLogger("kevlarflow.engine")
 FAREWELL_MS = 60_000
 """How long a message to a node that is not used any more may wait for it to listen. One that gets no CPU is not
 declared dead, and a lane that it went on having would keep its blocks from others."""
+MAX_FAREWELLS = 32
+"""Nodes that may have yet to answer that they have left."""
 MAX_WAITING_MESSAGES = 10_000
 """High-water mark of each socket, in messages."""
 
@@ -26,6 +28,8 @@ class NodeLinks:
     def __init__(self, bell: int) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._farewells: dict[Member, zmq.Socket[bytes]] = {}
+        """Channels to nodes that are not used any more, until they have answered that they have left."""
         self._nodes: tuple[NodeInfo, ...] = ()
         self._bell = bell
         self._poller = zmq.Poller()
@@ -40,9 +44,14 @@ class NodeLinks:
             self._sockets.pop(address).close(linger=0)
         for address in wanted - self._sockets.keys():
             self._sockets[address] = self._open(address)
+        for node in nodes:
+            self._part(node.member, linger_ms=0)
+        self._poll_all()
+
+    def _poll_all(self) -> None:
         self._poller = zmq.Poller()
         self._poller.register(self._bell, zmq.POLLIN)
-        for sock in self._sockets.values():
+        for sock in (*self._sockets.values(), *self._farewells.values()):
             self._poller.register(sock, zmq.POLLIN)
 
     def _open(self, address: str) -> zmq.Socket[bytes]:
@@ -58,16 +67,32 @@ class NodeLinks:
         for sock in self._sockets.values():
             sock.close(linger=0)
         self._sockets.clear()
+        for member in list(self._farewells):
+            self._part(member, FAREWELL_MS)
 
     def send(self, stage: Stage, header: steps.AnyStepMessage, *payload: bytes) -> None:
         """Send to the node of `stage`, without waiting."""
         self._send(self._sockets[self._nodes[stage].step_address], header, payload)
 
-    def send_once(self, address: str, header: steps.AnyStepMessage) -> None:
-        """Send to a node that is not part of the pipeline any more."""
-        sock = self._open(address)
-        self._send(sock, header, ())
-        sock.close(linger=FAREWELL_MS)
+    def send_farewell(self, node: NodeInfo, header: steps.AnyStepMessage) -> None:
+        """Send to a node that is not part of the pipeline any more; until `part` its answer may come."""
+        if node.member not in self._farewells:
+            if len(self._farewells) >= MAX_FAREWELLS:
+                self._part(next(iter(self._farewells)), FAREWELL_MS)
+            sock = self._farewells[node.member] = self._open(node.step_address)
+            sock.setsockopt(zmq.LINGER, FAREWELL_MS)
+            self._poll_all()
+        self._send(self._farewells[node.member], header, ())
+
+    def part(self, member: Member) -> None:
+        """A node that is not part of the pipeline any more has answered."""
+        self._part(member, linger_ms=0)
+        self._poll_all()
+
+    def _part(self, member: Member, linger_ms: int) -> None:
+        sock = self._farewells.pop(member, None)
+        if sock is not None:
+            sock.close(linger=linger_ms)
 
     def _send(self, sock: zmq.Socket[bytes], header: steps.AnyStepMessage, payload: Sequence[bytes]) -> None:
         try:
@@ -83,7 +108,7 @@ class NodeLinks:
         """
         received: list[tuple[steps.AnyStepMessage, list[bytes]]] = []
         ready = dict(self._poller.poll(timeout_ms))
-        for sock in [sock for sock in self._sockets.values() if sock in ready]:
+        for sock in [sock for sock in (*self._sockets.values(), *self._farewells.values()) if sock in ready]:
             while True:
                 try:
                     frame, *payload = sock.recv_multipart(zmq.NOBLOCK)

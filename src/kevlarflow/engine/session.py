@@ -29,8 +29,8 @@ from kevlarflow.recovery import pipeline_events as core
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.forming import Phase
 from kevlarflow.recovery.ledger import Step
-from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Limits
+from kevlarflow.recovery.watched import LaneLeft, TimePassed, WatchedPipeline
 from kevlarflow.types import LaneCoverage, Member, PipelineId, Stage
 from kevlarflow.wire import steps
 from kevlarflow.wire.messages import AnyMessage, Form, Formed, Hasten, MemberFailed, Standbys, Suspend
@@ -40,6 +40,9 @@ log = logging.getLogger("kevlarflow.engine")
 
 MAX_ORDERS = 1_000
 """Orders of the controller that may wait; only the newest counts."""
+PUMP_MS = 200
+"""How long the engine thread waits for messages before it looks at the time."""
+DESCRIBE_AGAIN_SECONDS = 1.0
 
 
 class StepFuture(Future[Any]):
@@ -62,7 +65,7 @@ class Session:
 
     def __init__(self, pipeline: PipelineId, limits: Limits) -> None:
         self.pipeline = pipeline
-        self._core = Pipeline(limits)
+        self._core = WatchedPipeline(limits)
         self._door = threading.Lock()
         self._mailbox: collections.deque[Form | Suspend | Standbys | Hasten] = collections.deque(maxlen=MAX_ORDERS)
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -71,7 +74,9 @@ class Session:
         self._futures: dict[int, StepFuture] = {}
         self._payloads: dict[int, tuple[bytes, bytes]] = {}
         self._outputs: dict[int, Any] = {}
-        self._descriptions: list[bytes] = []
+        self._descriptions: dict[Stage, bytes] = {}
+        self._read_all_at = 0.0
+        """When no message was waiting to be read. What waits unread is nobody's fault but ours."""
         self._orders = SchedulerOrders()
         """What the scheduler has yet to hear."""
         self.shares = 1
@@ -116,7 +121,7 @@ class Session:
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._door:
             while not future.done() and (deadline is None or time.monotonic() < deadline):
-                self._pump(1_000)
+                self._pump(PUMP_MS)
 
     def note_lost(self, requests: int) -> None:
         """The scheduler ended this many requests with an error."""
@@ -147,6 +152,16 @@ class Session:
         """The current members, in stage order."""
         return self._core.members
 
+    @property
+    def forming(self) -> bool:
+        """Whether the nodes have yet to answer in the current epoch."""
+        return self._core.phase is Phase.FORMING
+
+    @property
+    def still_seconds(self) -> float:
+        """How long it has waited for its nodes without an answer, as of when all messages were read."""
+        return self._core.still_seconds(self._read_all_at)
+
     # ---- start-up
 
     def wait_formed(self, timeout: float) -> list[Any]:
@@ -158,13 +173,16 @@ class Session:
         with self._door:
             while self._core.phase is not Phase.SERVING and time.monotonic() < deadline:
                 self._pump(100)
-            for stage in range(len(self._core.nodes)):
-                self._links.send(Stage(stage), steps.Describe())
+            due = 0.0
             while len(self._descriptions) < max(1, len(self._core.nodes)) and time.monotonic() < deadline:
+                if time.monotonic() >= due:
+                    due = time.monotonic() + DESCRIBE_AGAIN_SECONDS
+                    for stage in set(map(Stage, range(len(self._core.nodes)))) - self._descriptions.keys():
+                        self._links.send(stage, steps.Describe())
                 self._pump(100)
         if len(self._descriptions) < max(1, len(self._core.nodes)):
             raise StartupFailed(f"pipeline {self.pipeline} was not formed within {timeout:.0f} s: see the nodes' logs")
-        return [pickle.loads(description) for description in self._descriptions]
+        return [pickle.loads(description) for _, description in sorted(self._descriptions.items())]
 
     def close(self) -> None:
         """Give up the lanes and close all channels."""
@@ -194,12 +212,24 @@ class Session:
                 self._door.release()
         return bool(self._mailbox) or self._core.phase is Phase.FORMING
 
+    def glance(self) -> None:
+        """Read what waits, if nobody else does."""
+        if self._door.acquire(blocking=False):
+            try:
+                self._pump(0)
+            finally:
+                self._door.release()
+
     # ---- behind the door
 
     def _pump(self, timeout_ms: int) -> None:
         self._take_orders()
-        for header, payload in self._links.receive(timeout_ms):
+        received = self._links.receive(timeout_ms)
+        for header, payload in received:
             self._receive(header, payload)
+        if not received:
+            self._read_all_at = time.monotonic()
+        self._handle(TimePassed())
         self._take_orders()
 
     def _take_orders(self) -> None:
@@ -236,8 +266,8 @@ class Session:
                 self._handle(core.StepBroken(epoch, sequence, stage, reason))
             case steps.Replicated():
                 self._replicated(header)
-            case steps.Description():
-                self._descriptions.append(payload[0])
+            case steps.Description(stage):
+                self._descriptions[stage] = payload[0]
             case _:
                 self._receive_while_forming(header)
 
@@ -251,9 +281,20 @@ class Session:
                 self._handle(core.StageRestored(epoch, stage))
             case steps.Placed(epoch=epoch, stage=stage, missing=missing, fuller=fuller):
                 self._handle(core.ReplicasPlaced(epoch, stage, _replicas(missing), _replicas(fuller)))
-            case steps.Refused(epoch=epoch, stage=stage, reason=reason):
-                if epoch == self._core.epoch:
-                    self._member_failed(stage, reason)
+            case steps.Left(epoch=epoch, member=member):
+                self._links.part(member)
+                self._handle(LaneLeft(epoch, member))
+            case _:
+                self._receive_complaint(header)
+
+    def _receive_complaint(self, header: steps.AnyStepMessage) -> None:
+        match header:
+            case steps.Refused(epoch=epoch, stage=stage, reason=reason) if epoch == self._core.epoch:
+                self._member_failed(stage, reason)
+            case steps.Unlinked(epoch=epoch, stage=stage) if epoch == self._core.epoch:
+                self._member_failed(stage, "the connection to it broke", unlinked=True)
+            case steps.Refused() | steps.Unlinked():
+                pass
             case _:
                 self._links.dropped += 1
 
@@ -294,7 +335,7 @@ class Session:
             reports.append(lane)
         return tuple(reports)
 
-    def _handle(self, event: core.Event) -> None:
+    def _handle(self, event: core.Event | LaneLeft | TimePassed) -> None:
         epoch = self._core.epoch
         commands = self._core.handle(event, time.monotonic())
         if self._core.epoch != epoch and self._core.phase is Phase.FORMING:
@@ -330,7 +371,7 @@ class Session:
                 payload = pickle.dumps(usable, pickle.HIGHEST_PROTOCOL)
                 self._links.send(stage, steps.Join(pipeline, epoch, stage, following, orphans), payload)
             case core.Leave(node):
-                self._links.send_once(node.step_address, steps.Leave(pipeline, epoch))
+                self._links.send_farewell(node, steps.Leave(pipeline, epoch))
             case core.Recompute(sequence, chunk):
                 self._send_to_all(
                     chunk.through + 1,
@@ -340,8 +381,8 @@ class Session:
             case core.Restore(entries, held):
                 payload = pickle.dumps((entries, held), pickle.HIGHEST_PROTOCOL)
                 self._send_to_all(len(nodes), steps.Restore(pipeline, epoch), payload)
-            case core.AssignStandby(stage, standby):
-                self._links.send(stage, steps.AssignStandby(pipeline, epoch, standby))
+            case core.AssignStandby(stage, standby, anew):
+                self._links.send(stage, steps.AssignStandby(pipeline, epoch, standby, anew))
             case core.Place(stage, now, later):
                 payload = pickle.dumps((now, later), pickle.HIGHEST_PROTOCOL)
                 self._links.send(stage, steps.Place(pipeline, epoch), payload)
@@ -366,8 +407,8 @@ class Session:
         self._outputs.pop(sequence, None)
         self._futures.pop(sequence).set_result(value)
 
-    def _member_failed(self, stage: Stage, reason: str) -> None:
-        self._report(MemberFailed(self.pipeline, self._core.nodes[stage].member, reason, self._core.epoch))
+    def _member_failed(self, stage: Stage, reason: str, *, unlinked: bool = False) -> None:
+        self._report(MemberFailed(self.pipeline, self._core.nodes[stage].member, reason, self._core.epoch, unlinked))
 
     def _report(self, message: AnyMessage) -> None:
         self.reports.append(message)

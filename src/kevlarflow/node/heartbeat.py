@@ -115,6 +115,7 @@ class HeartbeatThread(threading.Thread):
             step.is_overdue,
             number=self._beats,
             heard=self._heard,
+            done=dict(self._progress.done),
             pace=self._pace.report() if reports else None,
         )
 

@@ -47,9 +47,9 @@ class LaneReplicas:
             lane.replication.epoch = lane.epoch
         return lane.replication
 
-    def assign(self, lane: Lane, standby: NodeInfo | None) -> None:
-        """Replicate to `standby` from now on."""
-        self._replicator.assign(self._of(lane), standby)
+    def assign(self, lane: Lane, standby: NodeInfo | None, *, anew: bool = False) -> None:
+        """Replicate to `standby` from now on; `anew`: send everything once more."""
+        self._replicator.assign(self._of(lane), standby, anew=anew)
 
     def hasten(self, lane: Lane) -> None:
         """The lane is about to move: copy every token at once, until it is opened again."""

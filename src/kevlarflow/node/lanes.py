@@ -55,7 +55,7 @@ class Lane:
     link: Any = None
     """PUSH socket to the next stage; None at the last."""
     engine: bytes = b""
-    """Address of the engine that opened it."""
+    """Address of the engine that opened it; a connection that is made anew has another one."""
     replication: LaneReplication | None = None
     rest: list[tuple[Replica, memoryview]] = dataclasses.field(default_factory=list)
     """Replicas that `PlaceRest` will put in place."""
@@ -135,6 +135,17 @@ class Lanes:
         if lane is None or lane.broken or work.header.epoch != lane.epoch or len(lane.queue) >= MAX_QUEUED_WORK:
             return False
         lane.queue.append(work)
+        return True
+
+    def loses_touch(self, pipeline: PipelineId, epoch: Epoch, engine: bytes) -> bool:
+        """Whether a message of the lane's epoch comes over another connection than the order that opened it.
+
+        What was on its way when that broke may be lost. So the lane is broken off: it takes no more work in this epoch.
+        """
+        lane = self.current(pipeline, epoch)
+        if lane is None or engine == lane.engine:
+            return False
+        self.break_off(lane)
         return True
 
     def break_off(self, lane: Lane) -> None:

@@ -177,9 +177,12 @@ class NodeServer:
                 self.dropped += 1
 
     def _take(self, engine: bytes, header: steps.AnyStepMessage, payload: list[bytes]) -> None:
+        if isinstance(header, steps.OF_A_LANE) and self._lanes.loses_touch(header.pipeline, header.epoch, engine):
+            self._answer(engine, steps.Unlinked(header.pipeline, header.epoch, self._stage))
+            return
         match header:
             case steps.Describe():
-                self._answer(engine, steps.Description(), self._description)
+                self._answer(engine, steps.Description(self._stage), self._description)
             case steps.Join() | steps.Leave() | steps.AssignStandby() | steps.Hasten():
                 # Should this never end, no work would ever begin again.
                 self._progress.begin(header.pipeline)
@@ -201,6 +204,7 @@ class NodeServer:
                 self._join(engine, header, payload)
             case steps.Leave():
                 self._leave(header)
+                self._answer(engine, steps.Left(header.pipeline, header.epoch, self._member))
             case _:
                 self._take_about_replicas(header)
 
@@ -209,7 +213,7 @@ class NodeServer:
         if lane is None or self._replicas is None:
             return
         if isinstance(header, steps.AssignStandby):
-            self._replicas.assign(lane, header.standby)
+            self._replicas.assign(lane, header.standby, anew=header.anew)
         else:
             self._replicas.hasten(lane)
 

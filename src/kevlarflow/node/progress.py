@@ -51,6 +51,8 @@ class Progress:
     """See the module's text. It is made on the thread that runs the steps, or is given the clock of that."""
 
     def __init__(self, floor_seconds: float, clock: Clock | None = None) -> None:
+        self.done: dict[PipelineId, int] = {}
+        """Pieces of work that are done, by pipeline."""
         self._floor = floor_seconds
         self._running: _Running | None = None
         self._longest: dict[int, Longest] = {}
@@ -70,6 +72,8 @@ class Progress:
     def end(self) -> None:
         """The step is done."""
         running, self._running = self._running, None
+        if running is not None:
+            self.done[running.pipeline] = self.done.get(running.pipeline, 0) + 1
         if running is None or running.size is None:
             return
         computing, sleeping = _since(running.began, self._clock.spent())

@@ -78,9 +78,9 @@ class Replicator(threading.Thread):
         self._source.leave(pipeline)
         self.ring()
 
-    def assign(self, lane: LaneReplication, standby: NodeInfo | None) -> None:
-        """Replicate the lane to `standby` from now on; None: to nobody."""
-        if self._source.assign(lane, standby):
+    def assign(self, lane: LaneReplication, standby: NodeInfo | None, *, anew: bool = False) -> None:
+        """Replicate the lane to `standby` from now on; None: to nobody; `anew`: everything once more."""
+        if self._source.assign(lane, standby, anew=anew):
             self.ring()
 
     def ring(self) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kevlarflow.config import ServeConfig
-from kevlarflow.recovery import drain, events, formation, moves, nodes, slowness, standbys
+from kevlarflow.recovery import drain, events, formation, moves, nodes, slowness, standbys, standstill
 from kevlarflow.recovery.events import AnyCommand, AnyEvent, KillNode, Snapshot
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import subject
@@ -99,6 +99,7 @@ _HANDLERS: dict[type, Callable[[Grid, Any], None]] = {
     events.EngineReady: formation.on_engine_ready,
     events.EngineReport: formation.on_report,
     events.EngineLost: formation.on_engine_lost,
+    events.PipelineStill: standstill.on_still,
     events.Formed: formation.on_formed,
     events.MemberFailed: formation.on_member_failed,
     events.DrainRequested: drain.on_drain_requested,

@@ -213,6 +213,18 @@ class EngineReport(Event, frozen=True):
     replication: tuple[LaneCoverage, ...] = ()
     epoch: Epoch = Epoch(0)
     """The epoch that it serves in, or was last told of; 0: not known."""
+    forming: bool = False
+    """Whether it has yet to say `Formed` in that epoch."""
+    still_seconds: float = 0.0
+    """How long it has waited for its nodes without any answer."""
+
+
+class PipelineStill(Event, frozen=True):
+    """An engine waits for its nodes, and none of them is at work for it: something was lost on its way."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    seconds: float
 
 
 class EngineLost(Event, frozen=True):
@@ -240,6 +252,8 @@ class MemberFailed(Event, frozen=True):
     epoch: Epoch
     member: Member
     reason: str
+    unlinked: bool = False
+    """Whether only the connection to it broke."""
 
 
 class DrainRequested(Event, frozen=True):
@@ -260,7 +274,7 @@ class JoinRequested(Event, frozen=True):
 AnyEvent = (
     ClusterBegun | ControllerResumed | Tick | NodeLaunched | LaunchFailed | NodeStarting | NodeReady | NodeFailed
     | NodeExited | NodeSuspected | NodeCleared | NodeSilent | NodeSlow | EngineAttached | EngineReady | EngineReport
-    | EngineLost | Formed | MemberFailed | DrainRequested | JoinRequested
+    | EngineLost | PipelineStill | Formed | MemberFailed | DrainRequested | JoinRequested
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import msgspec
 
-from kevlarflow.recovery import drain, events, records, shares, waiting
+from kevlarflow.recovery import drain, events, records, shares, standstill, waiting
 from kevlarflow.recovery.events import Form, KillEngine, KillNode
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import NO_EPOCH, Pipeline, subject
@@ -87,6 +87,7 @@ def detach(grid: Grid, pipeline: Pipeline) -> None:
     pipeline.leaving |= {member for member in pipeline.members if member is not None}
     pipeline.members = [None] * len(pipeline.members)
     pipeline.forming = pipeline.formed = pipeline.reform = False
+    pipeline.relink_at = None
     pipeline.order = None
     pipeline.wait_until = None
     pipeline.given_back.clear()
@@ -128,15 +129,21 @@ def on_report(grid: Grid, event: events.EngineReport) -> None:
 
 
 def _hear(grid: Grid, pipeline: Pipeline, report: events.EngineReport) -> None:
-    """The engine speaks. If an order has not reached it after a while, send it again; it knows by the epoch."""
+    """The engine speaks. If an order has not reached it after a while, or its answer us, send the order again.
+
+    It knows by the epoch that it comes again, and answers again.
+    """
     pipeline.engine.heard_at = grid.now
     if pipeline.engine.state is EngineState.SILENT:
         pipeline.engine.state = EngineState.READY
         grid.narrate(f"the engine of {subject(pipeline.id)} reports again")
     order = pipeline.order
-    behind = order is not None and NO_EPOCH < report.epoch < order.epoch
-    if order is not None and behind and grid.now - pipeline.ordered_at >= RESEND_SECONDS:
-        pipeline.ordered_at = grid.now
+    if order is None or grid.now - pipeline.sent_at < RESEND_SECONDS:
+        return
+    behind = NO_EPOCH < report.epoch < order.epoch
+    unanswered = pipeline.forming and report.epoch == order.epoch and not report.forming
+    if behind or unanswered:
+        pipeline.sent_at = grid.now
         grid.command(order)
 
 
@@ -180,6 +187,9 @@ def on_member_failed(grid: Grid, event: events.MemberFailed) -> None:
         # It is not known yet whether all of them live; but what they serve has to be formed anew in any case.
         pipeline.reform = True
     if event.member not in pipeline.members:
+        return
+    if event.unlinked:
+        standstill.on_unlinked(grid, event)
         return
     grid.tell(event.member.node, f"{subject(pipeline.id)} could not use it: {event.reason}")
     pipeline.complaints.setdefault(event.member, grid.now + COMPLAINT_SECONDS)
@@ -255,6 +265,8 @@ def reconcile(grid: Grid, pipeline: Pipeline) -> None:
     holes = pipeline.holes
     if holes:
         _fill(grid, pipeline, holes)
+    elif standstill.is_due(grid, pipeline):
+        form(grid, pipeline, {}, Cause.LINK)
     elif pipeline.reform or (pipeline.formed and _living(grid, pipeline.leaving)):
         form(grid, pipeline, {}, Cause.ATTACH if pipeline.state is PipelineState.STARTING else Cause.CRASH)
 
@@ -403,8 +415,9 @@ def form(grid: Grid, pipeline: Pipeline, chosen: dict[Stage, NodeInfo], cause: C
     grid.step_pipeline(pipeline, PipelineStep.FORM)
     pipeline.forming = True
     pipeline.formed = pipeline.reform = False
+    pipeline.relink_at = None
     pipeline.engine.report_is_new = False
-    pipeline.ordered_at = grid.now
+    pipeline.sent_at = grid.now
     pipeline.shares = shares.shares(grid, pipeline)
     pipeline.order = Form(
         pipeline=pipeline.id,

@@ -177,12 +177,19 @@ class Pipeline:
     """Lanes that share the KV memory of its busiest node, as its engine was told."""
     order: Form | Suspend | None = None
     """The last order to the engine."""
-    ordered_at: float = 0.0
-    """When that was sent."""
+    sent_at: float = 0.0
+    """When that was sent, or sent again."""
     wait_until: float | None = None
     """When its requests end if it cannot be formed before; None unless a stage has no node."""
     standbys: tuple[NodeInfo | None, ...] = ()
     """Who keeps the replicas of each stage, as the engine was told."""
+    standbys_told_at: float = 0.0
+    relink_at: float | None = None
+    """When it must be formed once more, since something was lost on its way."""
+    relink_news: str = ""
+    """Why."""
+    relinked: list[float] = dataclasses.field(default_factory=list)
+    """When that was done in the last half minute."""
     leaving: set[Member] = dataclasses.field(default_factory=set)
     """Living members that may still hold a lane of this pipeline, though it is not used any more."""
     given_back: set[Member] = dataclasses.field(default_factory=set)

@@ -174,7 +174,7 @@ class Pipeline:
         commands += [Leave(node) for node in sorted(left, key=lambda node: node.member)]
         commands += [Join(stage, self._giving_way.usable, order.orphans) for stage in sorted(stages)]
         commands += [
-            AssignStandby(stage, self._watermarks.standby_for(stage, self.nodes[stage].member))
+            AssignStandby(stage, self._watermarks.standby_for(stage, self.nodes[stage].member), order.anew)
             for stage in self._watermarks.stages
         ]
         commands += self._place(self._forming) or self._resume(self._forming)

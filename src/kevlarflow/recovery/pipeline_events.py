@@ -32,6 +32,8 @@ class FormationOrdered:
     """Whether a node was lost: the steps in flight may be to blame."""
     losses: tuple[Loss, ...] = ()
     """What lost nodes were computing, as far as it is known."""
+    anew: bool = False
+    """Whether messages were lost: standbys are to get every copy once more."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,6 +161,8 @@ class AssignStandby:
 
     stage: Stage
     standby: NodeInfo | None
+    anew: bool = False
+    """Whether it is to get every copy once more."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

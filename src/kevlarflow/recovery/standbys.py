@@ -14,6 +14,9 @@ from kevlarflow.recovery.members import Pipeline
 from kevlarflow.recovery.planner import choose
 from kevlarflow.types import NodeInfo, NodeState, Stage
 
+TELL_AGAIN_SECONDS = 1.0
+"""How long it may take until a report shows the standbys that an engine was told."""
+
 
 def assign(grid: Grid, pipeline: Pipeline) -> None:
     """Tell the engine when a standby has changed."""
@@ -23,9 +26,19 @@ def assign(grid: Grid, pipeline: Pipeline) -> None:
     standbys = tuple(_standby(grid, pipeline, Stage(stage)) for stage in range(len(pipeline.members)))
     # A new engine has none; one that an earlier life of the controller has told may have one that is gone.
     nobody = (None,) * len(standbys) if grid.resumed_at is None else ()
-    if standbys != (pipeline.standbys or nobody):
+    if standbys != (pipeline.standbys or nobody) or _was_lost(grid, pipeline):
         pipeline.standbys = standbys
+        pipeline.standbys_told_at = grid.now
         grid.command(AssignStandbys(pipeline.id, standbys))
+
+
+def _was_lost(grid: Grid, pipeline: Pipeline) -> bool:
+    """Whether the engine's reports go on naming others than it was told a while ago."""
+    report = pipeline.engine.report
+    if report is None or not pipeline.engine.report_is_new or grid.now - pipeline.standbys_told_at < TELL_AGAIN_SECONDS:
+        return False
+    told = [info.member if info is not None else None for info in pipeline.standbys]
+    return bool(told) and any(row.standby != told[row.stage] for row in report.replication)
 
 
 def _standby(grid: Grid, pipeline: Pipeline, stage: Stage) -> NodeInfo | None:

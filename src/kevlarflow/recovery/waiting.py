@@ -35,8 +35,9 @@ def suspend(grid: Grid, pipeline: Pipeline, lacking: list[Stage]) -> None:
     consequence = f"; its requests wait for up to {left:.0f} s" if left > 0 else ": its requests end with an error"
     grid.step_pipeline(pipeline, PipelineStep.SUSPEND)
     pipeline.forming = pipeline.formed = pipeline.reform = False
+    pipeline.relink_at = None
     pipeline.engine.report_is_new = False
-    pipeline.ordered_at = grid.now
+    pipeline.sent_at = grid.now
     lost = tuple(pipeline.holes)
     _give_back_loans(grid, pipeline)
     epoch, losses = grid.raise_epoch(pipeline), tuple(pipeline.losses)

@@ -43,6 +43,8 @@ class LaneReplication:
         self.queue = queue
         self.epoch = Epoch(0)
         self.standby: NodeInfo | None = None
+        self.channels_wanted = 0
+        """Counts the occasions on which a new channel was asked for."""
         self.copied_at = 0.0
         """When the last copy was sent: who waits longest has the first choice of what the cap allows."""
         self.full_bytes = 0
@@ -56,8 +58,10 @@ class LaneReplication:
 class _Channel:
     """A lane's channel to one standby, and what is on its way in it."""
 
-    def __init__(self, standby: NodeInfo, outlet: Outlet, block_bytes: int) -> None:
+    def __init__(self, standby: NodeInfo, number: int, outlet: Outlet, block_bytes: int) -> None:
         self.standby = standby
+        self.number = number
+        """What `channels_wanted` was when it was opened."""
         self.outlet = outlet
         self.unanswered: dict[replicas.Tag, tuple[Replica, memoryview]] = {}
         self.buffers = [memoryview(bytearray(block_bytes)) for _ in range(CHANNEL_PLACES)]
@@ -103,11 +107,15 @@ class Source:
             lane.standby = None
             lane.queue.hold(())
 
-    def assign(self, lane: LaneReplication, standby: NodeInfo | None) -> bool:
-        """Replicate the lane to `standby` from now on; None: to nobody. Returns whether that is news."""
-        if lane.standby == standby:
+    def assign(self, lane: LaneReplication, standby: NodeInfo | None, *, anew: bool = False) -> bool:
+        """Replicate the lane to `standby` from now on; None: to nobody. Returns whether that is news.
+
+        `anew`: send what it has once more, over a new channel, since its answers may have been lost.
+        """
+        if lane.standby == standby and not anew:
             return False
         lane.standby = standby
+        lane.channels_wanted += 1
         return True
 
     # ---- the replication thread
@@ -131,8 +139,8 @@ class Source:
 
     def _channel(self, lane: LaneReplication, transfer: Transfer, now: float) -> _Channel | None:
         """The lane's channel to the standby that it has now, opened if need be; None when there is none."""
-        standby, channel = lane.standby, self._channels.get(lane.pipeline)
-        if channel is not None and channel.standby == standby:
+        wanted, standby, channel = lane.channels_wanted, lane.standby, self._channels.get(lane.pipeline)
+        if channel is not None and channel.standby == standby and channel.number == wanted:
             if channel.closed_at is None:
                 return channel
             if now - channel.closed_at < CLOSED_SECONDS:
@@ -143,7 +151,7 @@ class Source:
         if standby is None:
             return None
         lane.queue.restart()
-        channel = _Channel(standby, transfer.connect(standby.replica_address), self._blocks.block_bytes)
+        channel = _Channel(standby, wanted, transfer.connect(standby.replica_address), self._blocks.block_bytes)
         self._channels[lane.pipeline] = channel
         return channel
 

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kevlarflow.config import ServeConfig
-from kevlarflow.control.translate import event_of, order_of
+from kevlarflow.control.translate import FromPeer, event_of, order_of
 from kevlarflow.recovery import events
 from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.detector import Detector
 from kevlarflow.recovery.events import AnyCommand, AnyEvent, Snapshot
 from kevlarflow.recovery.invariants import Invariants
 from kevlarflow.recovery.pace import Paces
+from kevlarflow.recovery.standstill import Stillness
 from kevlarflow.sim.engine import Engine
 from kevlarflow.sim.network import Process
 from kevlarflow.sim.node import Node
@@ -50,6 +51,7 @@ class Controller(Process):
         self.invariants = Invariants(self.cluster)
         self.detector = Detector(config.timeouts, self)
         self.paces = Paces(config)
+        self.stillness = Stillness(config.timeouts, config.pipelines)
         self.snapshot: Snapshot | None = None
         self.life = 0
         self._engines: dict[PipelineId, Engine] = {}
@@ -70,6 +72,7 @@ class Controller(Process):
         self.invariants = Invariants(self.cluster)
         self.detector = Detector(self.config.timeouts, self)
         self.paces = Paces(self.config)
+        self.stillness = Stillness(self.config.timeouts, self.config.pipelines)
         self._engines, self._members = {}, {}
         self._known, self._asked_at, self._watched = set(), {}, set()
         if self.snapshot is None:
@@ -148,6 +151,7 @@ class Controller(Process):
             self._ask(node)
             return
         beat = node.beat(heard=not self.fleet.network.stops(self, node))
+        self.stillness.beat(node.member, node.work(), now)
         for event in self.detector.beat(node.member, now, beat):
             self.handle(event)
         self.detector.answered(node.member, node.beats, now)
@@ -176,6 +180,11 @@ class Controller(Process):
         known = self.cluster.pipeline(pipeline)
         return [each for each in known.members if each is not None and each != member] if known is not None else []
 
+    def lose_connection(self, process: Process) -> None:
+        """The connection to a process has broken: whoever speaks next over another one has to say who it is."""
+        self._known.discard(process)
+        self._asked_at.pop(process, None)
+
     def hear_of_death(self, process: Process) -> None:
         """The process has begun to die; it is noticed a moment later, if it is watched from here."""
         if process in self._watched:
@@ -198,6 +207,7 @@ class Controller(Process):
         self.handle(events.NodeExited(member, min(now, max(alive_at, self.detector.beat_at(member))), record))
         self.detector.forget(member)
         self.paces.forget(member)
+        self.stillness.forget(member)
         node = self._members.pop(member, None)
         if node is not None:
             self._known.discard(node)
@@ -229,10 +239,18 @@ class Controller(Process):
                 else:
                     self.handle(events.EngineLost(pipeline, pid))
             case messages.EngineReady() | messages.EngineReport() | messages.Formed() | messages.MemberFailed():
-                if self._engines.get(message.pipeline) is peer:
-                    self.handle(event_of(message))
+                if self._engines.get(message.pipeline) is peer and peer in self._known:
+                    self._take_from_engine(message)
                 else:
                     self._ask(peer)
+
+    def _take_from_engine(self, message: FromPeer) -> None:
+        event = event_of(message)
+        self.handle(event)
+        if isinstance(event, events.EngineReport):
+            still = self.stillness.judge(event, self.cluster.pipelines[event.pipeline].members, self.timeline.now)
+            if still is not None:
+                self.handle(still)
 
     def _take_from_node(
         self, node: Node, message: messages.NodeStarting | messages.NodeReady | messages.NodeFailed
@@ -280,7 +298,7 @@ class Controller(Process):
         match command:
             case events.Form() | events.Suspend() | events.AssignStandbys() | events.Hasten():
                 engine = self._engines.get(command.pipeline)
-                if engine is not None:
+                if engine is not None and engine in self._known:
                     self._send(engine, functools.partial(engine.post, order_of(command)))
             case events.StartNode(member=member, stage=stage):
                 # The zygote forks even if nobody waits for its answer any more.
@@ -297,7 +315,7 @@ class Controller(Process):
                 self._watch_member(self.fleet.fork(member, stage, self.cluster.slots[member.node].pids[0]), member)
             case events.Retire(member=member):
                 node = self._members.get(member)
-                if node is not None:
+                if node is not None and node in self._known:
                     self._send(node, functools.partial(self.fleet.end_process, node))
 
     def _fork(self, member: Member, stage: int, life: int) -> None:

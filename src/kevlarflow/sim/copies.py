@@ -6,6 +6,7 @@ is chosen to be copied and the copy, a step may run, as on a real node.
 
 from __future__ import annotations
 
+import collections
 import functools
 import struct
 from collections import deque
@@ -90,7 +91,7 @@ class SimTransfer:
     def connect(self, address: str) -> SimOutlet:
         """See `Transfer.connect`."""
         self.fleet.channels += 1
-        return SimOutlet(self, address, f"{self.node.name}/{self.fleet.channels}".encode())
+        return SimOutlet(self, address, f"{self.node.name}/{self.fleet.channels}")
 
     def receive(self) -> Arrival | None:
         """See `Transfer.receive`."""
@@ -99,9 +100,9 @@ class SimTransfer:
     def answer(self, peer: bytes, frame: bytes) -> None:
         """See `Transfer.answer`."""
         outlet = self.outlets[peer]
-        source = outlet.transfer
-        deliver = functools.partial(outlet.deliver, frame)
-        self.fleet.network.send(self.node, source.node, ("outcome", peer), deliver)
+        if outlet.name == peer:
+            deliver = functools.partial(outlet.deliver, frame)
+            self.fleet.network.send(self.node, outlet.transfer.node, ("outcome", outlet.base), deliver)
 
     def wait(self, seconds: float) -> None:
         """Turns are events here."""
@@ -117,28 +118,37 @@ class SimTransfer:
 class SimOutlet:
     """A channel to one standby."""
 
-    def __init__(self, transfer: SimTransfer, address: str, name: bytes) -> None:
+    def __init__(self, transfer: SimTransfer, address: str, base: str) -> None:
         self.transfer = transfer
-        self.name = name
+        self.base = base
         self._address = address
-        self._on_way = 0
+        self._on_way: collections.Counter[bytes] = collections.Counter()
         self._answers: deque[bytes] = deque()
+
+    @property
+    def name(self) -> bytes:
+        """What the standby calls it: another name after each break of the connection."""
+        target = self.transfer.fleet.node_at(self._address)
+        network = self.transfer.fleet.network
+        number = network.connection(self.transfer.node, target) if target is not None else 0
+        return f"{self.base}/{number}".encode()
 
     def send(self, header: bytes, data: memoryview) -> bool:
         """See `Outlet.send`."""
         fleet, node = self.transfer.fleet, self.transfer.node
         target = fleet.node_at(self._address)
-        if self._on_way >= CHANNEL_PLACES or target is None or target.replicator is None:
+        name = self.name
+        if self._on_way[name] >= CHANNEL_PLACES or target is None or target.replicator is None:
             return False
-        self._on_way += 1
-        arrival = Arrival(self.name, header, memoryview(bytes(data)))
-        deliver = functools.partial(target.replicator.deliver, arrival, self)
-        fleet.network.send(node, target, ("copy", self.name), deliver)
+        self._on_way[name] += 1
+        arrive = functools.partial(self._arrive, target.replicator, name, header, memoryview(bytes(data)))
+        fleet.network.send(node, target, ("copy", self.base), arrive)
         return True
 
-    def received(self) -> None:
-        """The standby has taken a copy out of the channel."""
-        self._on_way -= 1
+    def _arrive(self, standby: SimReplicator, name: bytes, header: bytes, data: memoryview) -> None:
+        """The standby takes a copy out of the channel; what outlived a break came over the connection after it."""
+        self._on_way[name] -= 1
+        standby.deliver(Arrival(self.name, header, data), self)
 
     def deliver(self, frame: bytes) -> None:
         """An answer has arrived."""
@@ -181,9 +191,9 @@ class SimReplicator:
         """See `Replicator.leave`."""
         self._source.leave(pipeline)
 
-    def assign(self, lane: LaneReplication, standby: NodeInfo | None) -> None:
+    def assign(self, lane: LaneReplication, standby: NodeInfo | None, *, anew: bool = False) -> None:
         """See `Replicator.assign`."""
-        if self._source.assign(lane, standby):
+        if self._source.assign(lane, standby, anew=anew):
             self.ring()
 
     def ring(self) -> None:
@@ -220,7 +230,6 @@ class SimReplicator:
 
     def deliver(self, arrival: Arrival, outlet: SimOutlet) -> None:
         """A copy has arrived."""
-        outlet.received()
         self._transfer.outlets[arrival.peer] = outlet
         self._standby.take(arrival, self._transfer)
         if self.store.used_bytes > self.store.limit_bytes:

@@ -17,9 +17,9 @@ from kevlarflow.recovery.capacity import without
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.forming import Phase
 from kevlarflow.recovery.ledger import LedgerEntry, Step, StepResult
-from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.recovery.suspicion import POSSIBLE_REASON, REASON
+from kevlarflow.recovery.watched import LaneLeft, TimePassed, WatchedPipeline
 from kevlarflow.sim.errors import NoReason, NotFenced, Unbounded
 from kevlarflow.sim.network import Process
 from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler
@@ -54,7 +54,7 @@ class Engine(Process):
         self.life = life
         self.pid = pid
         shape = fleet.plan.shape
-        self.core = Pipeline(Limits(shape.budget, RECOMPUTED_REQUESTS, shape.block_size, shape.stages))
+        self.core = WatchedPipeline(Limits(shape.budget, RECOMPUTED_REQUESTS, shape.block_size, shape.stages))
         self.scheduler = ToyScheduler(
             fleet.rng,
             Blocks(shape.blocks, shape.block_size),
@@ -101,20 +101,14 @@ class Engine(Process):
     def report(self) -> None:
         """Tell its load."""
         self.fleet.check_left(self)
+        self._handle(TimePassed())
         scheduler = self.scheduler
         running, waiting = len(scheduler.running), len(scheduler.waiting) + len(scheduler.held) + len(self._inputs)
         blocks = self.fleet.plan.shape.blocks if self.started else 0
-        self._tell(
-            messages.EngineReport(
-                self.pipeline,
-                running,
-                waiting,
-                blocks,
-                len(self.core.in_flight),
-                self._replication(),
-                Epoch(self.core.epoch),
-            )
-        )
+        load = (running, waiting, blocks, len(self.core.in_flight))
+        forming, still = self.core.phase is Phase.FORMING, self.core.still_seconds(self.timeline.now)
+        epoch, replication = Epoch(self.core.epoch), self._replication()
+        self._tell(messages.EngineReport(self.pipeline, *load, replication, epoch, forming, still))
 
     def _replication(self) -> tuple[LaneCoverage, ...]:
         reports = []
@@ -291,13 +285,17 @@ class Engine(Process):
 
     def take(self, source: Node, header: steps.AnyStepMessage, payload: Any) -> None:
         """A message of a node has arrived; channels to nodes that are not used any more are closed."""
+        if isinstance(header, steps.Left):
+            self._handle(LaneLeft(header.epoch, header.member))
+            return
         if all(node.member != source.member for node in self.core.nodes):
             return
         event = self._event_of(header, payload)
         if event is None:
-            assert isinstance(header, steps.Refused)
+            assert isinstance(header, steps.Refused | steps.Unlinked)
             if header.epoch == self.core.epoch:
-                self._member_failed(source.member, header.reason)
+                reason = header.reason if isinstance(header, steps.Refused) else ""
+                self._member_failed(source.member, reason, unlinked=isinstance(header, steps.Unlinked))
         elif isinstance(event, core.ReplicasConfirmed):
             self._handle(event)
         else:
@@ -341,7 +339,7 @@ class Engine(Process):
 
     # ---- commands of the core
 
-    def _handle(self, event: core.Event) -> None:
+    def _handle(self, event: core.Event | LaneLeft | TimePassed) -> None:
         epoch = self.core.epoch
         commands = self.core.handle(event, self.timeline.now)
         if self.core.epoch != epoch and self.core.phase is Phase.FORMING:
@@ -411,8 +409,8 @@ class Engine(Process):
                 self._send_to(chunk.through + 1, header, (chunk,))
             case core.Restore(entries, held):
                 self._send_to(len(nodes), steps.Restore(pipeline, epoch), (_as_sent(entries), held))
-            case core.AssignStandby(stage, standby):
-                self._send(nodes[stage], steps.AssignStandby(pipeline, epoch, standby))
+            case core.AssignStandby(stage, standby, anew):
+                self._send(nodes[stage], steps.AssignStandby(pipeline, epoch, standby, anew))
             case core.Place(stage, now, later):
                 self._send(nodes[stage], steps.Place(pipeline, epoch), (now, later))
             case core.PlaceRest(stage):
@@ -429,8 +427,8 @@ class Engine(Process):
             line = f"once {self.fleet.network.sent}" if once else self._lines[info.member]
             self.fleet.network.send(self, node, line, functools.partial(node.deliver, self, header, payload))
 
-    def _member_failed(self, member: Member, reason: str) -> None:
-        self._tell(messages.MemberFailed(self.pipeline, member, reason, self.core.epoch))
+    def _member_failed(self, member: Member, reason: str, *, unlinked: bool = False) -> None:
+        self._tell(messages.MemberFailed(self.pipeline, member, reason, self.core.epoch, unlinked))
 
 
 def _replicas(tags: tuple[tuple[int, int, int], ...]) -> tuple[Replica, ...]:

@@ -116,6 +116,9 @@ class Fleet:
                 heartbeat_interval_ms=100,
                 suspect_after_ms=250,
                 confirm_after_ms=600,
+                step_floor_ms=201,
+                report_interval_ms=100,
+                still_after_ms=500,
                 pace_interval_ms=200,
                 slow_after_ms=1_200,
                 deaf_after_ms=1_000,
@@ -369,11 +372,14 @@ class Fleet:
         if node is None:
             return
         self.counts[f"times a node {verdict.what}"] += 1
+        # Who was cut off has to hear that it is to introduce itself again.
+        unheard = node.deaf and node.cut_at > 0.0
+        cut = unheard or self.timeline.now - node.cut_at < self.controller.config.timeouts.confirm_after_ms / 1_000
         reasons = {
-            "did not answer": not self.controller.hears(node),
+            "did not answer": cut or not self.controller.hears(node),
             "was stopped": node.frozen,
             "was stuck in a step": node.thread.hangs,
-            "did not hear us": node.deaf or self.network.stops(self.controller, node),
+            "did not hear us": cut or node.deaf or self.network.stops(self.controller, node),
         }
         if not reasons[verdict.what]:
             raise FalseAlarm(f"{node} is declared dead: it {verdict.what}")
@@ -415,7 +421,9 @@ class Fleet:
         if engine.core.phase is not Phase.WAITING:
             del self._waits_since[engine.name]
         elif self.timeline.now > since + LEAVING_SECONDS and not self.network.cuts and self.network.slowness == 1.0:
-            keepers = [each for each in self._living.values() if each.is_well and each.lanes.current(engine.pipeline)]
+            # What was lost with a connection is said again a while later.
+            heard = (each for each in self._living.values() if not self.network.connection(engine, each))
+            keepers = [each for each in heard if each.is_well and each.lanes.current(engine.pipeline)]
             if keepers:
                 raise Hoarded(f"{engine} waits in epoch {engine.core.epoch}, and has a lane on {keepers[0]}")
 

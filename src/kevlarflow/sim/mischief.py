@@ -32,6 +32,12 @@ NOTICED_SECONDS = 3.0
 FOUND_SECONDS = 8.0
 """The same for a node that hangs or is deaf: a step of a size that was not seen before may sleep for 4 s, and a
 controller that was started again waits for so long for what it knows of."""
+CUT_SECONDS = 0.1
+"""Between two breaks of connections that break again and again, at most."""
+CUT_ONCE = 0.5
+"""Cuts of no more strength than this come once."""
+CONTROL, STEPS = frozenset({"control", "orders"}), frozenset({"steps", "answers"})
+ACTIVATIONS, COPIES = frozenset({"activations"}), frozenset({"copy", "outcome"})
 MAX_FAILED_STARTS = 2
 """Starts of one place that fail in a row: one that is given up would not heal."""
 
@@ -113,11 +119,45 @@ class Mischief:
             case "drain":
                 self._fleet.controller.drain(node.member.node)
                 self._later(fault, functools.partial(self._fleet.controller.join, node.member.node))
-            case "partition":
-                kinds = frozenset(fault.detail.split())
-                cut = Cut(node, kinds, inward=fault.strength < 0.7, outward=fault.strength > 0.3)
-                self._fleet.network.cuts.append(cut)
-                self._later(fault, functools.partial(self._mend, cut))
+            case "partition" | "cut":
+                self._part(fault, node)
+
+    def _part(self, fault: Fault, node: Node) -> None:
+        if fault.kind == "cut":
+            self._cut(fault, node, self._fleet.timeline.now + fault.seconds)
+            return
+        kinds = frozenset(fault.detail.split())
+        cut = Cut(node, kinds, inward=fault.strength < 0.7, outward=fault.strength > 0.3)
+        self._fleet.network.cuts.append(cut)
+        self._later(fault, functools.partial(self._mend, cut))
+
+    def _cut(self, fault: Fault, node: Node, until: float) -> None:
+        """Break connections of a node: once, or again and again."""
+        if self.over or not node.alive:
+            return
+        fleet = self._fleet
+        everything = fault.detail == "all"
+        if everything or fault.detail == "controller":
+            self._sever(node, fleet.controller, CONTROL)
+            fleet.controller.lose_connection(node)
+            node.cut_at = fleet.timeline.now
+        if everything or fault.detail == "engine":
+            for engine in fleet.engines:
+                self._sever(engine, node, STEPS)
+        if fault.detail == "engine controller":
+            self._sever(fleet.engines[fault.pipeline], fleet.controller, CONTROL)
+            fleet.controller.lose_connection(fleet.engines[fault.pipeline])
+        sorts = ACTIVATIONS | COPIES if everything else {"activations": ACTIVATIONS, "copies": COPIES}.get(fault.detail)
+        for other in fleet.living_nodes() if sorts else ():
+            if other is not node:
+                self._sever(node, other, sorts or frozenset())
+        fleet.counts["connections cut"] += 1
+        if fault.strength > CUT_ONCE and fleet.timeline.now < until:
+            fleet.timeline.after(CUT_SECONDS * fleet.rng.random(), functools.partial(self._cut, fault, node, until))
+
+    def _sever(self, one: Process, other: Process, sorts: frozenset[str]) -> None:
+        rng = self._fleet.rng
+        self._fleet.network.sever(one, other, sorts, loses=rng.random() < 0.7, loses_back=rng.random() < 0.7)
 
     def end_all(self) -> None:
         """Heal everything; whatever would still begin does not."""

@@ -2,13 +2,15 @@
 
 The timeline is a heap of things that will happen; nothing else moves the clock. Messages travel on lines, and each line
 keeps its order, as a ZeroMQ connection does; between lines anything may overtake. A line delays, and loses only what a
-real one loses: what was under way when a process died, at either end. A process that is stopped or cut off receives
-nothing until it is back, and then everything, in order. Only what goes to the controller may also come twice, late: it
-is told again whatever a new life of it has to know.
+real one loses: what was under way when a process died, at either end, or when the connection broke. A connection that
+breaks is made anew at once, but it is another one: whoever listens at its end can tell, and whoever dials cannot. A
+process that is stopped or cut off receives nothing until it is back, and then everything, in order. Only what goes to
+the controller may also come twice, late: it is told again whatever a new life of it has to know.
 """
 
 from __future__ import annotations
 
+import collections
 import heapq
 import itertools
 import random
@@ -130,6 +132,9 @@ class Network:
     """How likely a message to the controller comes a second time, late."""
     cuts: list[Cut] = field(default_factory=list)
     sent: int = 0
+    _connections: collections.Counter[frozenset[Process]] = field(default_factory=collections.Counter)
+    _lost_at: dict[tuple[Process, Process, str], float] = field(default_factory=dict)
+    """When what was on its way from one process to another, of one sort, was lost."""
     _arrives: dict[Hashable, float] = field(default_factory=dict)
     _held: dict[Hashable, list[_Message]] = field(default_factory=dict)
 
@@ -151,6 +156,19 @@ class Network:
         """Messages that wait for a target or for the end of a partition."""
         return sum(map(len, self._held.values()))
 
+    def connection(self, one: Process, other: Process) -> int:
+        """The number of the connection between two processes: how often it has broken."""
+        return self._connections[frozenset((one, other))]
+
+    def sever(self, source: Process, target: Process, sorts: frozenset[str], *, loses: bool, loses_back: bool) -> None:
+        """Break the connections between two processes; `sorts` are those of the messages that are lost with them."""
+        self._connections[frozenset((source, target))] += 1
+        for sort in sorts:
+            if loses:
+                self._lost_at[source, target, sort] = self.timeline.now
+            if loses_back:
+                self._lost_at[target, source, sort] = self.timeline.now
+
     def parted(self, one: Process, other: Process) -> bool:
         """Whether nothing passes between two processes in at least one direction."""
         return self.stops(one, other) or self.stops(other, one)
@@ -168,6 +186,8 @@ class Network:
 
     def _arrive(self, message: _Message) -> None:
         source, target = message.source, message.target
+        if message.sent_at <= self._lost_at.get((source, target, sort_of(message.line)), -1.0):
+            return
         if not source.alive and message.sent_at > source.loses_after:
             return
         waits = target.kind == "controller"
@@ -180,3 +200,8 @@ class Network:
             self._held.setdefault(message.line, []).append(message)
         else:
             message.deliver()
+
+
+def sort_of(line: Hashable) -> str:
+    """What kind of message travels on a line."""
+    return str(line[0]) if isinstance(line, tuple) else "steps"

@@ -7,12 +7,13 @@ it, replication copies one block at a time (`sim.copies`), and its copies may be
 from __future__ import annotations
 
 import functools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kevlarflow.node.lane_replicas import LaneReplicas
 from kevlarflow.node.lanes import Header, Lane, Lanes, Work
+from kevlarflow.recovery import standstill
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.detector import Beat
 from kevlarflow.sim.copies import SimReplicator, ToyKv, content_of
@@ -39,10 +40,25 @@ class Record(NamedTuple):
     requests: frozenset[str] = frozenset()
 
 
+class Line(NamedTuple):
+    """Whom to answer, and over which of the connections that there have been."""
+
+    engine: Engine
+    number: int
+
+    @property
+    def name(self) -> bytes:
+        """What the node calls it."""
+        return f"{self.engine}/{self.number}".encode()
+
+
 class Node(Process):
     """One member. `ready` is whether it has loaded."""
 
     kind = "node"
+    cut_at = 0.0
+    """When its connection to the controller last broke."""
+    _works_for: PipelineId | None = None
 
     def __init__(self, fleet: Fleet, member: Member, stage: Stage, pid: int) -> None:
         super().__init__(fleet.timeline, str(member))
@@ -84,12 +100,13 @@ class Node(Process):
             self.replicator = SimReplicator(fleet, self, kv)
             self.replicas = LaneReplicas(self.replicator, kv)  # type: ignore[arg-type]
         self._next_addresses: dict[PipelineId, str] = {}
-        self._engines: dict[PipelineId, Engine] = {}
-        self._inbox: deque[tuple[Engine, steps.AnyStepMessage, Any]] = deque()
+        self._engines: dict[PipelineId, Line] = {}
+        self._inbox: deque[tuple[Line, steps.AnyStepMessage, Any]] = deque()
         self._busy = False
         self._finishing: Callable[[], None] | None = None
         """What ends the work that runs."""
         self._works = 0
+        self._done: Counter[PipelineId] = Counter()
 
     @property
     def ails(self) -> str:
@@ -109,6 +126,10 @@ class Node(Process):
             self._tell(messages.NodeReady(self.info, dict(self.lanes.epochs)))
         else:
             self._tell(messages.NodeStarting(self.member, self.stage, "sim", (self.pid,)))
+
+    def work(self) -> standstill.Work:
+        """What its beats say of its work."""
+        return standstill.Work(self._works_for if self._busy else None, dict(self._done))
 
     def become_ready(self) -> None:
         """Its weights are loaded."""
@@ -134,7 +155,7 @@ class Node(Process):
 
     def deliver(self, engine: Engine, header: steps.AnyStepMessage, payload: Any) -> None:
         """A message of an engine has arrived."""
-        self._inbox.append((engine, header, payload))
+        self._inbox.append((Line(engine, self.fleet.network.connection(engine, self)), header, payload))
         self.look()
 
     def deliver_activations(self, pipeline: PipelineId, epoch: Epoch, sequence: int) -> None:
@@ -156,8 +177,11 @@ class Node(Process):
         if ready is not None:
             self._begin(*ready)
 
-    def _take(self, engine: Engine, header: steps.AnyStepMessage, payload: Any) -> None:
+    def _take(self, engine: Line, header: steps.AnyStepMessage, payload: Any) -> None:
         if self.fleet.trigger(header, self):
+            return
+        if isinstance(header, steps.OF_A_LANE) and self.lanes.loses_touch(header.pipeline, header.epoch, engine.name):
+            self._answer(engine, steps.Unlinked(header.pipeline, header.epoch, self.stage))
             return
         if isinstance(header, steps.Execute | steps.Recompute | steps.Restore | steps.Place | steps.PlaceRest):
             self._queue(engine, header, payload)
@@ -172,6 +196,7 @@ class Node(Process):
                 self._join(engine, header, payload)
             case steps.Leave(pipeline, epoch):
                 self._leave(pipeline, epoch)
+                self._answer(engine, steps.Left(pipeline, epoch, self.member))
             case _:
                 self._take_about_replicas(header)
         self.thread.end()
@@ -181,12 +206,12 @@ class Node(Process):
         if lane is None or self.replicas is None:
             return
         if isinstance(header, steps.AssignStandby):
-            self.replicas.assign(lane, header.standby)
+            self.replicas.assign(lane, header.standby, anew=header.anew)
         else:
             self.replicas.hasten(lane)
 
-    def _queue(self, engine: Engine, header: Header, payload: Any) -> None:
-        self.lanes.add_work(Work(str(engine).encode(), header, payload))
+    def _queue(self, engine: Line, header: Header, payload: Any) -> None:
+        self.lanes.add_work(Work(engine.name, header, payload))
         lane = self.lanes.current(header.pipeline)
         if lane is not None and len(lane.queue) > MAX_QUEUED:
             raise Unbounded(f"{self} has {len(lane.queue)} pieces of work queued in lane {lane.pipeline}")
@@ -196,14 +221,14 @@ class Node(Process):
         if left is not None and self.replicas is not None:
             self.replicas.close(left)
 
-    def _join(self, engine: Engine, join: steps.Join, usable: frozenset[int] | None) -> None:
+    def _join(self, engine: Line, join: steps.Join, usable: frozenset[int] | None) -> None:
         for orphan in join.orphans:
             self._leave(*orphan)
         lane = self.lanes.open(join.pipeline, join.epoch) if join.stage == self.stage else None
         if lane is None:
             self._answer(engine, steps.Refused(join.pipeline, join.epoch, join.stage, f"{self} has no lane"))
             return
-        lane.engine = str(engine).encode()
+        lane.engine = engine.name
         self._engines[lane.pipeline] = engine
         self._next_addresses[lane.pipeline] = join.next_address
         if self.replicas is not None:
@@ -223,6 +248,8 @@ class Node(Process):
         if activations is not None and activations["epoch"] != header.epoch:
             raise NotFenced(f"{self} runs {header} with activations of epoch {activations['epoch']}")
         self._busy = True
+        self._works_for = header.pipeline
+        self._done[header.pipeline] += 1
         self.speed.begin(self.timeline.now)
         self.thread.begin(header.pipeline, _size(work))
         self.fleet.tell(self, header, work.payload if not isinstance(header, steps.Execute) else ())
@@ -286,7 +313,7 @@ class Node(Process):
                 return runner.execute(*payload)
         return None
 
-    def _finish(self, lane: Lane, engine: Engine, header: Any, written: tuple[Replica, ...], sampled: Any) -> None:
+    def _finish(self, lane: Lane, engine: Line, header: Any, written: tuple[Replica, ...], sampled: Any) -> None:
         pipeline, epoch = header.pipeline, header.epoch
         if isinstance(header, steps.Execute):
             self.speed.end(lane.runner.decoded, self.timeline.now)  # type: ignore[attr-defined]
@@ -307,7 +334,7 @@ class Node(Process):
             self.fleet.note_written(lane, self.stage, written)
             self.replicas.end(lane, written)
 
-    def _fail(self, engine: Engine, lane: Lane, header: steps.Execute) -> None:
+    def _fail(self, engine: Line, lane: Lane, header: steps.Execute) -> None:
         self.lanes.break_off(lane)
         reason = "a drawn error"
         self._answer(engine, steps.StepFailed(header.pipeline, header.epoch, header.sequence, self.stage, reason))
@@ -318,8 +345,12 @@ class Node(Process):
             deliver = functools.partial(target.deliver_activations, lane.pipeline, lane.epoch, sequence)
             self._send(target, ("activations", self.name, lane.pipeline, lane.epoch), deliver)
 
-    def _answer(self, engine: Engine, header: steps.AnyStepMessage, payload: Any = None) -> None:
-        self._send(engine, ("answers", self.name, engine.name), functools.partial(engine.take, self, header, payload))
+    def _answer(self, line: Line, header: steps.AnyStepMessage, payload: Any = None) -> None:
+        """An answer over a connection that is no more goes nowhere."""
+        engine, number = line
+        if number == self.fleet.network.connection(engine, self):
+            deliver = functools.partial(engine.take, self, header, payload)
+            self._send(engine, ("answers", self.name, engine.name), deliver)
 
     # ---- replicas
 

@@ -31,6 +31,7 @@ KINDS = {
     "freeze": 4,
     "slow": 2,
     "partition": 4,
+    "cut": 5,
     "delay": 1,
     "echo": 1,
     "raise": 1,
@@ -99,8 +100,8 @@ class Fault:
     seconds: float
     """How long it lasts, or how long until the process is started again."""
     detail: str = ""
-    """The phase of a crash; the peers of a partition; whether a controller dies among its own deeds; how a node hangs.
-    """
+    """The phase of a crash; the peers of a partition; what a cut breaks; whether a controller dies among its own deeds;
+    how a node hangs."""
     strength: float = 0.0
 
     def __str__(self) -> str:
@@ -263,6 +264,7 @@ def _fault(rng: random.Random, name: str, shape: Shape, moments: list[tuple[floa
     details = {
         "crash in a phase": PHASES,
         "partition": ("controller", "engine", "node", "controller engine node"),
+        "cut": ("controller", "engine", "activations", "copies", "engine controller", "all", "all"),
         "freeze": ("", "", "hard to kill"),
         "controller": ("", "as it acts"),
         "engine freeze": ("", "", "for good"),

@@ -7,6 +7,13 @@ Three conversations meet at the controller's one ROUTER socket (``controller.soc
 * an **observer** (supervisor, API server, ``kevlarflow status``) asks once or subscribes.
 
 Steps and activations do not pass here: engines talk to nodes directly (`kevlarflow.wire.steps`).
+
+A connection may break and lose any of these. Whoever speaks over a new one is asked for an introduction, which says
+again what `NodeStarting`, `NodeReady` and `EngineAttached` say; beats and their answers, and reports, come again
+anyway. Orders (`Form`, `Suspend`, `Standbys`) are sent again until a report of the engine shows that they were taken,
+and `Form` until `Formed` has come, which the engine repeats for it. `EngineReady` is known from reports; without a
+`MemberFailed` the pipeline stands still, which is noticed; without a `Hasten` a lane moves later; who does not hear
+`Retire` is killed. Commands, and processes started by hand, that hear no `Answered` say so and end.
 """
 
 from __future__ import annotations
@@ -74,6 +81,8 @@ class Heartbeat(Message, frozen=True):
     """Counts the beats of a member."""
     heard: int = 0
     """The number of the newest beat that was answered, as far as the node knows."""
+    done: dict[PipelineId, int] = {}
+    """Pieces of work that are done, by pipeline."""
     pace: tuple[Pace, ...] | None = None
     """Steps since the last report of them, every `pace_interval_ms`; None in the beats between."""
 
@@ -126,6 +135,10 @@ class EngineReport(Message, frozen=True):
     replication: tuple[LaneCoverage, ...] = ()
     epoch: Epoch = Epoch(0)
     """The epoch of the newest order that it has taken; 0 when it has none yet."""
+    forming: bool = False
+    """Whether `Formed` is still to come in this epoch."""
+    still_seconds: float = 0.0
+    """How long it has waited for its nodes without any answer; 0.0 when it waits for none."""
 
 
 class EngineReady(Message, frozen=True):
@@ -156,6 +169,8 @@ class MemberFailed(Message, frozen=True):
     reason: str
     epoch: Epoch = Epoch(0)
     """The epoch of the `Form` that named the member: a complaint about an older one is void. 0: not known."""
+    unlinked: bool = False
+    """Whether only the connection to it broke: the pipeline has to be formed anew, and nobody is to blame."""
 
 
 # ---- controller -> engine

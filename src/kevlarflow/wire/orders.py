@@ -20,6 +20,7 @@ def formation_ordered(order: Form, shares_before: int) -> FormationOrdered:
         planned=order.cause.is_planned or grows,
         shares=order.shares,
         orphans=order.orphans,
+        anew=order.cause is Cause.LINK,
         lost=order.cause in (Cause.CRASH, Cause.HANG) and bool(order.lost_stages),
         losses=order.losses,
     )

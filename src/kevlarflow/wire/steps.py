@@ -7,6 +7,15 @@ in the run folder, which only the user who started the cluster can enter (see `c
 Everything carries ``(pipeline, epoch)``. A node drops what is older than the newest epoch that joined the
 lane; an engine drops what is not of its own epoch. Order is kept by each connection, so an engine may send
 `Join`, `Recompute`, `Restore` and `Execute` in one go without waiting for answers.
+
+A connection may break, and loses what is on its way; ZeroMQ makes a new one, over which the rest comes. What then?
+
+* **Engine to node**: a lane takes work over the connection only that brought its `Join`. Whatever comes over a later
+  one is answered by `Unlinked`, and the pipeline is formed anew. If nothing comes any more, the pipeline stands still.
+* **Node to engine, and activations**: an answer is missing, and steps complete in order: the pipeline stands still.
+* A pipeline that **stands still** is formed anew (`kevlarflow.recovery.standstill`), which sends everything again:
+  the lane, the standby, the copies, the ledger and all steps. The exceptions are `Leave`, which is repeated until
+  `Left` comes, `Describe`, which is repeated until `Description` comes, and `Hasten`: without it a lane moves later.
 """
 
 from __future__ import annotations
@@ -24,7 +33,7 @@ class StepMessage(msgspec.Struct, frozen=True, tag=True):
 
 
 class Describe(StepMessage, frozen=True):
-    """Ask for what vLLM wants to know of a worker (KV specs, memory, tasks)."""
+    """Ask, once a second until it is answered, for what vLLM wants to know of a worker (KV specs, memory, tasks)."""
 
 
 class Join(StepMessage, frozen=True):
@@ -43,7 +52,7 @@ class Join(StepMessage, frozen=True):
 
 
 class Leave(StepMessage, frozen=True):
-    """The pipeline no longer uses this lane."""
+    """The pipeline no longer uses this lane. Sent again until `Left` comes."""
 
     pipeline: PipelineId
     epoch: Epoch
@@ -55,6 +64,8 @@ class AssignStandby(StepMessage, frozen=True):
     pipeline: PipelineId
     epoch: Epoch
     standby: NodeInfo | None
+    anew: bool = False
+    """Whether to send it everything once more: what it has confirmed may have been lost."""
 
 
 class Hasten(StepMessage, frozen=True):
@@ -113,6 +124,8 @@ class Execute(StepMessage, frozen=True):
 class Description(StepMessage, frozen=True):
     """Answer to `Describe`; payload: pickled `node.stage.StageDescription`."""
 
+    stage: Stage
+
 
 class Joined(StepMessage, frozen=True):
     """The lane is open in this epoch."""
@@ -120,6 +133,14 @@ class Joined(StepMessage, frozen=True):
     pipeline: PipelineId
     epoch: Epoch
     stage: Stage
+
+
+class Left(StepMessage, frozen=True):
+    """The node has no lane of this epoch, or of one before."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    member: Member
 
 
 class Placed(StepMessage, frozen=True):
@@ -173,6 +194,14 @@ class Refused(StepMessage, frozen=True):
     reason: str
 
 
+class Unlinked(StepMessage, frozen=True):
+    """The connection over which the lane was opened is no more, and what was on its way may be lost."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    stage: Stage
+
+
 class Recomputed(StepMessage, frozen=True):
     """A recompute chunk is done at the last stage that had to run it."""
 
@@ -214,8 +243,12 @@ class Activations(StepMessage, frozen=True):
 
 AnyStepMessage = (
     Describe | Join | Leave | AssignStandby | Hasten | Place | PlaceRest | Restore | Recompute | Execute
-    | Description | Joined | Placed | Replicated | Restored | Refused | Recomputed | Executed | StepFailed | Activations
+    | Description | Joined | Left | Placed | Replicated | Restored | Refused | Unlinked | Recomputed | Executed
+    | StepFailed | Activations
 )  # fmt: skip
+
+OF_A_LANE = AssignStandby | Hasten | Place | PlaceRest | Restore | Recompute | Execute
+"""What a lane takes over the connection only that brought its `Join`."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyStepMessage] = msgspec.msgpack.Decoder(AnyStepMessage)

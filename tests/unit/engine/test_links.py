@@ -8,16 +8,20 @@ import time
 import zmq
 
 from kevlarflow.engine.links import NodeLinks
-from kevlarflow.types import Epoch, PipelineId
+from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId
 from kevlarflow.wire import steps
 
 DEAF_SECONDS = 1.5
 
 
+def a_node(address):
+    return NodeInfo(Member("node-0-1", 1), 1, "host", 1, (1,), address, "", 2, 50)
+
+
 def test_a_farewell_reaches_a_node_that_does_not_listen_for_a_while(tmp_path):
     address = f"ipc://{tmp_path}/node"
     leave = steps.Leave(PipelineId(0), Epoch(5))
-    NodeLinks(os.eventfd(0)).send_once(address, leave)
+    NodeLinks(os.eventfd(0)).send_farewell(a_node(address), leave)
     time.sleep(DEAF_SECONDS)
     node = zmq.Context.instance().socket(zmq.ROUTER)
     node.bind(address)
@@ -25,4 +29,25 @@ def test_a_farewell_reaches_a_node_that_does_not_listen_for_a_while(tmp_path):
         assert node.poll(5_000), "the lane would stay on the node, with its blocks"
         assert steps.decode(node.recv_multipart()[1]) == leave
     finally:
+        node.close(linger=0)
+
+
+def test_the_answer_to_a_farewell_is_heard_until_the_node_has_parted(tmp_path):
+    info = a_node(f"ipc://{tmp_path}/node")
+    node = zmq.Context.instance().socket(zmq.ROUTER)
+    node.bind(info.step_address)
+    links = NodeLinks(os.eventfd(0))
+    left = steps.Left(PipelineId(0), Epoch(5), info.member)
+    try:
+        for _ in range(2):
+            links.send_farewell(info, steps.Leave(PipelineId(0), Epoch(5)))
+            assert node.poll(5_000)
+            peer, _ = node.recv_multipart()
+            node.send_multipart([peer, steps.encode(left)])
+            assert links.receive(5_000) == [(left, [])]
+        links.part(info.member)
+        node.send_multipart([peer, steps.encode(left)])
+        assert links.receive(100) == []
+    finally:
+        links.close()
         node.close(linger=0)

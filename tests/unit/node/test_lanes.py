@@ -163,3 +163,20 @@ def test_a_copy_that_is_under_way_when_a_lane_is_left_is_not_believed():
     table.leave(0, 2)
     assert lane.blocks.table[3] == 0, "it is anybody's"
     assert not lane.replication.queue.still_holds(copied)
+
+
+def test_a_lane_hears_only_the_connection_that_opened_it():
+    table = lanes(first_stage=True)
+    lane = table.open(0, 1)
+    lane.engine = b"engine"
+    assert not table.loses_touch(0, 1, b"engine")
+    assert table.add_work(execute(1))
+    # The connection broke and was made anew: what was on its way in it may be lost.
+    assert not table.loses_touch(0, 2, b"anew"), "that is not of this lane's epoch"
+    assert table.loses_touch(0, 1, b"anew")
+    assert table.next_work() is None
+    assert not table.add_work(execute(3)), "a step between these may be missing"
+    table.open(0, 2)
+    lane.engine = b"anew"
+    assert not table.loses_touch(0, 2, b"anew")
+    assert table.add_work(execute(3, epoch=2))

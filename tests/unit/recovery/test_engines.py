@@ -70,7 +70,9 @@ def test_an_order_that_did_not_arrive_is_sent_again():
     assert driver.report(0, running=1, epoch=1) == []
     driver.now += RESEND_SECONDS
     # It has arrived: what is awaited now is its end.
-    assert driver.report(0, running=1, epoch=2) == []
+    assert driver.report(0, running=1, epoch=2, forming=True) == []
+    # That has come, and what said so has not.
+    assert driver.report(0, running=1, epoch=2) == [order]
 
 
 def resumed(snapshot):

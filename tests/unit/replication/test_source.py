@@ -262,3 +262,20 @@ def test_what_the_standby_lacks_is_sent_whole():
     bench.there.answer(peer, replicas.encode(replicas.Outcome(0, STANDBY, (), (), lacking, 8, 80)))
     bench.turn(0.01)
     assert [(copy.start, data) for _, copy, data in bench.arrived()] == [(0, b"123456")]
+
+
+def test_everything_is_sent_once_more_when_the_answers_may_have_been_lost():
+    bench = Bench()
+    lane = bench.lane()
+    bench.write(lane, 3)
+    bench.turns(3)
+    (first,) = bench.arrived()
+    bench.confirm([first])
+    assert not bench.source.assign(lane, standby_info("b"))
+    bench.turns(3)
+    assert bench.arrived() == []
+    assert bench.source.assign(lane, standby_info("b"), anew=True)
+    bench.turns(3)
+    ((peer, copy, _),) = bench.arrived()
+    assert copy == first[1]
+    assert peer != first[0], "it goes over a new channel"

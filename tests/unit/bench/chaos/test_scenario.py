@@ -43,7 +43,7 @@ def test_a_scenario_is_read_with_its_defaults() -> None:
 
 
 def test_every_shipped_scenario_can_be_read() -> None:
-    assert {"crash", "hang", "controller", "two-stages", "thaw"} <= set(scenarios.shipped())
+    assert {"crash", "hang", "controller", "two-stages", "thaw", "cut"} <= set(scenarios.shipped())
     for name in scenarios.shipped():
         assert scenarios.load(name).about
     assert scenarios.load("crash.yaml") == scenarios.load("crash")

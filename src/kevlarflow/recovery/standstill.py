@@ -1,0 +1,145 @@
+"""A pipeline that stands still: its engine waits for an answer, and no node of it is at work for it.
+
+Then something was lost on its way: a connection broke, and what was in it is gone though everybody lives. Which
+message it was does not matter: the pipeline is formed anew with the same members. That makes its links again, and sends
+everything again that could have been lost. It may be a false alarm (messages may be slow without bound): that costs a
+pause and nothing else, so each further time within `RECENT_SECONDS` has to wait for twice as long.
+
+Nobody is blamed. But who does not even answer `Join` for `PATIENCE` times in a row, and beats all the while, cannot be
+reached by this engine: the pipeline has to do without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from kevlarflow.config import Timeouts
+from kevlarflow.recovery import events
+from kevlarflow.recovery.grid import Grid
+from kevlarflow.recovery.members import Pipeline, subject
+from kevlarflow.types import Member, PipelineId
+
+RECENT_SECONDS = 30.0
+"""For so long it counts that a pipeline was formed anew because it stood still."""
+FAIR_STEPS = 8
+"""A lane that has work gets its turn before its node has done so many pieces of work for others."""
+
+
+class Work(NamedTuple):
+    """What a beat says of a node's work."""
+
+    pipeline: PipelineId | None = None
+    """Whose work runs; None: nobody's."""
+    done: Mapping[PipelineId, int] = {}
+    """Pieces of work done so far, by pipeline."""
+
+
+@dataclasses.dataclass
+class _Rest:
+    """Since when a node has done nothing for a pipeline, and what it had done for all by then."""
+
+    done: int
+    since: float
+    total: int
+
+
+@dataclasses.dataclass
+class _Node:
+    beat_at: float
+    work: Work
+    rests: dict[PipelineId, _Rest]
+
+
+class Stillness:
+    """Holds what engines report against what nodes beat."""
+
+    def __init__(self, timeouts: Timeouts, pipelines: int) -> None:
+        self._patience = timeouts.still_after_ms / 1_000
+        self._gap = 4 * timeouts.heartbeat_interval_ms / 1_000
+        self._pipelines = [PipelineId(number) for number in range(pipelines)]
+        self._nodes: dict[Member, _Node] = {}
+
+    def beat(self, member: Member, work: Work, now: float) -> None:
+        """A node says what it does."""
+        total = sum(work.done.values())
+        node = self._nodes.setdefault(member, _Node(now, work, {}))
+        node.beat_at, node.work = now, work
+        for pipeline in self._pipelines:
+            done = work.done.get(pipeline, 0)
+            rest = node.rests.get(pipeline)
+            if rest is None or rest.done != done or work.pipeline == pipeline:
+                node.rests[pipeline] = _Rest(done, now, total)
+
+    def forget(self, member: Member) -> None:
+        """A node is gone."""
+        self._nodes.pop(member, None)
+
+    def judge(
+        self, report: events.EngineReport, members: Iterable[Member | None], now: float
+    ) -> events.PipelineStill | None:
+        """What a report amounts to, of an engine whose pipeline has these members."""
+        if report.still_seconds < self._patience:
+            return None
+        if not all(member is not None and self._rests(member, report.pipeline, now) for member in members):
+            return None
+        return events.PipelineStill(report.pipeline, report.epoch, report.still_seconds)
+
+    def _rests(self, member: Member, pipeline: PipelineId, now: float) -> bool:
+        """Whether a node is heard, and would have worked for the pipeline by now if it had anything to do for it."""
+        node = self._nodes.get(member)
+        if node is None or now - node.beat_at > self._gap:
+            return False
+        rest = node.rests[pipeline]
+        if node.beat_at - rest.since < self._patience - self._gap:
+            return False
+        return node.work.pipeline is None or sum(node.work.done.values()) - rest.total >= FAIR_STEPS
+
+
+# ---- what the cluster does about it
+
+
+def on_still(grid: Grid, event: events.PipelineStill) -> None:
+    """An engine waits in vain."""
+    pipeline = grid.pipeline(event.pipeline)
+    if pipeline is None or not pipeline.engine.attached or pipeline.holes:
+        return
+    order = pipeline.order
+    if (
+        order is not None
+        and event.epoch < order.epoch
+        and not (isinstance(order, events.Form) and order.cause.is_planned)
+    ):
+        # It has yet to take an order that makes it form anew in any case.
+        return
+    _relink(grid, pipeline, f"{subject(pipeline.id)} stood still for {event.seconds:.1f} s with no node at work")
+
+
+def on_unlinked(grid: Grid, event: events.MemberFailed) -> None:
+    """A node has noticed that the connection to its engine broke."""
+    pipeline = grid.pipelines[event.pipeline]
+    if event.epoch == pipeline.epoch:
+        _relink(grid, pipeline, f"the connection from {subject(pipeline.id)} to {event.member.node} broke")
+
+
+def _relink(grid: Grid, pipeline: Pipeline, news: str) -> None:
+    """Have the pipeline formed anew, at once or when it may be again."""
+    if pipeline.relink_at is not None:
+        return
+    pipeline.relinked = [at for at in pipeline.relinked if grid.now - at < RECENT_SECONDS]
+    due = grid.now
+    if pipeline.relinked:
+        pause = grid.config.timeouts.still_after_ms / 1_000 * 2 ** (len(pipeline.relinked) - 1)
+        due = max(due, pipeline.relinked[-1] + pause)
+    pipeline.relink_at = due
+    pipeline.relink_news = news
+
+
+def is_due(grid: Grid, pipeline: Pipeline) -> bool:
+    """Whether the pipeline is to be formed anew now; to be asked by who will do it."""
+    if pipeline.relink_at is None or grid.now < pipeline.relink_at:
+        return False
+    pipeline.relinked.append(grid.now)
+    pipeline.news = pipeline.relink_news
+    return True
