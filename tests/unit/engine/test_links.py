@@ -8,7 +8,9 @@ import time
 import zmq
 
 from kevlarflow.engine.links import NodeLinks
-from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId
+from kevlarflow.faults.cutting import cut
+from kevlarflow.faults.processes import identify
+from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import steps
 
 DEAF_SECONDS = 1.5
@@ -48,6 +50,29 @@ def test_the_answer_to_a_farewell_is_heard_until_the_node_has_parted(tmp_path):
         links.part(info.member)
         node.send_multipart([peer, steps.encode(left)])
         assert links.receive(100) == []
+    finally:
+        links.close()
+        node.close(linger=0)
+
+
+def test_a_connection_that_was_broken_and_made_anew_has_another_name_at_the_node(tmp_path):
+    """What a lane relies on to know that something may be missing."""
+    info = a_node(f"ipc://{tmp_path}/node")
+    node = zmq.Context.instance().socket(zmq.ROUTER)
+    node.bind(info.step_address)
+    links = NodeLinks(os.eventfd(0))
+    links.use([info])
+
+    def name():
+        links.send(Stage(0), steps.Describe())
+        assert node.poll(5_000)
+        return node.recv_multipart()[0]
+
+    try:
+        before = name()
+        assert name() == before
+        assert cut(identify(os.getpid()))
+        assert name() != before
     finally:
         links.close()
         node.close(linger=0)
