@@ -55,8 +55,8 @@ MUTANTS = (
     Mutant(
         "a lane goes on over a connection that was made anew",
         "node/lanes.py",
-        "if lane is None or engine == lane.engine:",
-        "lane.engine = engine if lane is not None else b''\n        if True:",
+        "        if lane is None or engine == lane.engine:\n",
+        "        if lane is not None:\n            lane.engine = engine\n        if True:\n",
         "tests/unit/node/test_lanes.py",
     ),
     Mutant(
