@@ -114,14 +114,17 @@ def _left_seconds(plan: Plan, result: Detection) -> float:
 
 
 def requests_of(plan: Plan, client: int) -> Iterator[Request]:
-    """What a client asks for, without end; each prompt comes again, and not always to the same pipeline."""
+    """What a client asks for, without end. Each prompt comes again.
+
+    A client stays with one pipeline: those who change gather at the one that is slower, and the other one idles.
+    """
     is_long = client < plan.long_clients
     for lap in itertools.count():
         for number in range(PROMPTS_EACH):
             seed = f"{plan.seed}/detection/{client}/{number}"
             prompt = token_prompt(seed, plan.long_tokens) if is_long else passage(seed)
             name = f"{LONG if is_long else 'short'} client {client} prompt {number}, lap {lap}"
-            request = completion(name, "", TOKENS, (client + number + lap) % plan.recipe.pipelines)
+            request = completion(name, "", TOKENS, client % plan.recipe.pipelines)
             salted = request.body | {"prompt": prompt, "cache_salt": str(lap)}
             yield msgspec.structs.replace(request, body=salted)
 

@@ -30,15 +30,24 @@ PLAN = Plan(recipe=Recipe(), minutes=30, kills=3)
 # ---- the load
 
 
-def test_prompts_come_again_on_another_pipeline_and_as_new_ones_to_the_prefix_cache() -> None:
+def test_prompts_come_again_as_new_ones_to_the_prefix_cache() -> None:
     asked = list(itertools.islice(requests_of(PLAN, 0), 6))
     assert [len(request.body["prompt"]) for request in asked] == [4096] * 6
     for first, again in zip(asked[:3], asked[3:], strict=True):
         assert first.body["prompt"] == again.body["prompt"]
         assert first.body["cache_salt"] != again.body["cache_salt"]
-        assert first.pipeline != again.pipeline
     assert asked[0].body["prompt"] != asked[1].body["prompt"]
     assert isinstance(next(requests_of(PLAN, PLAN.long_clients)).body["prompt"], str)
+
+
+def test_each_client_stays_with_its_pipeline_and_each_pipeline_has_clients_of_both_kinds() -> None:
+    """Clients that change gather where it is slow, and one pipeline after the other idles."""
+    kinds = set()
+    for client in range(PLAN.long_clients + PLAN.short_clients):
+        asked = list(itertools.islice(requests_of(PLAN, client), 7))
+        assert len({request.pipeline for request in asked}) == 1
+        kinds.add((asked[0].pipeline, client < PLAN.long_clients))
+    assert len(kinds) == 2 * PLAN.recipe.pipelines
 
 
 def test_the_cluster_has_room_for_the_long_prompts_and_a_type_that_can_be_compared() -> None:
