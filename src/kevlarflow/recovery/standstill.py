@@ -5,8 +5,7 @@ message it was does not matter: the pipeline is formed anew with the same member
 everything again that could have been lost. It may be a false alarm (messages may be slow without bound): that costs a
 pause and nothing else, so each further time within `RECENT_SECONDS` has to wait for twice as long.
 
-Nobody is blamed. But who does not even answer `Join` for `PATIENCE` times in a row, and beats all the while, cannot be
-reached by this engine: the pipeline has to do without it.
+Nobody is blamed for it. A node that nobody can reach any more is silent or deaf, and is found by `recovery.detector`.
 """
 
 from __future__ import annotations
