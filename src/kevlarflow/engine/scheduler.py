@@ -37,7 +37,12 @@ USED_NAMES = (
     "_pause_state",
 )
 HELD_PAUSE_SECONDS = 0.01
-"""How long to rest when every request there is waits for more memory, or for a node."""
+"""How long to rest when every request there is waits for more memory, or for a node.
+
+A poll, since nothing here could wake vLLM's loop up: it looks for new requests and cancellations, in a queue of its
+own, between two steps, and sleeps on that queue only if the scheduler says that it has no requests. But that would tell
+a shutdown, too, that there is nothing to wait for.
+"""
 
 
 def check_scheduler(scheduler: Any) -> None:
