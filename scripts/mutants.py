@@ -352,6 +352,19 @@ MUTANTS = (
         "return False",
     ),
     Mutant(
+        "work for all requests that fails ends them at once",
+        "recovery/pipeline.py",
+        "        if self._failures > MAX_FAILURES:\n",
+        "        if self._failures:\n",
+    ),
+    Mutant(
+        "work for all requests that fails everywhere is tried for ever",
+        "recovery/pipeline.py",
+        "        if self._failures > MAX_FAILURES:\n",
+        "        if False:\n",
+        "tests/unit/recovery/test_pipeline.py",
+    ),
+    Mutant(
         "a pipeline that waits for a node keeps its lanes",
         "recovery/pipeline.py",
         "        return [Leave(node) for node in self.nodes]\n",

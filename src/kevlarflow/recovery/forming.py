@@ -10,6 +10,10 @@ from kevlarflow.recovery.pipeline_events import ChunkRecomputed, StageJoined, St
 from kevlarflow.recovery.recompute import Chunk
 from kevlarflow.types import Phases, Stage
 
+MAX_FAILURES = 2
+"""How often in a row work that is for no request in particular, such as a `Restore`, may fail before all requests end.
+The first failure leads to another try, the second to another node: what fails there as well would fail everywhere."""
+
 
 class Phase(enum.StrEnum):
     """Where a pipeline stands; see `recovery.pipeline`."""

@@ -32,7 +32,7 @@ from collections.abc import Mapping, Sequence
 from kevlarflow.errors import IllegalTransition
 from kevlarflow.recovery.coverage import Generations, IssuedTables, Replica
 from kevlarflow.recovery.dispatched import last_words
-from kevlarflow.recovery.forming import Forming, Phase
+from kevlarflow.recovery.forming import MAX_FAILURES, Forming, Phase
 from kevlarflow.recovery.giving_way import GivingWay
 from kevlarflow.recovery.holdings import blocks_in_use, filled_everywhere, holdings
 from kevlarflow.recovery.in_flight import InFlight
@@ -93,6 +93,8 @@ class Pipeline:
         self._resting: set[Stage] = set()
         """New stages that have yet to put kept prefixes in place: until they have, they are not complete."""
         self._lost_at: dict[int, frozenset[Stage]] = {}
+        self._failures = 0
+        """Of work for no request in particular, in a row."""
         self._forming: Forming | None = None
         self._planned: FormationOrdered | None = None
         """An order that waits for the steps in flight."""
@@ -219,6 +221,7 @@ class Pipeline:
         if stage not in self._resting:
             return []
         self._resting.discard(stage)
+        self._failures = 0
         if self._forming is None:
             self._complete_on[stage] = self.nodes[stage].member
         return self._formed(now)
@@ -290,6 +293,7 @@ class Pipeline:
         if forming.first_step is not None and forming.first_step in self._in_flight:
             return []
         self._forming, self.phase = None, Phase.SERVING
+        self._failures = self._failures if self._resting else 0
         self._in_flight.dispatched.settle()
         done = FormationDone(self.epoch, forming.phases(now), forming.requests, forming.recomputed_tokens)
         # No answer comes to a step without tokens: one that was held back is over now.
@@ -414,14 +418,17 @@ class Pipeline:
     def _broken(self, event: StepBroken, now: float) -> list[Command]:
         """End the requests that the failed work was for, and form anew: the stages disagree on what has run.
 
+        Work for all of them ends nobody at first: the controller tries the node once more, and then another one.
+
         An order that waits for the steps in flight is carried out for it; otherwise the controller is asked for one.
         """
         self._disagrees = True
         planned, blamed = self._planned, self._behind(event.sequence)
-        if blamed is None:
+        self._failures += blamed is None
+        if self._failures > MAX_FAILURES:
             commands = self._abandon_all(event.reason)
         else:
-            commands = self._set_aside(dict.fromkeys(blamed, event.reason))
+            commands = self._set_aside(dict.fromkeys(blamed or (), event.reason))
         if planned is not None:
             return commands + self._form(planned, now)
         return [*commands, RequestFormation(event.stage, event.reason)]
@@ -441,7 +448,7 @@ class Pipeline:
         stage counts as complete, and the next formation evicts everything.
         """
         self.phase, self.reason, self._forming, self._planned = Phase.SUSPENDED, reason, None, None
-        self._abandoned_upto = self.formations
+        self._abandoned_upto, self._failures = self.formations, 0
         commands: list[Command] = [Abandon(sequence, reason) for sequence in self._in_flight.sequences]
         self._in_flight.clear()
         self._tables.clear()

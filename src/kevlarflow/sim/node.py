@@ -70,7 +70,7 @@ class Node(Process):
         self.speed = Speed()
         self.hard_to_kill = False
         self.raises = False
-        """Whether its next step fails."""
+        """Whether its next piece of work fails."""
         self.deaf = False
         """Whether it hears nothing of the controller, for good."""
         self.beats = self._heard = 0
@@ -261,7 +261,7 @@ class Node(Process):
         engine = self._engines[lane.pipeline]
         shape = self.fleet.plan.shape
         seconds = shape.step * self.speed.factor * (0.2 + self.fleet.rng.random())
-        if self.raises and isinstance(header, steps.Execute):
+        if self.raises:
             self.raises = False
             self._end_after(seconds, functools.partial(self._fail, engine, lane, header))
             return
@@ -334,10 +334,11 @@ class Node(Process):
             self.fleet.note_written(lane, self.stage, written)
             self.replicas.end(lane, written)
 
-    def _fail(self, engine: Line, lane: Lane, header: steps.Execute) -> None:
+    def _fail(self, engine: Line, lane: Lane, header: Header) -> None:
         self.lanes.break_off(lane)
         reason = "a drawn error"
-        self._answer(engine, steps.StepFailed(header.pipeline, header.epoch, header.sequence, self.stage, reason))
+        sequence = header.sequence if isinstance(header, steps.Execute | steps.Recompute) else 0
+        self._answer(engine, steps.StepFailed(header.pipeline, header.epoch, sequence, self.stage, reason))
 
     def _forward(self, lane: Lane, sequence: int) -> None:
         target = self.fleet.node_at(self._next_addresses[lane.pipeline])

@@ -73,10 +73,10 @@ def test_a_replica_of_what_was_evicted_is_void_even_if_it_is_confirmed_late():
 
 def test_a_replica_from_before_an_abandonment_is_void_even_if_it_is_confirmed_late():
     pipeline = serving_one_request()
-    pipeline.handle(p.StepBroken(1, 0, 1, "raised"), 1.8)
-    form(pipeline, 2, A0, A1)
+    pipeline.handle(p.SuspensionOrdered(2, "no node"), 1.8)
+    form(pipeline, 3, A0, A1)
     confirm(pipeline, FULL)
-    assert not [each for each in form(pipeline, 3, A0, B1) if isinstance(each, p.Place)]
+    assert not [each for each in form(pipeline, 4, A0, B1) if isinstance(each, p.Place)]
 
 
 def after_the_first_of_two_losses():

@@ -5,7 +5,7 @@ import pytest
 from kevlarflow.errors import IllegalTransition
 from kevlarflow.recovery import pipeline_events as p
 from kevlarflow.recovery.coverage import Replica
-from kevlarflow.recovery.forming import Phase
+from kevlarflow.recovery.forming import MAX_FAILURES, Phase
 from kevlarflow.recovery.ledger import Admission, Continuation, Step, StepResult
 from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Limits
@@ -318,13 +318,34 @@ def test_copies_of_a_step_that_only_some_stages_have_run_are_not_put_in_place():
     assert not [each for each in commands if isinstance(each, p.Place)]
 
 
-def test_recovery_work_that_raised_for_nobody_in_particular_ends_all():
+def fail_to_prepare(pipeline, times):
+    """The `Restore` of each formation raises; returns what the last time leads to."""
+    for epoch in range(pipeline.epoch, pipeline.epoch + times):
+        commands = pipeline.handle(p.StepBroken(epoch, 0, 0, "boom"), 1.1)
+        assert commands[-1] == p.RequestFormation(0, "boom")
+        following = pipeline.handle(p.FormationOrdered(epoch + 1, (A0, A1)), 1.2)
+    return commands, following
+
+
+def test_recovery_work_that_raises_once_ends_nobody():
     pipeline = serving()
     pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
-    commands = pipeline.handle(p.StepBroken(1, 0, 0, "boom"), 1.1)
+    commands, following = fail_to_prepare(pipeline, MAX_FAILURES)
+    assert commands == [p.RequestFormation(0, "boom")]
+    assert sent(following) == [1]
+    # When it has gone well, it may fail as often again.
+    prepared(pipeline, pipeline.epoch, following)
+    pipeline.handle(executed(pipeline.epoch, 1, a=[7]), 1.3)
+    assert pipeline.phase is Phase.SERVING
+    assert fail_to_prepare(pipeline, MAX_FAILURES)[0] == [p.RequestFormation(0, "boom")]
+
+
+def test_recovery_work_that_raises_wherever_it_is_tried_ends_all():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "a")), 1.0)
+    commands, following = fail_to_prepare(pipeline, MAX_FAILURES + 1)
     assert commands[:2] == [p.AbandonEverything("boom"), p.Abandon(1, "boom")]
-    assert commands[-1] == p.RequestFormation(0, "boom")
-    assert p.EvictPrefixCache() in pipeline.handle(p.FormationOrdered(2, (A0, A1)), 1.2)
+    assert p.EvictPrefixCache() in following
 
 
 def test_a_step_that_cost_two_nodes_is_not_sent_a_third_time():
