@@ -107,6 +107,9 @@ class Lanes:
     def leave(self, pipeline: PipelineId, epoch: Epoch) -> Lane | None:
         """Give the lane up, unless it was opened again under a newer epoch; returns it for its link to be closed."""
         lane = self._lanes.get(pipeline)
+        if lane is None:
+            # It comes on a channel of its own, and may have overtaken the order to open the lane.
+            self.epochs[pipeline] = Epoch(max(epoch, self.epochs.get(pipeline, 0)))
         if lane is None or epoch < lane.epoch:
             return None
         self._fence(lane, epoch)

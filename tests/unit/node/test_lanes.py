@@ -59,6 +59,13 @@ def test_a_lane_that_was_left_frees_its_runner_and_its_epoch_stays_used():
     assert table.open(1, 1).runner is lane.runner
 
 
+def test_a_lane_that_was_left_before_the_order_to_open_it_came_stays_closed():
+    table = lanes()
+    assert table.leave(0, 3) is None
+    assert table.open(0, 2) is None
+    assert table.open(0, 4) is not None
+
+
 def test_leaving_under_an_old_epoch_does_nothing():
     table = lanes()
     table.open(0, 3)
