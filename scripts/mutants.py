@@ -234,9 +234,9 @@ MUTANTS = (
     ),
     Mutant(
         "missing replicas are not computed",
-        "recovery/pipeline.py",
-        "            forming.placed[event.stage].pop(replica.block, None)\n",
-        "            pass\n",
+        "recovery/ahead.py",
+        "if block not in missing}",
+        "}",
     ),
     Mutant(
         "requests beyond a lane's share take part in steps in flight",
@@ -327,7 +327,7 @@ MUTANTS = (
     Mutant(
         "only nodes that the controller knows of are left",
         "recovery/pipeline.py",
-        "left = {*order.released, *self.nodes} - {*order.nodes}",
+        "left = {*order.released, *self.nodes, *self._plans.opened} - {*order.nodes}",
         "left = {*order.released}",
         "tests/unit/recovery/test_pipeline.py"
         "::test_a_node_that_is_used_no_more_is_left_though_the_controller_has_forgotten_it",

@@ -20,7 +20,9 @@ pytestmark = pytest.mark.timeout(900)
 PROMPTS = [f"Chapter {number}. The keeper of the lighthouse looked at the sea and" for number in range(4)]
 TOKENS = 120
 LONGEST_GAP_SECONDS = 0.3
-"""What a move may add to the longest pause that the streams have anyway."""
+"""No move opens a longer pause, where the streams have none like that anyway."""
+ADDED_SECONDS = 0.15
+"""What it may add to the longest that they have where the machine is crowded."""
 ROUND_TIMEOUT_SECONDS = 120.0
 COMMAND_TIMEOUT_SECONDS = 180.0
 """A node that is started by hand imports everything itself, on a busy machine."""
@@ -116,7 +118,7 @@ def test_a_lane_comes_home_under_load_and_no_stream_notices(grid: Cluster) -> No
     assert record["requests"] > 0, "it was to move under load"
     gap, before = gap_of(load, record, killed_at)
     print(f"back after {record['time'] - killed_at:.1f} s; gap {gap:.3f} s, before it {before:.3f} s; {record}")
-    assert gap < before + LONGEST_GAP_SECONDS
+    assert gap < max(LONGEST_GAP_SECONDS, before + ADDED_SECONDS)
 
 
 def kevlarflow(cluster: Cluster, *words: str) -> subprocess.CompletedProcess[str]:
@@ -159,7 +161,7 @@ def test_a_node_is_drained_under_load_and_replaced_by_hand(grid: Cluster) -> Non
         gap, before = gap_of(load, record, calm_until)
         print(f"gap {gap:.3f} s, before it {before:.3f} s; {record}")
         assert record["lost_requests"] == 0
-        assert gap < before + LONGEST_GAP_SECONDS
+        assert gap < max(LONGEST_GAP_SECONDS, before + ADDED_SECONDS)
 
 
 def _runs(pid: int) -> bool:

@@ -42,11 +42,18 @@ class NodeLinks:
         wanted = {node.step_address for node in nodes}
         for address in self._sockets.keys() - wanted:
             self._sockets.pop(address).close(linger=0)
-        for address in wanted - self._sockets.keys():
-            self._sockets[address] = self._open(address)
         for node in nodes:
             self._part(node.member, linger_ms=0)
         self._poll_all()
+        for address in wanted:
+            self._ensure(address)
+
+    def _ensure(self, address: str) -> zmq.Socket[bytes]:
+        """The channel to an address, opened and listened to if need be."""
+        if address not in self._sockets:
+            self._sockets[address] = self._open(address)
+            self._poller.register(self._sockets[address], zmq.POLLIN)
+        return self._sockets[address]
 
     def _poll_all(self) -> None:
         self._poller = zmq.Poller()
@@ -73,6 +80,10 @@ class NodeLinks:
     def send(self, stage: Stage, header: steps.AnyStepMessage, *payload: bytes) -> None:
         """Send to the node of `stage`, without waiting."""
         self._send(self._sockets[self._nodes[stage].step_address], header, payload)
+
+    def send_ahead(self, address: str, header: steps.AnyStepMessage, *payload: bytes) -> None:
+        """Send to a node that may become part of the pipeline; its channel stays open until the nodes change."""
+        self._send(self._ensure(address), header, payload)
 
     def send_farewell(self, node: NodeInfo, header: steps.AnyStepMessage) -> None:
         """Send to a node that is not part of the pipeline any more; until `part` its answer may come."""

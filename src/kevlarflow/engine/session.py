@@ -279,8 +279,10 @@ class Session:
                 self._handle(core.ChunkRecomputed(epoch, -sequence))
             case steps.Restored(epoch=epoch, stage=stage):
                 self._handle(core.StageRestored(epoch, stage))
-            case steps.Placed(epoch=epoch, stage=stage, missing=missing, fuller=fuller):
-                self._handle(core.ReplicasPlaced(epoch, stage, _replicas(missing), _replicas(fuller)))
+            case steps.Placed(epoch=epoch, stage=stage, missing=missing, fuller=fuller, ahead=ahead):
+                self._handle(core.ReplicasPlaced(epoch, stage, _replicas(missing), _replicas(fuller), ahead))
+            case steps.Flushed(epoch=epoch, stage=stage):
+                self._handle(core.StageFlushed(epoch, stage))
             case steps.Left(epoch=epoch, member=member):
                 self._links.part(member)
                 self._handle(LaneLeft(epoch, member))
@@ -288,10 +290,11 @@ class Session:
                 self._receive_complaint(header)
 
     def _receive_complaint(self, header: steps.AnyStepMessage) -> None:
+        newest, _ = self._core.ordered
         match header:
-            case steps.Refused(epoch=epoch, stage=stage, reason=reason) if epoch == self._core.epoch:
+            case steps.Refused(epoch=epoch, stage=stage, reason=reason) if epoch == newest:
                 self._member_failed(stage, reason)
-            case steps.Unlinked(epoch=epoch, stage=stage) if epoch == self._core.epoch:
+            case steps.Unlinked(epoch=epoch, stage=stage) if epoch == newest:
                 self._member_failed(stage, "the connection to it broke", unlinked=True)
             case steps.Refused() | steps.Unlinked():
                 pass
@@ -370,6 +373,10 @@ class Session:
                 following = nodes[stage + 1].activation_address if stage + 1 < len(nodes) else ""
                 payload = pickle.dumps(usable, pickle.HIGHEST_PROTOCOL)
                 self._links.send(stage, steps.Join(pipeline, epoch, stage, following, orphans), payload)
+            case core.Prepare():
+                self._prepare(command)
+            case core.Flush(stage):
+                self._links.send(stage, steps.Flush(pipeline, epoch))
             case core.Leave(node):
                 self._links.send_farewell(node, steps.Leave(pipeline, epoch))
             case core.Recompute(sequence, chunk):
@@ -388,6 +395,15 @@ class Session:
                 self._links.send(stage, steps.Place(pipeline, epoch), payload)
             case core.PlaceRest(stage):
                 self._links.send(stage, steps.PlaceRest(pipeline, epoch))
+
+    def _prepare(self, command: core.Prepare) -> None:
+        stage, order = command.stage, command.order
+        following = order.nodes[stage + 1].activation_address if stage + 1 < len(order.nodes) else ""
+        address = order.nodes[stage].step_address
+        join = steps.Join(self.pipeline, order.epoch, stage, following, order.orphans)
+        self._links.send_ahead(address, join, pickle.dumps(None))
+        place = steps.Place(self.pipeline, order.epoch, ahead=True)
+        self._links.send_ahead(address, place, pickle.dumps((command.replicas, ()), pickle.HIGHEST_PROTOCOL))
 
     def _send_to_all(self, stages: int, header: steps.AnyStepMessage, payload: bytes) -> None:
         for stage in range(stages):
@@ -408,7 +424,8 @@ class Session:
         self._futures.pop(sequence).set_result(value)
 
     def _member_failed(self, stage: Stage, reason: str, *, unlinked: bool = False) -> None:
-        self._report(MemberFailed(self.pipeline, self._core.nodes[stage].member, reason, self._core.epoch, unlinked))
+        epoch, nodes = self._core.ordered
+        self._report(MemberFailed(self.pipeline, nodes[stage].member, reason, epoch, unlinked))
 
     def _report(self, message: AnyMessage) -> None:
         self.reports.append(message)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from kevlarflow.node.replicator import Replicator
 
 
+FLUSH_SECONDS = 0.1
+"""What a standby has not confirmed by then is computed again: that takes two steps, about as long."""
+
+
 class LaneReplicas:
     """See the module's text. In the simulator the replicator is one without a thread."""
 
@@ -56,6 +60,14 @@ class LaneReplicas:
         if self._of(lane).queue.hasten():
             self._replicator.ring()
 
+    def flush(self, lane: Lane, now: float) -> None:
+        """No further step of this lane comes: what its standby lacks is copied, and `outcomes` says when it has it."""
+        lane.flush_until = now + FLUSH_SECONDS
+        replication = self._of(lane)
+        replication.queue.hasten()
+        replication.flushing = True
+        self._replicator.ring()
+
     def begin(self, lane: Lane, writes: Iterable[Replica]) -> None:
         """A step is about to write these blocks."""
         self._of(lane).queue.begin(writes)
@@ -76,8 +88,8 @@ class LaneReplicas:
         """A file descriptor that is readable when there are `outcomes`."""
         return self._replicator.answered
 
-    def outcomes(self) -> Iterator[steps.Replicated]:
-        """What the standbys have answered since the last call."""
+    def outcomes(self) -> Iterator[steps.Replicated | steps.Flushed]:
+        """What the standbys have answered since the last call, and which lanes are flushed."""
         return self._replicator.take_outcomes()
 
     # ---- as a donor
@@ -96,6 +108,21 @@ class LaneReplicas:
         lane.rest, missing_later = store.find(lane.pipeline, later)
         fuller = {replica for replica, _ in found}.difference(now)
         return missing + missing_later, sorted(fuller, key=lambda replica: replica.block)
+
+    def place_ahead(self, lane: Lane, wanted: Sequence[Replica]) -> tuple[list[Replica], list[Replica]]:
+        """Write replicas into a lane that is served elsewhere still; returns as `place` does.
+
+        Newer copies come in meanwhile: one that has replaced another while that was written leaves neither in place.
+        """
+        store = self._replicator.store
+        before = store.ages(lane.pipeline)
+        found, missing = store.find(lane.pipeline, wanted)
+        self._write(lane, found)
+        after = store.ages(lane.pipeline)
+        spoilt = {replica.block for replica, _ in found if before.get(replica.block) != after.get(replica.block)}
+        missing += [replica for replica in wanted if replica.block in spoilt]
+        fuller = {replica for replica, _ in found if replica.block not in spoilt}.difference(wanted)
+        return missing, sorted(fuller, key=lambda replica: replica.block)
 
     def _write(self, lane: Lane, copies: Sequence[tuple[Replica, memoryview]]) -> None:
         table = lane.blocks.table

@@ -21,7 +21,7 @@ from kevlarflow.node.block_map import BlockMap, LaneBlocks
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.replication.source import LaneReplication
 from kevlarflow.types import Epoch, PipelineId
-from kevlarflow.wire.steps import Execute, Place, PlaceRest, Recompute, Restore
+from kevlarflow.wire.steps import Execute, Flush, Place, PlaceRest, Recompute, Restore
 
 if TYPE_CHECKING:
     # The simulator runs this module without torch.
@@ -32,7 +32,7 @@ MAX_QUEUED_WORK = 4_096
 MAX_EARLY_ACTIVATIONS = 4_096
 """Activations that wait for their step."""
 
-Header = Execute | Recompute | Restore | Place | PlaceRest
+Header = Execute | Recompute | Restore | Flush | Place | PlaceRest
 
 
 @dataclasses.dataclass(slots=True)
@@ -59,6 +59,8 @@ class Lane:
     replication: LaneReplication | None = None
     rest: list[tuple[Replica, memoryview]] = dataclasses.field(default_factory=list)
     """Replicas that `PlaceRest` will put in place."""
+    flush_until: float | None = None
+    """When `Flush` is answered at the latest; None when it is not awaited."""
     queue: collections.deque[Work] = dataclasses.field(default_factory=collections.deque)
     last_ran: int = 0
     broken: bool = False
@@ -123,6 +125,7 @@ class Lanes:
         lane.queue.clear()
         lane.broken = False
         lane.rest.clear()
+        lane.flush_until = None
         lane.runner.reset()
         if lane.replication is not None:
             # Until the lane is restored nobody knows what its blocks hold. And another thread may be copying one that
@@ -186,7 +189,7 @@ class Lanes:
                 return has_tokens and not self._is_first_stage
             case Recompute():
                 return not self._is_first_stage
-            case Restore() | Place() | PlaceRest():
+            case Restore() | Flush() | Place() | PlaceRest():
                 return False
 
 

@@ -8,9 +8,11 @@ Everything but the heartbeat happens on this one thread, so a lane is never touc
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import socket
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -159,7 +161,7 @@ class NodeServer:
             self._take_activations()
             ready = self._lanes.next_work()
             if ready is None:
-                poller.poll()
+                poller.poll(self._say_flushed())
             else:
                 self._run(*ready)
 
@@ -190,7 +192,14 @@ class NodeServer:
                     self._take_about_lane(engine, header, payload)
                 finally:
                     self._progress.end()
-            case steps.Execute() | steps.Recompute() | steps.Restore() | steps.Place() | steps.PlaceRest():
+            case (
+                steps.Execute()
+                | steps.Recompute()
+                | steps.Restore()
+                | steps.Flush()
+                | steps.Place()
+                | steps.PlaceRest()
+            ):
                 if not self._lanes.add_work(Work(engine, header, payload)):
                     self.dropped += 1
             case _:
@@ -250,6 +259,17 @@ class NodeServer:
             lane = self._lanes.current(outcome.pipeline)
             if lane is not None:
                 self._answer(lane.engine, outcome)
+                lane.flush_until = None if isinstance(outcome, steps.Flushed) else lane.flush_until
+
+    def _say_flushed(self) -> int | None:
+        """Say so of lanes whose standbys have had time enough; returns the milliseconds until that is due again."""
+        now = time.monotonic()
+        for lane in self._lanes:
+            if lane.flush_until is not None and now >= lane.flush_until:
+                lane.flush_until = None
+                self._answer(lane.engine, steps.Flushed(lane.pipeline, lane.epoch, self._stage))
+        due = [lane.flush_until for lane in self._lanes if lane.flush_until is not None]
+        return math.ceil(1_000 * (min(due) - now)) if due else None
 
     def _take_activations(self) -> None:
         while True:
@@ -299,19 +319,34 @@ class NodeServer:
                     self._answer(work.engine, steps.Recomputed(pipeline, epoch, sequence))
                 elif output is not None:
                     self._forward(lane, sequence, output)
-            case steps.Place():
-                self._place(lane, work)
+            case steps.Flush() | steps.Place() | steps.PlaceRest():
+                self._run_work_on_replicas(lane, work)
+            case steps.Execute():
+                self._execute(lane, work, work.header, activations)
+
+    def _run_work_on_replicas(self, lane: Lane, work: Work) -> None:
+        match work.header:
+            case steps.Flush(pipeline, epoch):
+                if self._replicas:
+                    self._replicas.flush(lane, time.monotonic())
+                else:
+                    self._answer(work.engine, steps.Flushed(pipeline, epoch, self._stage))
+            case steps.Place(ahead=ahead):
+                self._place(lane, work, ahead=ahead)
             case steps.PlaceRest(pipeline, epoch):
                 if self._replicas:
                     self._replicas.place_rest(lane)
                 self._answer(work.engine, steps.Placed(pipeline, epoch, self._stage, ()))
-            case steps.Execute():
-                self._execute(lane, work, work.header, activations)
 
-    def _place(self, lane: Lane, work: Work) -> None:
+    def _place(self, lane: Lane, work: Work, *, ahead: bool) -> None:
         now, later = pickle.loads(work.payload[0])
-        missing, fuller = self._replicas.place(lane, now, later) if self._replicas else ([*now, *later], [])
-        placed = steps.Placed(lane.pipeline, lane.epoch, self._stage, _tags(missing), _tags(fuller))
+        if self._replicas is None:
+            missing, fuller = [*now, *later], list[Replica]()
+        elif ahead:
+            missing, fuller = self._replicas.place_ahead(lane, now)
+        else:
+            missing, fuller = self._replicas.place(lane, now, later)
+        placed = steps.Placed(lane.pipeline, lane.epoch, self._stage, _tags(missing), _tags(fuller), ahead)
         self._answer(work.engine, placed)
 
     def _execute(self, lane: Lane, work: Work, step: steps.Execute, activations: Activations | None) -> None:

@@ -59,7 +59,7 @@ class Replicator(threading.Thread):
         self.store = StandbyStore(config.standby_memory_bytes, blocks)
         self._standby = Standby(member, stage, self.store, bounds)
         self._source = Source(member, stage, blocks, config.replication_bytes_per_second, self._report)
-        self.outcomes: deque[steps.Replicated] = deque(maxlen=MAX_OUTCOMES)
+        self.outcomes: deque[steps.Replicated | steps.Flushed] = deque(maxlen=MAX_OUTCOMES)
         self.answered = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         """Readable when the main thread should look at `outcomes`."""
 
@@ -87,8 +87,8 @@ class Replicator(threading.Thread):
         """Something is due."""
         self._transfer.ring()
 
-    def take_outcomes(self) -> Iterator[steps.Replicated]:
-        """What the standbys have answered since the last call."""
+    def take_outcomes(self) -> Iterator[steps.Replicated | steps.Flushed]:
+        """What the standbys have answered since the last call, and which lanes are flushed."""
         if not self.outcomes:
             return
         with contextlib.suppress(BlockingIOError):
@@ -132,7 +132,7 @@ class Replicator(threading.Thread):
             self._backed.add(block)
             self._blocks.populate(self._bounds.blocks - len(self._backed))
 
-    def _report(self, outcome: steps.Replicated) -> None:
+    def _report(self, outcome: steps.Replicated | steps.Flushed) -> None:
         self.outcomes.append(outcome)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self.answered, 1)

@@ -43,6 +43,8 @@ class Forming:
     issued_meanwhile: bool = False
     """Whether a step was issued while replicas were awaited."""
     placed: dict[Stage, dict[int, Replica]] = dataclasses.field(default_factory=dict)
+    later: set[int] = dataclasses.field(default_factory=set)
+    """Blocks that `PlaceRest` is for."""
     joined_at: float | None = None
     placed_at: float | None = None
     recomputed_at: float | None = None

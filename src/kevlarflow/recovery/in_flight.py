@@ -71,12 +71,15 @@ class InFlight:
 
     # ---- coming and going
 
-    def add(self, step: Step, writes: Writes, left_out: frozenset[str]) -> None:
-        """A step was issued, without the requests in `left_out`, which are set aside."""
+    def add(self, step: Step, writes: Writes, left_out: frozenset[str], *, overtakes: bool = False) -> None:
+        """A step was issued, without the requests in `left_out`, which are set aside.
+
+        One that `overtakes` goes out though others are held back.
+        """
         self._steps[step.sequence] = step
         self._writes[step.sequence] = writes
         self._left_out[step.sequence] = left_out
-        if self.hold_back:
+        if self.hold_back and not overtakes:
             self._held.add(step.sequence)
 
     def leave_out(self, requests: frozenset[str], block_size: int) -> None:

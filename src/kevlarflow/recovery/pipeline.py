@@ -12,9 +12,9 @@ is waited for: which replicas the new node turned out not to have, because the p
 any point starts the path again under its own epoch, and what is still missing on a stage is remembered by
 `_complete_on`: the member that holds the whole KV of the lane. A stage whose member is another one is lost.
 
-A planned change of nodes waits for the steps in flight, which have living nodes to complete on. Steps that are issued
-meanwhile are held back and go out to the new nodes. If one of the old nodes dies before, the order for that replaces
-this one.
+A planned change of nodes waits until the new ones are prepared (`recovery.ahead`), then for the steps in flight, which
+have living nodes to complete on. Steps that are issued meanwhile are held back and go out to the new nodes. If one of
+the old nodes dies before, the order for that replaces this one.
 
 Nodes that serve several lanes share their KV memory among them, so an order also says how many do: see
 `recovery.capacity` for the requests that have to give way. A step that raised, or that cost too many nodes, takes
@@ -30,7 +30,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kevlarflow.errors import IllegalTransition
-from kevlarflow.recovery.coverage import Generations, IssuedTables, Replica
+from kevlarflow.recovery.ahead import Ahead, Plans, in_place
+from kevlarflow.recovery.coverage import Generations, IssuedTables, Replica, allocated
 from kevlarflow.recovery.dispatched import last_words
 from kevlarflow.recovery.forming import MAX_FAILURES, Forming, Phase
 from kevlarflow.recovery.giving_way import GivingWay
@@ -40,6 +41,7 @@ from kevlarflow.recovery.ledger import Ledger, Step
 from kevlarflow.recovery.pipeline_events import (
     Abandon,
     AbandonEverything,
+    Answer,
     AssignStandby,
     ChunkRecomputed,
     Command,
@@ -58,6 +60,7 @@ from kevlarflow.recovery.pipeline_events import (
     ReplicasPlaced,
     RequestFormation,
     Restore,
+    StageFlushed,
     StageJoined,
     StageRestored,
     StandbysAssigned,
@@ -96,13 +99,12 @@ class Pipeline:
         self._failures = 0
         """Of work for no request in particular, in a row."""
         self._forming: Forming | None = None
-        self._planned: FormationOrdered | None = None
-        """An order that waits for the steps in flight."""
         self._next_standbys: StandbysAssigned | None = None
-        """Standbys that were named after that order, and are to follow it."""
+        """Standbys that were named after an order that waits, and are to follow it."""
         self._generations = Generations()
         self._tables = IssuedTables()
         self._watermarks = Watermarks(self._generations, limits.block_size)
+        self._plans = Plans(self._in_flight, self._watermarks)
         self._giving_way = GivingWay(self.ledger, self._in_flight, self._tables, self._generations, limits.block_size)
 
     @property
@@ -115,11 +117,17 @@ class Pipeline:
         """Who serves, in stage order; nobody, when the pipeline has to be formed anew."""
         return () if self._disagrees else tuple(node.member for node in self.nodes)
 
+    @property
+    def ordered(self) -> tuple[Epoch, tuple[NodeInfo, ...]]:
+        """The epoch and the nodes of the newest order to form, which may wait."""
+        waiting = self._plans.waiting
+        return (waiting.order.epoch, waiting.order.nodes) if waiting is not None else (self.epoch, self.nodes)
+
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event at monotonic time `now` (seconds); returns what to do, in order.
 
-        Answers of another epoch than the current one are ignored. Raises `IllegalTransition` for a step that
-        is issued twice.
+        Answers of another epoch than the current one are ignored, but for those to what is done ahead of the next.
+        Raises `IllegalTransition` for a step that is issued twice.
         """
         match event:
             case FormationOrdered():
@@ -132,6 +140,15 @@ class Pipeline:
                 return self._assign_standbys(event)
             case ReplicasConfirmed():
                 return self._confirm(event)
+            case _:
+                return self._answered(event, now)
+
+    def _answered(self, event: Answer, now: float) -> list[Command]:
+        if event.epoch == self._plans.epoch:
+            return self._plans.answered(event) + self._form_as_planned(now)
+        match event:
+            case StageFlushed():
+                return self._flushed(event, now) if event.epoch == self.epoch else []
             case ReplicasPlaced():
                 return self._replicas_placed(event, now) if event.epoch == self.epoch else []
             case StageJoined() | ChunkRecomputed() | StageRestored():
@@ -146,18 +163,26 @@ class Pipeline:
     def _form(self, order: FormationOrdered, now: float) -> list[Command]:
         if order.epoch <= self.epoch:
             return []
+        if order.epoch == self._plans.epoch:
+            return self._plans.overdue(now)
+        busy = self._in_flight.running or len(self.ledger) > 0
         # Steps that the nodes disagree on will not complete.
-        if order.planned and self.phase is Phase.SERVING and self._in_flight.running and not self._disagrees:
-            self._planned = order
-            self._in_flight.hold_back = True
-            return []
-        self._planned, self._disagrees = None, False
+        if order.planned and busy and self.phase is Phase.SERVING and not self._disagrees:
+            return self._plans.make(order, self.nodes, now) + self._form_as_planned(now)
+        return self._change_nodes(Ahead(order, now), now)
+
+    def _change_nodes(self, ahead: Ahead, now: float) -> list[Command]:
+        """Carry an order out, given what was done ahead of it."""
+        order = ahead.order
+        self._plans.drop()
+        self._disagrees = False
         changed = {after.stage for before, after in zip(self.nodes, order.nodes, strict=False) if before != after}
         stages = {Stage(index) for index in range(len(order.nodes))}
         bereft = last_words(self.nodes, changed if order.lost else (), order.losses)
         doomed = self._in_flight.recall(order.epoch, stages - changed, bereft, self._forming)
         # Whether or not the controller knows of them: one that has lost its memory may not.
-        left = {*order.released, *self.nodes} - {*order.nodes}
+        left = {*order.released, *self.nodes, *self._plans.opened} - {*order.nodes}
+        self._plans.opened.clear()
         self.epoch, self.nodes = order.epoch, order.nodes
         self._generations.mark = order.epoch
         self.phase = Phase.FORMING
@@ -167,49 +192,60 @@ class Pipeline:
         blocks = min(node.kv_blocks for node in self.nodes)
         commands = self._giving_way.share(blocks, order.shares, doomed, self.formations)
         self._forming = Forming(
-            ordered_at=now,
+            ordered_at=ahead.came_at,
             requests=len(self.ledger),
-            to_join=set(stages),
+            to_join=stages - ahead.joined,
             to_restore=set(stages),
             lost=lost,
         )
-        commands += [Leave(node) for node in sorted(left, key=lambda node: node.member)]
-        commands += [Join(stage, self._giving_way.usable, order.orphans) for stage in sorted(stages)]
+        commands += [Leave(node) for node in sorted(left, key=_by_member)]
+        commands += [Join(stage, self._giving_way.usable, order.orphans) for stage in sorted(stages - ahead.opened)]
         commands += [
             AssignStandby(stage, self._watermarks.standby_for(stage, self.nodes[stage].member), order.anew)
             for stage in self._watermarks.stages
         ]
-        commands += self._place(self._forming) or self._resume(self._forming)
+        commands += self._place(self._forming, ahead.placed) or self._resume(self._forming)
         return commands + self._assign_next_standbys()
 
-    def _place(self, forming: Forming) -> list[Command]:
-        """Ask each new node that was the standby of the lost one for its replicas; empty when there are none."""
+    def _place(self, forming: Forming, ahead: Mapping[Stage, Mapping[int, Replica]]) -> list[Command]:
+        """Ask each new node that was the standby of the lost one for its replicas; empty when it needs none.
+
+        What it has put in place `ahead` it has still, where the blocks are not others' by now.
+        """
         wanted = blocks_in_use(self.ledger, self._in_flight)
-        commands: list[Command] = []
+        commands: list[Place] = []
         for stage in sorted(forming.lost):
             known = self._watermarks.is_standby(stage, self.nodes[stage].member)
-            valid = self._giving_way.may_use(self._watermarks.valid(stage)) if known else {}
-            if not valid:
+            valid = self._useful(self._watermarks.valid(stage), wanted) if known else {}
+            here = self._useful(self._current(ahead.get(stage, {})), wanted)
+            if not valid and not here:
                 forming.placed.clear()
                 return []
-            now = tuple(replica for block, replica in valid.items() if block in wanted)
-            full = [replica for replica in valid.values() if replica.filled == self.limits.block_size]
-            later = tuple(replica for replica in full if replica.block not in wanted)
-            forming.placed[stage] = {replica.block: replica for replica in (*now, *later)}
-            commands.append(Place(stage, now, later))
-        forming.to_place = set(forming.placed)
-        return commands
+            lacking = [
+                each for each in valid.values() if each.block not in here or here[each.block].filled < each.filled
+            ]
+            now = tuple(replica for replica in lacking if replica.block in wanted)
+            later = tuple(replica for replica in lacking if replica.block not in wanted)
+            forming.placed[stage] = here | {replica.block: replica for replica in lacking}
+            forming.later.update(replica.block for replica in later)
+            commands += [Place(stage, now, later)] if lacking else []
+        forming.to_place = {command.stage for command in commands}
+        return [*commands]
+
+    def _useful(self, replicas: Mapping[int, Replica], wanted: set[int]) -> dict[int, Replica]:
+        """Replicas of `wanted` blocks, and of full ones, which may be hit as a prefix."""
+        may_use = self._giving_way.may_use(replicas)
+        return {b: each for b, each in may_use.items() if b in wanted or each.filled == self.limits.block_size}
 
     def _replicas_placed(self, event: ReplicasPlaced, now: float) -> list[Command]:
+        if event.ahead:
+            # The nodes have changed without waiting for it.
+            return []
         forming = self._forming
         if forming is None or event.stage not in forming.to_place:
             return self._rest_placed(event.stage, now)
         forming.to_place.discard(event.stage)
-        for replica in event.missing:
-            forming.placed[event.stage].pop(replica.block, None)
-        forming.placed[event.stage] |= {
-            replica.block: replica for replica in event.fuller if replica.block in forming.placed[event.stage]
-        }
+        forming.placed[event.stage] = in_place(forming.placed[event.stage], event)
         self._watermarks.drop(event.stage, event.missing)
         if forming.to_place:
             return []
@@ -239,12 +275,13 @@ class Pipeline:
         self._resting = set(forming.placed)
         rest: list[Command] = [PlaceRest(stage) for stage in sorted(forming.placed)]
         # A step that was issued while replicas were awaited may hit or overwrite a prefix that nobody used before.
-        commands += rest if forming.issued_meanwhile else []
+        rest_first = forming.issued_meanwhile and not forming.later.isdisjoint(self._touched(steps))
+        commands += rest if rest_first else []
         commands += [Recompute(number, chunk) for number, chunk in numbered.items()]
         held = holdings(self.ledger, steps, keep, self._generations, self.limits.block_size)
         commands.append(Restore(self.ledger.copies(), held))
         commands += self._send_due()
-        commands += [] if forming.issued_meanwhile else rest
+        commands += [] if rest_first else rest
         if forming.lost:
             commands.append(EvictPrefixCache(keep))
             # Nobody computes what is evicted on the new node: even a replica that is confirmed late is void.
@@ -254,6 +291,9 @@ class Pipeline:
             self._lost_at[self.formations] = forming.lost
         # A step may have lost all its requests.
         return commands + self._complete_in_order()
+
+    def _touched(self, steps: Sequence[Step]) -> set[int]:
+        return blocks_in_use(self.ledger, steps).union(*(allocated(step, self.limits.block_size) for step in steps))
 
     def _set_aside_unreachable(self, forming: Forming) -> list[Command]:
         requests = unreachable_hits(list(self._in_flight), self.limits.block_size) if forming.lost else set[str]()
@@ -309,7 +349,8 @@ class Pipeline:
         """Keep all requests until the next order, but nothing in flight: the scheduler gets no tokens for it."""
         lost = last_words(self.nodes, order.lost_stages, order.losses)
         doomed = self._in_flight.recall(order.epoch, set(), lost, self._forming)
-        self.phase, self._forming, self._planned, self._disagrees = Phase.WAITING, None, None, False
+        self.phase, self._forming, self._disagrees = Phase.WAITING, None, False
+        self._plans.drop()
         everybody = {entry.request for entry in self.ledger.entries()} | self._in_flight.requests
         aside = self._set_aside(dict.fromkeys(everybody, "") | doomed)
         return aside + self._leave_lanes() + self._assign_next_standbys()
@@ -317,7 +358,8 @@ class Pipeline:
     def _leave_lanes(self) -> list[Command]:
         """What the nodes hold is of no use any more: no request has blocks. And others may wait for the memory."""
         self._complete_on, self._resting = {}, set()
-        return [Leave(node) for node in self.nodes]
+        opened = [node for node, epoch in self._plans.opened.items() if epoch < self.epoch]
+        return [Leave(node) for node in dict.fromkeys([*self.nodes, *opened])]
 
     def _set_aside(self, reasons: dict[str, str]) -> list[Command]:
         """An empty reason is for a request that is to go on later."""
@@ -328,7 +370,7 @@ class Pipeline:
     # ---- replicas
 
     def _assign_standbys(self, event: StandbysAssigned) -> list[Command]:
-        if self._planned is not None:
+        if self._plans.waiting is not None:
             self._next_standbys = event
             return []
         changed = self._watermarks.assign(event.standbys)
@@ -364,8 +406,7 @@ class Pipeline:
         left_out = frozenset(scheduled.scheduled) - frozenset(step.scheduled)
         lost = self._lost_since(step.formation)
         before = list(self._in_flight)
-        self._in_flight.hold_back = self._planned is not None and not lost
-        self._in_flight.add(step, writes, left_out)
+        self._in_flight.add(step, writes, left_out, overtakes=bool(lost))
         if self.phase is Phase.WAITING:
             return commands + self._set_aside(dict.fromkeys(step.scheduled, ""))
         if self._forming is not None and self._forming.to_place:
@@ -393,6 +434,10 @@ class Pipeline:
             for sequence in self._in_flight.due()
         ]
 
+    def _flushed(self, event: StageFlushed, now: float) -> list[Command]:
+        self._plans.flushed(event.stage)
+        return self._form_as_planned(now)
+
     def _executed(self, event: StepExecuted, now: float) -> list[Command]:
         if event.sequence not in self._in_flight:
             return []
@@ -401,9 +446,8 @@ class Pipeline:
 
     def _form_as_planned(self, now: float) -> list[Command]:
         """Carry out the order that waited, once only steps are left that were held back for it."""
-        if self._planned is None or self._in_flight.running:
-            return []
-        return self._form(self._planned, now)
+        ahead = self._plans.due
+        return self._change_nodes(ahead, now) if ahead is not None else []
 
     def _complete_in_order(self) -> list[Command]:
         """Fold what has completed, oldest first; a step without tokens completes when its turn comes."""
@@ -423,14 +467,14 @@ class Pipeline:
         An order that waits for the steps in flight is carried out for it; otherwise the controller is asked for one.
         """
         self._disagrees = True
-        planned, blamed = self._planned, self._behind(event.sequence)
+        ahead, blamed = self._plans.waiting, self._behind(event.sequence)
         self._failures += blamed is None
         if self._failures > MAX_FAILURES:
             commands = self._abandon_all(event.reason)
         else:
             commands = self._set_aside(dict.fromkeys(blamed or (), event.reason))
-        if planned is not None:
-            return commands + self._form(planned, now)
+        if ahead is not None:
+            return commands + self._change_nodes(ahead, now)
         return [*commands, RequestFormation(event.stage, event.reason)]
 
     def _behind(self, sequence: int) -> Sequence[str] | None:
@@ -447,7 +491,8 @@ class Pipeline:
         Steps that never ran on some stage leave blocks in the prefix cache that were never computed there: so no
         stage counts as complete, and the next formation evicts everything.
         """
-        self.phase, self.reason, self._forming, self._planned = Phase.SUSPENDED, reason, None, None
+        self.phase, self.reason, self._forming = Phase.SUSPENDED, reason, None
+        self._plans.drop()
         self._abandoned_upto, self._failures = self.formations, 0
         commands: list[Command] = [Abandon(sequence, reason) for sequence in self._in_flight.sequences]
         self._in_flight.clear()
@@ -456,3 +501,7 @@ class Pipeline:
         self._watermarks.clear()
         self._giving_way.clear()
         return [AbandonEverything(reason), *commands, *self._leave_lanes(), *self._assign_next_standbys()]
+
+
+def _by_member(node: NodeInfo) -> Member:
+    return node.member

@@ -76,6 +76,16 @@ class ReplicasPlaced:
     stage: Stage
     missing: tuple[Replica, ...]
     fuller: tuple[Replica, ...] = ()
+    ahead: bool = False
+    """Whether this answers `Prepare`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageFlushed:
+    """The standby of a stage has all that was written there, or cannot be brought to have it soon."""
+
+    epoch: Epoch
+    stage: Stage
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -128,10 +138,10 @@ class StepBroken:
     reason: str
 
 
-Event = (
-    FormationOrdered | SuspensionOrdered | StandbysAssigned | ReplicasConfirmed | ReplicasPlaced
-    | StepIssued | StageJoined | ChunkRecomputed | StageRestored | StepExecuted | StepBroken
-)  # fmt: skip
+Answer = ReplicasPlaced | StageFlushed | StageJoined | ChunkRecomputed | StageRestored | StepExecuted | StepBroken
+"""What nodes say under an epoch."""
+
+Event = FormationOrdered | SuspensionOrdered | StandbysAssigned | ReplicasConfirmed | StepIssued | Answer
 
 
 # ---- commands
@@ -146,6 +156,22 @@ class Join:
     """KV blocks; None: all."""
     orphans: tuple[tuple[PipelineId, Epoch], ...] = ()
     """Lanes without an engine, to be given up."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prepare:
+    """Have the node of `stage` in an order that waits open the lane under `order.epoch`, and put replicas in place."""
+
+    stage: Stage
+    order: FormationOrdered
+    replicas: tuple[Replica, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Flush:
+    """Have the node of `stage` send its standby all that was written, once it has run what it was sent."""
+
+    stage: Stage
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -284,8 +310,8 @@ class RequestFormation:
     reason: str
 
 
-FormingCommand = Join | Leave | AssignStandby | Place | PlaceRest | Recompute | Restore
-"""Commands that go to nodes while the pipeline is formed."""
+FormingCommand = Join | Prepare | Flush | Leave | AssignStandby | Place | PlaceRest | Recompute | Restore
+"""Commands that go to nodes so that the pipeline is formed."""
 
 Command = (
     FormingCommand | Execute | Deliver | Abandon | AbandonEverything | SetAside | UseBlocks | EvictPrefixCache

@@ -148,3 +148,8 @@ class ReplicationQueue:
             for block in blocks:
                 self._sent.pop(block, None)
             self._look_for_due()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no copy is due."""
+        return not self._due

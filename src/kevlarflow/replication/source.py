@@ -53,6 +53,8 @@ class LaneReplication:
         """Sent as copies of partly filled ones."""
         self.refused = 0
         """Copies that a standby called wrong."""
+        self.flushing = False
+        """Whether it is to be said when nothing is left to copy."""
 
 
 class _Channel:
@@ -79,7 +81,7 @@ class Source:
         stage: Stage,
         blocks: KvBlocks,
         bytes_per_second: int,
-        report: Callable[[steps.Replicated], None],
+        report: Callable[[steps.Replicated | steps.Flushed], None],
     ) -> None:
         self._member = member
         self._stage = stage
@@ -131,6 +133,9 @@ class Source:
             if channel is not None:
                 self._take_answers(lane, channel, now)
                 waits.append(self._copy_one(lane, channel, now))
+            if lane.flushing and not _is_busy(lane, channel):
+                lane.flushing = False
+                self._report(steps.Flushed(lane.pipeline, lane.epoch, self._stage))
         return min(waits)
 
     def _close_abandoned(self, served: set[PipelineId]) -> None:
@@ -261,3 +266,10 @@ class Source:
                 refused=lane.refused,
             )
         )
+
+
+def _is_busy(lane: LaneReplication, channel: _Channel | None) -> bool:
+    """Whether something is on its way to the standby, or will be."""
+    if channel is None or channel.closed_at is not None:
+        return False
+    return not lane.queue.is_empty or bool(channel.unanswered)

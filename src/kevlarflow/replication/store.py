@@ -123,6 +123,11 @@ class StandbyStore:
                     missing.append(replica)
         return found, missing
 
+    def ages(self, pipeline: PipelineId) -> dict[int, int]:
+        """By block, which copy of it is here: another number is another copy, and the old one's place is anybody's."""
+        with self._lock:
+            return {block: entry.age for (owner, block), entry in self._entries.items() if owner == pipeline}
+
     def pin(self, pipeline: PipelineId) -> None:
         """Keep the lane's replicas where and what they are."""
         with self._lock:

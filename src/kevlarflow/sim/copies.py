@@ -176,7 +176,7 @@ class SimReplicator:
         self.store = StandbyStore(shape.standby_blocks * kv.block_bytes, kv)
         self._standby = Standby(node.member, node.stage, self.store, bounds)
         self._source = Source(node.member, node.stage, kv, UNLIMITED_BYTES_PER_SECOND, self._outcome)
-        self._outcomes: deque[steps.Replicated] = deque()
+        self._outcomes: deque[steps.Replicated | steps.Flushed] = deque()
         self._turns_at = float("inf")
         kv.before_read = self._let_a_step_run
 
@@ -200,7 +200,7 @@ class SimReplicator:
         """See `Replicator.ring`."""
         self.turn_soon(0.0)
 
-    def take_outcomes(self) -> Iterator[steps.Replicated]:
+    def take_outcomes(self) -> Iterator[steps.Replicated | steps.Flushed]:
         """See `Replicator.take_outcomes`."""
         while self._outcomes:
             yield self._outcomes.popleft()
@@ -235,7 +235,7 @@ class SimReplicator:
         if self.store.used_bytes > self.store.limit_bytes:
             raise Unbounded(f"{self._node} keeps {self.store.used_bytes} bytes of {self.store.limit_bytes}")
 
-    def _outcome(self, outcome: steps.Replicated) -> None:
+    def _outcome(self, outcome: steps.Replicated | steps.Flushed) -> None:
         self._outcomes.append(outcome)
         self._fleet.counts["copies answered"] += 1
         self._node.look()

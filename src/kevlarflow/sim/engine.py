@@ -288,12 +288,12 @@ class Engine(Process):
         if isinstance(header, steps.Left):
             self._handle(LaneLeft(header.epoch, header.member))
             return
-        if all(node.member != source.member for node in self.core.nodes):
+        if source.member not in self._lines:
             return
         event = self._event_of(header, payload)
         if event is None:
             assert isinstance(header, steps.Refused | steps.Unlinked)
-            if header.epoch == self.core.epoch:
+            if header.epoch == self.core.ordered[0]:
                 reason = header.reason if isinstance(header, steps.Refused) else ""
                 self._member_failed(source.member, reason, unlinked=isinstance(header, steps.Unlinked))
         elif isinstance(event, core.ReplicasConfirmed):
@@ -318,13 +318,16 @@ class Engine(Process):
                 return core.ChunkRecomputed(epoch, -sequence)
             case steps.Restored(epoch=epoch, stage=stage):
                 return core.StageRestored(epoch, stage)
-            case steps.Placed(epoch=epoch, stage=stage, missing=missing, fuller=fuller):
-                return core.ReplicasPlaced(epoch, stage, _replicas(missing), _replicas(fuller))
+            case steps.Placed(epoch=epoch, stage=stage, missing=missing, fuller=fuller, ahead=ahead):
+                return core.ReplicasPlaced(epoch, stage, _replicas(missing), _replicas(fuller), ahead)
+            case steps.Flushed(epoch=epoch, stage=stage):
+                return core.StageFlushed(epoch, stage)
         return None
 
     def _take_answer(self, source: Node, event: Any) -> None:
         """Nothing of an old epoch may have an effect, nor anything of a member that does not serve in this one."""
         current = event.epoch == self.core.epoch
+        awaited = current or (event.epoch == self.core.ordered[0] and source.info in self.core.ordered[1])
         if current and isinstance(event, core.StepExecuted):
             self._outputs[event.sequence] = {name: list(each) for name, each in event.result.tokens.items()}
         if isinstance(event, core.StageRestored):
@@ -333,7 +336,7 @@ class Engine(Process):
         commands = self.core.handle(event, self.timeline.now)
         if self.core.epoch != epoch and self.core.phase is Phase.FORMING:
             self._use(self.core.nodes)
-        if not current and (commands or before != self.core.in_flight):
+        if not awaited and (commands or before != self.core.in_flight):
             raise NotFenced(f"{self} believes {event} of {source} in epoch {self.core.epoch}")
         self._carry_out_all(commands)
 
@@ -375,7 +378,7 @@ class Engine(Process):
             case core.FormationDone(epoch, seconds, requests, tokens):
                 self._formed(messages.Formed(self.pipeline, epoch, seconds, requests, 0, tokens))
             case core.RequestFormation(stage, reason):
-                self._member_failed(self.core.nodes[stage].member, reason)
+                self._member_failed(self.core.ordered[1][stage].member, reason)
             case _:
                 self._form(command)
 
@@ -402,6 +405,10 @@ class Engine(Process):
             case core.Join(stage, usable, orphans):
                 following = nodes[stage + 1].activation_address if stage + 1 < len(nodes) else ""
                 self._send(nodes[stage], steps.Join(pipeline, epoch, stage, following, orphans), usable)
+            case core.Prepare():
+                self._prepare(command)
+            case core.Flush(stage):
+                self._send(nodes[stage], steps.Flush(pipeline, epoch))
             case core.Leave(node):
                 self._send(node, steps.Leave(pipeline, epoch), once=True)
             case core.Recompute(sequence, chunk):
@@ -416,6 +423,15 @@ class Engine(Process):
             case core.PlaceRest(stage):
                 self._send(nodes[stage], steps.PlaceRest(pipeline, epoch))
 
+    def _prepare(self, command: core.Prepare) -> None:
+        stage, order = command.stage, command.order
+        node = order.nodes[stage]
+        following = order.nodes[stage + 1].activation_address if stage + 1 < len(order.nodes) else ""
+        self._lines.setdefault(node.member, f"{self.name} {self.fleet.network.sent} {node.member}")
+        self._send(node, steps.Join(self.pipeline, order.epoch, stage, following, order.orphans), None)
+        self._send(node, steps.Place(self.pipeline, order.epoch, ahead=True), (command.replicas, ()))
+        self.fleet.counts["lanes prepared"] += 1
+
     def _send_to(self, stages: int, header: steps.AnyStepMessage, payload: Any) -> None:
         for node in self.core.nodes[:stages]:
             self._send(node, header, payload)
@@ -428,7 +444,7 @@ class Engine(Process):
             self.fleet.network.send(self, node, line, functools.partial(node.deliver, self, header, payload))
 
     def _member_failed(self, member: Member, reason: str, *, unlinked: bool = False) -> None:
-        self._tell(messages.MemberFailed(self.pipeline, member, reason, self.core.epoch, unlinked))
+        self._tell(messages.MemberFailed(self.pipeline, member, reason, self.core.ordered[0], unlinked))
 
 
 def _replicas(tags: tuple[tuple[int, int, int], ...]) -> tuple[Replica, ...]:

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kevlarflow.node.lane_replicas import LaneReplicas
+from kevlarflow.node.lane_replicas import FLUSH_SECONDS, LaneReplicas
 from kevlarflow.node.lanes import Header, Lane, Lanes, Work
 from kevlarflow.recovery import standstill
 from kevlarflow.recovery.coverage import Replica
@@ -171,6 +171,8 @@ class Node(Process):
             lane = self.lanes.current(outcome.pipeline)
             if lane is not None:
                 self._answer(self._engines[lane.pipeline], outcome)
+                lane.flush_until = None if isinstance(outcome, steps.Flushed) else lane.flush_until
+        self._say_flushed()
         while self._inbox and self.alive and not self.thread.hangs:
             self._take(*self._inbox.popleft())
         ready = self.lanes.next_work() if self.alive and not self.thread.hangs else None
@@ -183,7 +185,7 @@ class Node(Process):
         if isinstance(header, steps.OF_A_LANE) and self.lanes.loses_touch(header.pipeline, header.epoch, engine.name):
             self._answer(engine, steps.Unlinked(header.pipeline, header.epoch, self.stage))
             return
-        if isinstance(header, steps.Execute | steps.Recompute | steps.Restore | steps.Place | steps.PlaceRest):
+        if isinstance(header, Header):
             self._queue(engine, header, payload)
             return
         self.fleet.tell(self, header, payload)
@@ -303,8 +305,11 @@ class Node(Process):
                     self.replicas.hold(lane, payload[1])
             case steps.Recompute():
                 runner.recompute(payload[0])
-            case steps.Place():
-                return self._place(lane, *payload)
+            case steps.Flush() if self.replicas is not None:
+                self.replicas.flush(lane, self.timeline.now)
+                self.after(FLUSH_SECONDS, self.look)
+            case steps.Place(ahead=ahead):
+                return self._place(lane, *payload, ahead=ahead)
             case steps.PlaceRest() if self.replicas is not None:
                 for replica, data in lane.rest:
                     self.fleet.check_copy(lane.pipeline, self.stage, replica, content_of(data))
@@ -320,8 +325,11 @@ class Node(Process):
         match header:
             case steps.Restore():
                 self._answer(engine, steps.Restored(pipeline, epoch, self.stage))
-            case steps.Place():
-                self._answer(engine, steps.Placed(pipeline, epoch, self.stage, *sampled))
+            case steps.Place(ahead=ahead):
+                missing, fuller = sampled
+                self._answer(engine, steps.Placed(pipeline, epoch, self.stage, missing, fuller, ahead))
+            case steps.Flush() if self.replicas is None:
+                self._answer(engine, steps.Flushed(pipeline, epoch, self.stage))
             case steps.PlaceRest():
                 self._answer(engine, steps.Placed(pipeline, epoch, self.stage, ()))
             case steps.Recompute(through=through) if self.stage == through:
@@ -355,11 +363,20 @@ class Node(Process):
 
     # ---- replicas
 
-    def _place(self, lane: Lane, now: tuple[Replica, ...], later: tuple[Replica, ...]) -> tuple[Any, ...]:
+    def _say_flushed(self) -> None:
+        for lane in self.lanes:
+            if lane.flush_until is not None and self.timeline.now >= lane.flush_until:
+                lane.flush_until = None
+                self._answer(self._engines[lane.pipeline], steps.Flushed(lane.pipeline, lane.epoch, self.stage))
+
+    def _place(
+        self, lane: Lane, now: tuple[Replica, ...], later: tuple[Replica, ...], *, ahead: bool
+    ) -> tuple[Any, ...]:
         """Put replicas in place; returns the tags of what is not here, and of what holds more than was asked for."""
         missing, fuller = [*now, *later], list[Replica]()
         if self.replicas is not None and self.replicator is not None:
-            missing, fuller = self.replicas.place(lane, now, later)
+            place = self.replicas
+            missing, fuller = place.place_ahead(lane, now) if ahead else place.place(lane, now, later)
             found, _ = self.replicator.store.find(lane.pipeline, [*now, *later])
             for replica, data in found:
                 self.fleet.check_copy(lane.pipeline, self.stage, replica, content_of(data))

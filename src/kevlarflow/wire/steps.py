@@ -75,11 +75,20 @@ class Hasten(StepMessage, frozen=True):
     epoch: Epoch
 
 
+class Flush(StepMessage, frozen=True):
+    """The steps before this were the last of the lane's: have its standby get all that they wrote, and say so."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+
+
 class Place(StepMessage, frozen=True):
     """Put replicas that this node keeps into its lane; payload: pickled (now, later), tuples of `Replica`."""
 
     pipeline: PipelineId
     epoch: Epoch
+    ahead: bool = False
+    """Whether the lane is served elsewhere still, so that further copies have to be taken meanwhile."""
 
 
 class PlaceRest(StepMessage, frozen=True):
@@ -155,6 +164,16 @@ class Placed(StepMessage, frozen=True):
     missing: tuple[tuple[int, int, int], ...]
     fuller: tuple[tuple[int, int, int], ...] = ()
     """Of the others, those that hold more tokens than were asked for."""
+    ahead: bool = False
+    """As in the `Place` that this answers."""
+
+
+class Flushed(StepMessage, frozen=True):
+    """The standby has all that it can be brought to have within a moment."""
+
+    pipeline: PipelineId
+    epoch: Epoch
+    stage: Stage
 
 
 class Replicated(StepMessage, frozen=True):
@@ -242,12 +261,12 @@ class Activations(StepMessage, frozen=True):
 
 
 AnyStepMessage = (
-    Describe | Join | Leave | AssignStandby | Hasten | Place | PlaceRest | Restore | Recompute | Execute
-    | Description | Joined | Left | Placed | Replicated | Restored | Refused | Unlinked | Recomputed | Executed
-    | StepFailed | Activations
+    Describe | Join | Leave | AssignStandby | Hasten | Flush | Place | PlaceRest | Restore | Recompute | Execute
+    | Description | Joined | Left | Placed | Flushed | Replicated | Restored | Refused | Unlinked | Recomputed
+    | Executed | StepFailed | Activations
 )  # fmt: skip
 
-OF_A_LANE = AssignStandby | Hasten | Place | PlaceRest | Restore | Recompute | Execute
+OF_A_LANE = AssignStandby | Hasten | Flush | Place | PlaceRest | Restore | Recompute | Execute
 """What a lane takes over the connection only that brought its `Join`."""
 
 _encoder = msgspec.msgpack.Encoder()

@@ -128,8 +128,10 @@ def test_standbys_that_are_named_while_a_planned_change_waits_follow_it():
     pipeline.handle(p.StepIssued(go_on(2, formation=2)), 1.3)
     pipeline.handle(p.FormationOrdered(2, (A0, B1), planned=True), 2.0)
     assert pipeline.handle(p.StandbysAssigned((None, A1)), 2.0) == []
-    commands = pipeline.handle(executed(1, 2), 2.1)
+    assert pipeline.handle(executed(1, 2), 2.1) == [p.Deliver(2)]
     # The new node is the old standby still, and puts what it has in place.
+    assert pipeline.handle(p.ReplicasPlaced(2, 1, (Replica(1, 1, 3),), ahead=True), 2.2) == [p.Flush(1)]
+    commands = pipeline.handle(p.StageFlushed(1, 1), 2.3)
     assert p.Place(1, (Replica(1, 1, 3),), ()) in commands
     assert commands[-1] == p.AssignStandby(1, A1)
 
@@ -641,7 +643,7 @@ def test_a_step_that_is_issued_while_replicas_are_awaited_goes_out_behind_them()
     pipeline.handle(p.FormationOrdered(2, (A0, B1)), 2.0)
     assert pipeline.handle(p.StepIssued(go_on(2, computed=6)), 2.05) == []
     commands = pipeline.handle(p.ReplicasPlaced(2, 1, ()), 2.1)
-    assert kinds(commands) == ["PlaceRest", "Recompute", "Restore", "Execute", "EvictPrefixCache"]
+    assert kinds(commands) == ["Recompute", "Restore", "Execute", "PlaceRest", "EvictPrefixCache"]
 
 
 def test_a_block_that_was_taken_in_flight_is_not_said_to_hold_its_content_yet():

@@ -9,7 +9,7 @@ from kevlarflow.replication.queue import ReplicationQueue
 from kevlarflow.replication.source import CLOSED_SECONDS, UNANSWERED_SECONDS, Source
 from kevlarflow.replication.transfer import CHANNEL_PLACES, MemoryNetwork, MemoryTransfer
 from kevlarflow.types import Member
-from kevlarflow.wire import replicas
+from kevlarflow.wire import replicas, steps
 from unit.replication.parts import BLOCK_SIZE, Memory, standby_info
 
 STANDBY = Member("b", 1)
@@ -279,3 +279,38 @@ def test_everything_is_sent_once_more_when_the_answers_may_have_been_lost():
     ((peer, copy, _),) = bench.arrived()
     assert copy == first[1]
     assert peer != first[0], "it goes over a new channel"
+
+
+# ---- before a lane moves
+
+
+def flushed(bench):
+    return [each for each in bench.told if isinstance(each, steps.Flushed)]
+
+
+def test_a_lane_is_flushed_once_the_standby_has_answered_everything():
+    bench = Bench()
+    lane = bench.lane()
+    for block in range(CHANNEL_PLACES + 1):
+        bench.write(lane, block)
+    lane.flushing = True
+    bench.turns(CHANNEL_PLACES + 1)
+    first = bench.arrived()
+    assert len(first) == CHANNEL_PLACES
+    assert flushed(bench) == []
+    bench.confirm(first)
+    bench.turns(2)
+    assert flushed(bench) == []
+    bench.confirm(bench.arrived())
+    bench.turns(2)
+    assert flushed(bench) == [steps.Flushed(0, 5, 0)]
+    assert bench.told[-1] == steps.Flushed(0, 5, 0)
+
+
+def test_a_lane_without_a_standby_is_flushed_at_once():
+    bench = Bench()
+    lane = bench.lane()
+    bench.source.assign(lane, None)
+    lane.flushing = True
+    bench.turn()
+    assert flushed(bench) == [steps.Flushed(0, 5, 0)]

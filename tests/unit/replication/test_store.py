@@ -160,3 +160,15 @@ def test_what_was_put_behind_a_replica_is_dropped_with_it():
     store.put(0, replica(1, depth=1, filled=2), b"abcd", 0)
     store.put(0, replica(1, depth=1, filled=3), b"ef", 2)
     assert store.put(0, replica(2), DATA) == [(0, replica(1, filled=3))]
+
+
+def test_a_copy_that_goes_on_from_another_is_the_same_and_one_that_replaces_it_is_not():
+    store = store_of(100)
+    store.put(0, replica(1, filled=2), DATA)
+    store.put(1, replica(2), DATA)
+    before = store.ages(0)
+    assert before.keys() == {1}
+    store.put(0, replica(1, filled=4), DATA[:4], start=2)
+    assert store.ages(0) == before
+    store.put(0, replica(1, filled=4), DATA)
+    assert store.ages(0) != before
