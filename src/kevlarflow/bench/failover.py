@@ -1,8 +1,9 @@
 """Failover: how long does a stream stand still when a node that serves it is killed?
 
 Sixteen streams, eight of them on the pipeline that loses its node; SIGKILL at a moment that differs each time, first
-and last stage in turn, on one pipeline after the other. Each kill is verified, each stream has to arrive whole, and
-the next kill waits until the replacement has its lane back. The phases come from the cluster's own record.
+and last stage in turn, on one pipeline after the other. Each kill is verified, and each stream has to arrive whole. The
+phases come from the cluster's own record. The load goes on until a fresh node has the lane back: that move is planned,
+and the longest wait for a token that it opens is measured too, beside the longest just before it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,12 @@ from kevlarflow.bench.contestants import KEVLARFLOW, Recipe, make, own_caches
 from kevlarflow.bench.experiment import Say, Void, require_whole, running, until
 from kevlarflow.bench.load import closed_loop
 from kevlarflow.bench.machine import CpuMeter, wait_quiet
-from kevlarflow.bench.measure import Pause, pause_after
+from kevlarflow.bench.measure import Pause, longest_gap_during, longest_gap_within, pause_after
 from kevlarflow.bench.prompts import clients
 from kevlarflow.bench.results import Failover, Kill
 from kevlarflow.bench.streams import Stream
 from kevlarflow.bench.systems import System, SystemFailed
-from kevlarflow.bench.watch import Watcher, is_settled, recovery_after
+from kevlarflow.bench.watch import LOST, REJOIN, Watcher, is_settled, recovery_after
 from kevlarflow.config import run_folder_of
 from kevlarflow.faults import FaultDidNotHappen, KillServing, strike, verify
 
@@ -35,6 +37,12 @@ EARLIEST_TOKEN = 8
 """The kill waits until each stream has so many tokens."""
 LONGEST_WAIT_SECONDS = 2.0
 """And then for a while that differs each time, at most this."""
+MOST_REQUESTS = 40
+"""Of one client: by then a lane is back that ever will be."""
+BEFORE_SECONDS = 2.0
+"""So long before the lane moves home, or since the crash was recovered from, is looked at to compare."""
+AFTERWARDS_SECONDS = 1.0
+"""For which the load goes on once the lane is back."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -97,32 +105,38 @@ async def _kills(plan: Plan, result: Failover, system: System, watcher: Watcher,
 
 async def _kill(plan: Plan, kill: Kill, system: System, watcher: Watcher, wait_seconds: float) -> None:
     tokens: dict[str, int] = {}
+    over = asyncio.Event()
 
     def count(stream: Stream) -> None:
         tokens[stream.name] = stream.tokens
 
-    work = clients(f"{plan.seed}/kill/{kill.number}", plan.streams, 1, plan.tokens, plan.recipe.pipelines)
-    load = asyncio.create_task(closed_loop(system.address, system.model, work, count))
-
     def under_way() -> bool:
-        return load.done() or (len(tokens) == plan.streams and min(tokens.values()) >= EARLIEST_TOKEN)
+        return load.done() or (len(tokens) >= plan.streams and min(tokens.values()) >= EARLIEST_TOKEN)
 
-    await until("every stream to have begun", under_way, RECOVERY_TIMEOUT_SECONDS)
-    await asyncio.sleep(wait_seconds)
-    if load.done():
-        raise Void("the streams had ended before the kill: give them more tokens")
-    assert watcher.latest is not None
-    target = KillServing(kill.pipeline, kill.stage).aim(watcher.latest)
-    unix_time = time.time()
-    struck = strike(target)
-    await asyncio.to_thread(verify, struck)
-    kill.node = target.name
-    streams = await load
+    work = clients(f"{plan.seed}/kill/{kill.number}", plan.streams, MOST_REQUESTS, plan.tokens, plan.recipe.pipelines)
+    load = asyncio.create_task(closed_loop(system.address, system.model, work, count, over.is_set))
+    try:
+        await until("every stream to have begun", under_way, RECOVERY_TIMEOUT_SECONDS)
+        await asyncio.sleep(wait_seconds)
+        if load.done():
+            raise Void("the streams had ended before the kill")
+        assert watcher.latest is not None
+        target = KillServing(kill.pipeline, kill.stage).aim(watcher.latest)
+        unix_time = time.time()
+        struck = strike(target)
+        await asyncio.to_thread(verify, struck)
+        kill.node = target.name
+        recovery = await _ended(watcher, unix_time, kill, LOST)
+        rejoin = await _ended(watcher, unix_time, kill, REJOIN)
+        await asyncio.sleep(AFTERWARDS_SECONDS)
+    finally:
+        over.set()
+        streams = await load
     require_whole(streams, plan.tokens)
     _measure_pauses(kill, streams, struck.at)
-    await _measure_recovery(kill, watcher, unix_time)
+    _note_recovery(kill, recovery)
+    _measure_rejoin(kill, streams, struck.at, recovery, rejoin)
     await _until_settled(watcher)
-    kill.rejoin_seconds = time.monotonic() - struck.at
 
 
 def _measure_pauses(kill: Kill, streams: list[Stream], fault_at: float) -> None:
@@ -134,16 +148,36 @@ def _measure_pauses(kill: Kill, streams: list[Stream], fault_at: float) -> None:
         raise Void("no stream of the pipeline was under way at the kill")
 
 
-async def _measure_recovery(kill: Kill, watcher: Watcher, unix_time: float) -> None:
+async def _ended(watcher: Watcher, unix_time: float, kill: Kill, causes: Collection[str]) -> dict[str, Any]:
     def ended() -> dict[str, Any] | None:
-        return recovery_after(watcher.latest or {"recoveries": []}, unix_time, kill.pipeline, kill.stage)
+        return recovery_after(watcher.latest or {"recoveries": []}, unix_time, kill.pipeline, kill.stage, causes)
 
-    record = await until("a record of the recovery", ended, RECOVERY_TIMEOUT_SECONDS)
+    what = " or ".join(sorted(causes))
+    record = await until(f"a record of the {what}", ended, RECOVERY_TIMEOUT_SECONDS)
     if record["state"] != "done":
-        raise Void(f"the recovery is recorded as {record['state']}")
+        raise Void(f"the {what} is recorded as {record['state']}")
+    return record
+
+
+def _note_recovery(kill: Kill, record: dict[str, Any]) -> None:
     kill.phases = record["seconds"]
     kill.recomputed_tokens = record["recomputed_tokens"]
     kill.taken_over_by = record["to"] or ""
+
+
+def _measure_rejoin(
+    kill: Kill, streams: list[Stream], fault_at: float, recovery: dict[str, Any], rejoin: dict[str, Any]
+) -> None:
+    (_, recovered), (begun, ended) = _span(recovery), _span(rejoin)
+    kill.rejoin_seconds = ended - fault_at
+    kill.rejoin_gap_seconds = longest_gap_during(streams, begun, ended)
+    kill.gap_before_rejoin_seconds = longest_gap_within(streams, max(begun - BEFORE_SECONDS, recovered), begun)
+
+
+def _span(record: dict[str, Any]) -> tuple[float, float]:
+    """When what was recorded began and ended, in monotonic seconds."""
+    begun = record["time"] - (time.time() - time.monotonic())
+    return begun, begun + record["seconds"]["total"]
 
 
 async def _until_settled(watcher: Watcher) -> None:
@@ -158,5 +192,6 @@ def _told(plan: Plan, kill: Kill) -> str:
     return (
         f"kill {kill.number} of {plan.kills}: {kill.node}, taken over by {kill.taken_over_by}: {len(kill.affected)} "
         f"streams went on after at most {worst.resumed_seconds * 1e3:.0f} ms; "
-        f"lane back after {kill.rejoin_seconds:.1f} s"
+        f"lane back after {kill.rejoin_seconds:.1f} s, with a gap of {(kill.rejoin_gap_seconds or 0.0) * 1e3:.0f} ms "
+        f"({(kill.gap_before_rejoin_seconds or 0.0) * 1e3:.0f} ms before)"
     )

@@ -8,6 +8,7 @@ when it does not.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 from kevlarflow.bench.streams import REQUEST_TIMEOUT_SECONDS, Address, Listener, Request, Stream, send
@@ -17,12 +18,17 @@ FAILURE_PAUSE_SECONDS = 1.0
 
 
 async def closed_loop(
-    address: Address, model: str, clients: Sequence[Sequence[Request]], listener: Listener | None = None
+    address: Address,
+    model: str,
+    clients: Sequence[Sequence[Request]],
+    listener: Listener | None = None,
+    over: Callable[[], bool] = lambda: False,
 ) -> list[Stream]:
-    """Each client sends its requests one after the other; all of their streams."""
+    """Each client sends its requests one after the other, no further one once it is `over`; all of their streams."""
 
     async def client(requests: Sequence[Request]) -> list[Stream]:
-        return [await send(address, model, request, listener) for request in requests]
+        wanted = itertools.takewhile(lambda _: not over(), requests)
+        return [await send(address, model, request, listener) for request in wanted]
 
     streams = await asyncio.gather(*(client(requests) for requests in clients))
     return [stream for each in streams for stream in each]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -126,6 +126,23 @@ def pause_after(stream: Stream, fault_at: float) -> Pause | None:
         gap_seconds=gap,
         tokens_before=sum(stream.counts[:position]),
     )
+
+
+def longest_gap_during(streams: Iterable[Stream], since: float, until: float) -> float:
+    """The longest wait between neighbouring events of any stream that overlaps this span; 0.0 if there is none."""
+    return max(
+        (later - earlier for earlier, later in _waits(streams) if later > since and earlier < until), default=0.0
+    )
+
+
+def longest_gap_within(streams: Iterable[Stream], since: float, until: float) -> float:
+    """The longest wait of any stream that begins and ends in this span; 0.0 if there is none."""
+    waits = _waits(streams)
+    return max((later - earlier for earlier, later in waits if since <= earlier and later <= until), default=0.0)
+
+
+def _waits(streams: Iterable[Stream]) -> Iterator[tuple[float, float]]:
+    return itertools.chain.from_iterable(itertools.pairwise(stream.times) for stream in streams)
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -226,8 +226,11 @@ def kills_grid(result: Failover) -> Grid:
         "recompute",
         "tokens",
         "lane back",
+        "gap then",
+        "before",
     )
-    return Grid("Kills", headers, [_kill_row(kill) for kill in result.kills if kill.void is None])
+    remarks = ["gap then: the longest wait for a token of any stream while the lane moved home; before: just before."]
+    return Grid("Kills", headers, [_kill_row(kill) for kill in result.kills if kill.void is None], remarks)
 
 
 def _kill_row(kill: Kill) -> tuple[str, ...]:
@@ -241,7 +244,12 @@ def _kill_row(kill: Kill) -> tuple[str, ...]:
         milliseconds(kill.phases["recompute"]),
         f"{kill.recomputed_tokens:,}",
         NOTHING if kill.rejoin_seconds is None else f"{kill.rejoin_seconds:.1f} s",
+        *(NOTHING if each is None else milliseconds(each) for each in _rejoin_gaps(kill)),
     )
+
+
+def _rejoin_gaps(kill: Kill) -> tuple[float | None, float | None]:
+    return kill.rejoin_gap_seconds, kill.gap_before_rejoin_seconds
 
 
 # ---- where it is shown

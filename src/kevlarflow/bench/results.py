@@ -65,7 +65,11 @@ class Kill(msgspec.Struct):
     phases: dict[str, float] = msgspec.field(default_factory=dict)
     recomputed_tokens: int = 0
     rejoin_seconds: float | None = None
-    """From the kill until every lane was at home again, with no traffic left."""
+    """From the kill until a fresh node had the lane back, under load."""
+    rejoin_gap_seconds: float | None = None
+    """The longest wait for a token of any stream while the lane moved there."""
+    gap_before_rejoin_seconds: float | None = None
+    """The longest just before, when nothing but the load went on."""
     void: str | None = None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ from kevlarflow.wire.messages import AskStatus, Narration, Status, Subscribe, de
 STATUS_INTERVAL_SECONDS = 0.05
 SUBSCRIBE_INTERVAL_SECONDS = 1.0
 NEWS_KEPT = 500
-LOST = {"crash", "hang"}
+LOST = frozenset({"crash", "hang"})
+REJOIN = frozenset({"rejoin"})
 
 StatusDocument = dict[str, Any]
 
@@ -116,11 +118,13 @@ def is_settled(status: StatusDocument) -> bool:
     )
 
 
-def recovery_after(status: StatusDocument, unix_time: float, pipeline: int, stage: int) -> dict[str, Any] | None:
-    """The record of the first recovery that the loss of a stage at `unix_time` called for, when it has ended."""
+def recovery_after(
+    status: StatusDocument, unix_time: float, pipeline: int, stage: int, causes: Collection[str] = LOST
+) -> dict[str, Any] | None:
+    """The record of a stage's first change of node since `unix_time` for one of these causes, when it has ended."""
     for recovery in status["recoveries"]:
         place = (recovery["pipeline"], recovery["stage"])
-        if recovery["time"] >= unix_time and recovery["cause"] in LOST and place == (pipeline, stage):
+        if recovery["time"] >= unix_time and recovery["cause"] in causes and place == (pipeline, stage):
             found: dict[str, Any] = recovery
             return found if recovery["state"] != "running" else None
     return None

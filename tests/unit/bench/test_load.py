@@ -42,6 +42,12 @@ def test_a_closed_loop_has_one_request_of_each_client_under_way(sent: list[tuple
     assert sent.index(("ended", "client 0 request 0")) < sent.index(("sent", "client 0 request 1"))
 
 
+def test_a_closed_loop_that_is_over_ends_what_it_has_begun(sent: list[tuple[str, str]]):
+    streams = asyncio.run(load.closed_loop(NOWHERE, "m", clients("x", 2, 9, 8, 2), over=lambda: len(sent) >= 5))
+    assert len(streams) == 3
+    assert [what for what, _ in sent].count("ended") == 3
+
+
 def test_an_open_loop_does_not_wait(sent: list[tuple[str, str]]):
     requests = [request for each in clients("x", 3, 1, 8, 2) for request in each]
     asyncio.run(load.open_loop(NOWHERE, "m", requests, [0.0, 0.001, 0.002]))

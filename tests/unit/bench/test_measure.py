@@ -7,6 +7,8 @@ import pytest
 from kevlarflow.bench.measure import (
     DRAIN_SECONDS,
     gaps,
+    longest_gap_during,
+    longest_gap_within,
     pause_after,
     percentile,
     ratios,
@@ -124,3 +126,20 @@ def test_spread_of_rounds():
 def test_ratios_take_only_rounds_that_both_have():
     assert ratios([2.0, None, 6.0, 8.0], [1.0, 5.0, None, 4.0]) == [2.0, 2.0]
     assert ratios([], []) == []
+
+
+# ---- gaps around a move
+
+
+def test_the_longest_gap_during_a_span_may_begin_before_it_and_end_after_it():
+    streams = [stream(0.0, 1.0, 1.2, 2.0), stream(0.0, 1.5, 1.6)]
+    assert longest_gap_during(streams, 1.5, 1.8) == pytest.approx(0.8)
+    assert longest_gap_during(streams, 0.5, 1.1) == pytest.approx(0.2)
+    assert longest_gap_during(streams, 3.0, 4.0) == 0.0
+
+
+def test_the_longest_gap_within_a_span_leaves_out_what_began_before_it():
+    streams = [stream(0.0, 1.0, 1.9, 2.0, 2.3)]
+    assert longest_gap_within(streams, 1.5, 2.5) == pytest.approx(0.3)
+    assert longest_gap_within(streams, 1.5, 2.2) == pytest.approx(0.1)
+    assert longest_gap_within([], 0.0, 9.0) == 0.0

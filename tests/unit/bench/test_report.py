@@ -13,6 +13,7 @@ from kevlarflow.bench.machine import Machine
 from kevlarflow.bench.measure import LoadSummary, Pause
 from kevlarflow.bench.report import (
     grids,
+    kills_grid,
     markdown,
     pauses_grid,
     phases_grid,
@@ -59,7 +60,7 @@ def pause(seconds: float) -> Pause:
 
 def failover() -> Failover:
     return Failover(16, [
-        Kill(1, 0, 0, "node-0-0#1", "node-1-0", [pause(0.2), pause(0.4)], [pause(0.1)], PHASES, 900, 5.0),
+        Kill(1, 0, 0, "node-0-0#1", "node-1-0", [pause(0.2), pause(0.4)], [pause(0.1)], PHASES, 900, 5.0, 0.25, 0.2),
         Kill(2, 0, 1, "node-0-1#1", "node-1-1", [pause(0.3)], [pause(0.1)], PHASES | {"total": 0.5}, 800, 6.0),
         Kill(3, 1, 0, void="a stream failed", affected=[pause(99.0)]),
     ])  # fmt: skip
@@ -116,6 +117,11 @@ def test_phases():
     rows = {row[0]: row[1:] for row in phases_grid(failover()).rows}
     assert rows["detect"] == ("5.0 ms", "5.0 ms")
     assert rows["total"] == ("328 ms", "500 ms")
+
+
+def test_the_gap_of_the_move_home_stands_beside_that_before_it():
+    rows = kills_grid(failover()).rows
+    assert [row[-3:] for row in rows] == [("5.0 s", "250 ms", "200 ms"), ("6.0 s", "-", "-")]
 
 
 def test_everything_void_is_listed():
