@@ -18,7 +18,7 @@ from kevlarflow.config import Timeouts
 from kevlarflow.recovery import events
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import Pipeline, subject
-from kevlarflow.types import Member, PipelineId
+from kevlarflow.types import Cause, Member, PipelineId
 
 RECENT_SECONDS = 30.0
 """For so long it counts that a pipeline was formed anew because it stood still."""
@@ -105,11 +105,9 @@ def on_still(grid: Grid, event: events.PipelineStill) -> None:
     if pipeline is None or not pipeline.engine.attached or pipeline.holes:
         return
     order = pipeline.order
-    if (
-        order is not None
-        and event.epoch < order.epoch
-        and not (isinstance(order, events.Form) and order.cause.is_planned)
-    ):
+    # An order that gives room back waits for the steps in flight, as a planned one does: see `wire.orders`.
+    waits = isinstance(order, events.Form) and (order.cause.is_planned or order.cause is Cause.SHARE)
+    if order is not None and event.epoch < order.epoch and not waits:
         # It has yet to take an order that makes it form anew in any case.
         return
     _relink(grid, pipeline, f"{subject(pipeline.id)} stood still for {event.seconds:.1f} s with no node at work")

@@ -1,5 +1,6 @@
 """A pipeline that stands still is formed anew: who notices, when, how often, and what it does not cost."""
 
+import msgspec
 import pytest
 
 from cluster_driver import Driver, member
@@ -138,3 +139,12 @@ def test_standbys_that_did_not_arrive_are_told_again():
     assert driver.report(0, running=1, epoch=1, coverage=seen) == [], "that may be under way"
     driver.now += TELL_AGAIN_SECONDS
     assert driver.report(0, running=1, epoch=1, coverage=[(0, told[0], 10, 10), (1, told[1], 10, 0)]) == []
+
+
+def test_an_order_that_gives_room_back_may_wait_at_its_engine_for_steps_that_are_lost():
+    driver = serving()
+    pipeline = driver.cluster.pipelines[0]
+    assert pipeline.order is not None
+    pipeline.epoch = Epoch(2)
+    pipeline.order = msgspec.structs.replace(pipeline.order, epoch=pipeline.epoch, cause=Cause.SHARE)
+    assert [order.cause for order in still(driver, epoch=1)] == [Cause.LINK]
