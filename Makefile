@@ -34,7 +34,7 @@ mutants: setup ## plant protocol bugs and see that each is found
 chaos: default-model ## hurt real clusters as the shipped scenarios say, and check what has to hold
 	.venv/bin/kevlarflow chaos --all $(ARGS)
 
-soak: default-model ## kill a node and let it rejoin, FAULTS times over; writes a report
+soak: default-model ## every fault in every phase on one cluster, FAULTS rounds; writes a report
 	.venv/bin/kevlarflow soak --faults $(or $(FAULTS),20) $(ARGS)
 
 bench: default-model ## measure against stock vLLM, side by side
