@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 import zmq
@@ -22,14 +24,20 @@ MAX_WAITING_MESSAGES = 10_000
 """High-water mark of each socket, in messages."""
 
 
+class _Farewell(NamedTuple):
+    socket: zmq.Socket[bytes]
+    opened_at: float
+
+
 class NodeLinks:
     """Not thread-safe: the session's door guards it."""
 
     def __init__(self, bell: int) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
-        self._farewells: dict[Member, zmq.Socket[bytes]] = {}
-        """Channels to nodes that are not used any more, until they have answered that they have left."""
+        self._farewells: dict[Member, _Farewell] = {}
+        """Channels to nodes that are not used any more, until they have answered that they have left. Those that have
+        died never do: their channels go when the next one is opened and they have had their time."""
         self._nodes: tuple[NodeInfo, ...] = ()
         self._bell = bell
         self._poller = zmq.Poller()
@@ -58,8 +66,16 @@ class NodeLinks:
     def _poll_all(self) -> None:
         self._poller = zmq.Poller()
         self._poller.register(self._bell, zmq.POLLIN)
-        for sock in (*self._sockets.values(), *self._farewells.values()):
+        for sock in self._open_sockets():
             self._poller.register(sock, zmq.POLLIN)
+
+    def _open_sockets(self) -> list[zmq.Socket[bytes]]:
+        return [*self._sockets.values(), *(each.socket for each in self._farewells.values())]
+
+    @property
+    def parting(self) -> set[Member]:
+        """Nodes that may have yet to answer that they have left."""
+        return set(self._farewells)
 
     def _open(self, address: str) -> zmq.Socket[bytes]:
         sock = self._context.socket(zmq.DEALER)
@@ -88,12 +104,19 @@ class NodeLinks:
     def send_farewell(self, node: NodeInfo, header: steps.AnyStepMessage) -> None:
         """Send to a node that is not part of the pipeline any more; until `part` its answer may come."""
         if node.member not in self._farewells:
-            if len(self._farewells) >= MAX_FAREWELLS:
-                self._part(next(iter(self._farewells)), FAREWELL_MS)
-            sock = self._farewells[node.member] = self._open(node.step_address)
+            self._give_up_farewells()
+            sock = self._open(node.step_address)
             sock.setsockopt(zmq.LINGER, FAREWELL_MS)
+            self._farewells[node.member] = _Farewell(sock, time.monotonic())
             self._poll_all()
-        self._send(self._farewells[node.member], header, ())
+        self._send(self._farewells[node.member].socket, header, ())
+
+    def _give_up_farewells(self) -> None:
+        if len(self._farewells) >= MAX_FAREWELLS:
+            self._part(next(iter(self._farewells)), FAREWELL_MS)
+        latest = time.monotonic() - FAREWELL_MS / 1_000
+        for member in [member for member, each in self._farewells.items() if each.opened_at < latest]:
+            self._part(member, linger_ms=0)
 
     def part(self, member: Member) -> None:
         """A node that is not part of the pipeline any more has answered."""
@@ -101,9 +124,9 @@ class NodeLinks:
         self._poll_all()
 
     def _part(self, member: Member, linger_ms: int) -> None:
-        sock = self._farewells.pop(member, None)
-        if sock is not None:
-            sock.close(linger=linger_ms)
+        farewell = self._farewells.pop(member, None)
+        if farewell is not None:
+            farewell.socket.close(linger=linger_ms)
 
     def _send(self, sock: zmq.Socket[bytes], header: steps.AnyStepMessage, payload: Sequence[bytes]) -> None:
         try:
@@ -119,7 +142,7 @@ class NodeLinks:
         """
         received: list[tuple[steps.AnyStepMessage, list[bytes]]] = []
         ready = dict(self._poller.poll(timeout_ms))
-        for sock in [sock for sock in (*self._sockets.values(), *self._farewells.values()) if sock in ready]:
+        for sock in [sock for sock in self._open_sockets() if sock in ready]:
             while True:
                 try:
                     frame, *payload = sock.recv_multipart(zmq.NOBLOCK)

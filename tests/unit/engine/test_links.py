@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import time
 
+import msgspec
 import zmq
 
+import kevlarflow.engine.links
 from kevlarflow.engine.links import NodeLinks
 from kevlarflow.faults.cutting import cut
 from kevlarflow.faults.processes import identify
@@ -53,6 +55,23 @@ def test_the_answer_to_a_farewell_is_heard_until_the_node_has_parted(tmp_path):
     finally:
         links.close()
         node.close(linger=0)
+
+
+def test_channels_to_nodes_that_never_answer_are_closed_in_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(kevlarflow.engine.links, "FAREWELL_MS", 50)
+    links = NodeLinks(os.eventfd(0))
+    dead = [
+        msgspec.structs.replace(a_node(f"ipc://{tmp_path}/node"), member=Member("node-0-1", number))
+        for number in range(1, 5)
+    ]
+    try:
+        for info in dead[:3]:
+            links.send_farewell(info, steps.Leave(PipelineId(0), Epoch(5)))
+        time.sleep(0.06)
+        links.send_farewell(dead[3], steps.Leave(PipelineId(0), Epoch(6)))
+        assert links.parting == {dead[3].member}
+    finally:
+        links.close()
 
 
 def test_a_connection_that_was_broken_and_made_anew_has_another_name_at_the_node(tmp_path):
