@@ -189,7 +189,7 @@ class Controller:
         # The wall clock of a machine is set now and then.
         self.cluster.unix_offset = unix_offset()
         stopped = self.watcher.stopped.items()
-        self.detector.stopped({key: since for key, since in stopped if isinstance(key, Member)})
+        self.detector.stopped({key: since for key, since in stopped if isinstance(key, Member)}, now)
         for verdict in self.detector.check(now):
             self.handle(verdict, now)
         self.handle(events.Tick(), now)

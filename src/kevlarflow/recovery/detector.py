@@ -6,7 +6,8 @@ a *confirmed* one is fenced (killed), and its lanes move. Evidence that goes awa
 
 * *silent*: no beat. The beats come from a thread of its own, so a long step does not silence a node; but a process that
   gets no CPU cannot speak. What its threads have waited for a CPU since the last beat is no silence.
-* *stopped*: the kernel says so (SIGSTOP, a debugger).
+* *stopped*: the kernel says so (SIGSTOP, a debugger). This alone shows
+  in a node that still loads and does not beat yet.
 * *stuck*: the node itself says that a step is past its deadline (`kevlarflow.node.progress`), and no other node of
   that pipeline is at work, whose slowness could explain it. Of several that are all past their deadlines, the one that
   has been at it longest is explained by no other.
@@ -57,7 +58,9 @@ class Surroundings(Protocol):
 class _Listener:
     """What is known of one member."""
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, *, beats: bool = True) -> None:
+        self.beats = beats
+        """Whether beats are expected of it."""
         self.beat_at = now
         self.beat = Beat()
         self.excused = 0.0
@@ -96,7 +99,9 @@ class Detector:
 
     def watch(self, member: Member, now: float) -> None:
         """Expect beats of `member` from now on."""
-        self._listeners.setdefault(member, _Listener(now))
+        listener = self._listeners.get(member)
+        if listener is None or not (listener.beats or listener.confirmed):
+            self._listeners[member] = _Listener(now)
 
     def forget(self, member: Member) -> None:
         """Expect nothing more of `member`."""
@@ -123,8 +128,10 @@ class Detector:
         if listener is not None and listener.unheard is None:
             listener.unheard = (number, now)
 
-    def stopped(self, members: dict[Member, float]) -> None:
-        """The members that the kernel shows as stopped, all of them, and since when."""
+    def stopped(self, members: dict[Member, float], now: float) -> None:
+        """The members that the kernel shows as stopped, all of them, and since when; not all need be watched yet."""
+        for member in members:
+            self._listeners.setdefault(member, _Listener(now, beats=False))
         for member, listener in self._listeners.items():
             listener.stopped_since = members.get(member)
 
@@ -162,12 +169,9 @@ class Detector:
 
     def _evidence(self, member: Member, listener: _Listener, now: float) -> Evidence | None:
         """The strongest that there is."""
-        found = [
-            self._stopped(listener, now),
-            self._stuck(member, listener, now),
-            self._silent(member, listener, now),
-            self._deaf(listener),
-        ]
+        found = [self._stopped(listener, now)]
+        if listener.beats:
+            found += [self._stuck(member, listener, now), self._silent(member, listener, now), self._deaf(listener)]
         evidence = [each for each in found if each is not None]
         return max(evidence, key=lambda each: each.confirmed, default=None)
 

@@ -98,7 +98,7 @@ def on_ready(grid: Grid, event: events.NodeReady) -> None:
         if pipeline is not None:
             pipeline.epoch = Epoch(max(pipeline.epoch, epoch))
     slot = _admit(grid, info.member, info.pids)
-    if slot is None or slot.state is not NodeState.STARTING or slot.exit_due is not None:
+    if slot is None or slot.state is not NodeState.STARTING or slot.exit_due is not None or slot.fenced_by is not None:
         return
     slot.info = info
     slot.host = info.host
@@ -164,7 +164,7 @@ def on_cleared(grid: Grid, event: events.NodeCleared) -> None:
 def on_silent(grid: Grid, event: events.NodeSilent) -> None:
     """Fence it: what has been sent SIGKILL can do nothing more, even if it takes long to vanish."""
     slot = grid.slot_of(event.member)
-    if slot is None or not slot.living:
+    if slot is None or slot.state is NodeState.DEAD or slot.fenced_by is not None or slot.exit_due is not None:
         return
     if slot.state is NodeState.READY:
         grid.step_node(slot, NodeStep.SUSPECT)
@@ -202,13 +202,13 @@ def on_tick(grid: Grid, event: events.Tick) -> None:
 def lose(grid: Grid, slot: Slot, cause: Cause, alive_at: float, what: str) -> None:
     """Take the member out of every pipeline, and see to the next one. `what` completes "node-0-1 ..."."""
     member = slot.member
-    was_starting = slot.state is NodeState.STARTING
+    was_starting, was_fenced = slot.state is NodeState.STARTING, slot.fenced_by is not None
     grid.step_node(slot, NodeStep.LOSE)
     slot.info = None
     slot.ready_by = slot.exit_due = slot.fenced_by = slot.leave_by = None
     # A node that cannot even start is a mistake to be mended, whether or not another pipeline was quicker.
     cannot_start = was_starting and slot.incarnation == 1 and not all(each.served for each in grid.pipelines)
-    if not grid.served or cannot_start:
+    if (not grid.served or cannot_start) and not (was_starting and was_fenced):
         grid.abort(f"{slot.node} {what}. Its log: {log_path(grid, slot)}")
         return
     concerned = [each for each in grid.pipelines if _bereave(grid, each, slot, member, cause, alive_at)]

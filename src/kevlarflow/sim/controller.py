@@ -135,11 +135,10 @@ class Controller(Process):
 
     def _tick(self) -> None:
         now = self.timeline.now
-        network = self.fleet.network
         for node in self._heard_nodes():
             self._take_beat(node, now)
-        frozen = (node for node in self.fleet.living_nodes() if node.frozen and not network.parted(node, self))
-        self.detector.stopped({node.member: node.frozen_since for node in frozen})
+        frozen = (node for node in self.fleet.living_nodes() if node.frozen and self.watches(node))
+        self.detector.stopped({node.member: node.frozen_since for node in frozen}, now)
         for verdict in self.detector.check(now):
             if isinstance(verdict, events.NodeSilent):
                 self.fleet.check_verdict(verdict)
@@ -162,6 +161,10 @@ class Controller(Process):
     def hears(self, node: Node) -> bool:
         """Whether its beats arrive."""
         return not node.frozen and not self.fleet.network.stops(node, self)
+
+    def watches(self, node: Node) -> bool:
+        """Whether it sees what the kernel says of it."""
+        return node in self._watched and not self.fleet.network.parted(node, self)
 
     def _hear_paces(self) -> None:
         now = self.timeline.now

@@ -11,7 +11,7 @@ from kevlarflow.sim.engine import Engine
 from kevlarflow.sim.errors import Overlooked
 from kevlarflow.sim.network import Cut, Process
 from kevlarflow.sim.node import Node
-from kevlarflow.sim.plan import SLOW_PLACE, Fault
+from kevlarflow.sim.plan import AS_IT_LOADS, FOR_GOOD, SLOW_PLACE, Fault
 from kevlarflow.types import NodeId, PipelineId
 from kevlarflow.wire import steps
 
@@ -28,10 +28,11 @@ PHASE_OF: dict[type, str] = {
 UNRECEIVED_SECONDS = 0.01
 """What a process sent so shortly before its death may be lost."""
 NOTICED_SECONDS = 3.0
-"""Within which a node that is slow, in a fleet that is busy and otherwise well, has to be on its way out."""
+"""Within which a node that is slow, in a fleet that is busy and otherwise well, has to be on its way out; and one that
+is stopped while it loads has to be gone."""
 FOUND_SECONDS = 8.0
-"""The same for a node that hangs or is deaf: a step of a size that was not seen before may sleep for 4 s, and a
-controller that was started again waits for so long for what it knows of."""
+"""The same for a node that is stopped, hangs or is deaf: a step of a size that was not seen before may sleep for 4 s,
+and a controller that was started again waits for so long for what it knows of."""
 CUT_SECONDS = 0.1
 """Between two breaks of connections that break again and again, at most."""
 CUT_ONCE = 0.5
@@ -52,6 +53,8 @@ class Mischief:
         self._fleet = fleet
         self._armed: dict[str, list[Fault]] = {}
         self._slow_places: dict[NodeId, float] = {}
+        self._stops_as_it_loads = 0
+        """How many of the nodes that begin next do not get far."""
         self.over = False
         self._stopped: list[Engine] = []
         """Engines that go on some time."""
@@ -100,9 +103,7 @@ class Mischief:
     def _trouble(self, fault: Fault, node: Node) -> None:
         match fault.kind:
             case "freeze":
-                node.freeze()
-                node.hard_to_kill = fault.detail == "hard to kill"
-                self._later(fault, functools.partial(self._thaw, node))
+                self._freeze(fault, node)
             case "slow":
                 node.speed.slow_down(2 + 30 * fault.strength)
                 self._later(fault, functools.partial(self._speed_up, node))
@@ -121,6 +122,15 @@ class Mischief:
                 self._later(fault, functools.partial(self._fleet.controller.join, node.member.node))
             case "partition" | "cut":
                 self._part(fault, node)
+
+    def _freeze(self, fault: Fault, node: Node) -> None:
+        if fault.detail == AS_IT_LOADS:
+            self._stops_as_it_loads += 1
+            return
+        node.freeze()
+        node.hard_to_kill = fault.detail == "hard to kill"
+        node.stopped = node.stopped or fault.detail == FOR_GOOD
+        self._later(fault, functools.partial(self._thaw, node))
 
     def _part(self, fault: Fault, node: Node) -> None:
         if fault.kind == "cut":
@@ -165,6 +175,7 @@ class Mischief:
         self.over = True
         self._armed.clear()
         self._slow_places.clear()
+        self._stops_as_it_loads = 0
         fleet.network.slowness, fleet.network.echo = 1.0, 0.0
         fleet.network.cuts.clear()
         for node in fleet.living_nodes():
@@ -269,9 +280,23 @@ class Mischief:
         return fleet.timeline.now - fleet.rng.choice([0.0, 0.0, UNRECEIVED_SECONDS * fleet.rng.random()])
 
     def haunt(self, node: Node) -> None:
-        """A node begins its life: where the place is slow, so is every node in it."""
+        """A node begins its life: where the place is slow, so is every node in it; and this may be one that stops."""
+        if self._stops_as_it_loads:
+            self._stops_as_it_loads -= 1
+            fleet = self._fleet
+            fleet.timeline.after(fleet.plan.shape.start * fleet.rng.random(), functools.partial(self._stop, node))
         if node.member.node in self._slow_places:
             node.speed.slow_down(self._slow_places[node.member.node])
+
+    def _stop(self, node: Node) -> None:
+        fleet = self._fleet
+        if node.alive and not node.ready:
+            fleet.tell(str(node), "is stopped as it loads")
+            fleet.counts["nodes stopped as they load"] += 1
+            node.stopped = True
+            node.freeze()
+            life = fleet.controller.life
+            fleet.timeline.after(NOTICED_SECONDS, functools.partial(self._expect_stop_noticed, node, life))
 
     def _expect_all_found(self) -> None:
         for node in self._fleet.living_nodes():
@@ -279,6 +304,12 @@ class Mischief:
                 raise Overlooked(
                     f"{node} {node.ails}, and lives {FOUND_SECONDS:.0f} s after all other faults were over"
                 )
+
+    def _expect_stop_noticed(self, node: Node, life: int) -> None:
+        """Well before the limit for start-up, by a controller that knew of it and was there all the time."""
+        controller = self._fleet.controller
+        if node.alive and controller.alive and controller.life == life and controller.watches(node):
+            raise Overlooked(f"{node} was stopped as it loaded, and nothing is done about it")
 
     def _expect_notice(self, node: Node) -> None:
         slot = self._fleet.controller.cluster.slots[node.member.node]
@@ -292,7 +323,7 @@ class Mischief:
 
     def _thaw(self, node: Node) -> None:
         node.hard_to_kill = False
-        if node.frozen:
+        if node.frozen and not node.stopped:
             node.thaw()
             self._fleet.network.release()
 

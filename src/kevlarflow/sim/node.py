@@ -58,6 +58,8 @@ class Node(Process):
     kind = "node"
     cut_at = 0.0
     """When its connection to the controller last broke."""
+    stopped = False
+    """Whether it was frozen for good."""
     _works_for: PipelineId | None = None
 
     def __init__(self, fleet: Fleet, member: Member, stage: Stage, pid: int) -> None:
@@ -111,7 +113,7 @@ class Node(Process):
     @property
     def ails(self) -> str:
         """What it has for good, and has to be found out; completes "node-0-1#1 ..."."""
-        return "hangs" if self.thread.hangs else "is deaf" if self.deaf else ""
+        return "is stopped" if self.stopped else "hangs" if self.thread.hangs else "is deaf" if self.deaf else ""
 
     @property
     def is_well(self) -> bool:

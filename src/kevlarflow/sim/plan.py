@@ -22,6 +22,7 @@ STEADY_SECONDS, STEADY_REQUESTS = 5.0, 25
 """How long faults last in them, and how many requests each pipeline has to serve."""
 SLOW_PLACE_SECONDS, SLOW_PLACE_REQUESTS = 9.0, 80
 """The same where a place is slow: a second judgement on it has to be possible."""
+FOR_GOOD, AS_IT_LOADS = "for good", "the next that loads, for good"
 PHASES = ("join", "place", "recompute", "restore", "reissue")
 POISONOUS = 0.04
 """How many of the requests are deadly for the nodes that compute them."""
@@ -101,7 +102,7 @@ class Fault:
     """How long it lasts, or how long until the process is started again."""
     detail: str = ""
     """The phase of a crash; the peers of a partition; what a cut breaks; whether a controller dies among its own deeds;
-    how a node hangs."""
+    how a node hangs; whether one that is stopped can be killed, and goes on some time."""
     strength: float = 0.0
 
     def __str__(self) -> str:
@@ -265,7 +266,7 @@ def _fault(rng: random.Random, name: str, shape: Shape, moments: list[tuple[floa
         "crash in a phase": PHASES,
         "partition": ("controller", "engine", "node", "controller engine node"),
         "cut": ("controller", "engine", "activations", "copies", "engine controller", "all", "all"),
-        "freeze": ("", "", "hard to kill"),
+        "freeze": ("", "", "hard to kill", FOR_GOOD, AS_IT_LOADS),
         "controller": ("", "as it acts"),
         "engine freeze": ("", "", "for good"),
         "stuck": WAYS,

@@ -275,6 +275,29 @@ def test_a_silent_node_that_cannot_be_killed_is_lost_all_the_same():
     assert form.cause is Cause.HANG
 
 
+def test_a_replacement_that_is_stopped_while_it_loads_is_fenced_and_another_started():
+    driver = Driver().serve()
+    driver.exited("node-0-1")
+    stopped = member("node-0-1", 2)
+    driver.do(events.NodeLaunched(stopped, 77))
+    assert driver.do(events.NodeSilent(stopped, driver.now - 0.3, "was stopped")) == [KillNode(stopped, (77,))]
+    assert driver.ready("node-0-1", 2) == []  # it had said so before it was stopped
+    told = driver.exited("node-0-1", 2)
+    assert lines(told)[0].startswith("node-0-1 was stopped for 0.3 s and was killed")
+    driver.now += 10
+    assert StartNode(member("node-0-1", 3), 1) in driver.tick(0.1)
+
+
+def test_a_node_that_is_stopped_during_the_first_start_is_no_reason_to_give_up():
+    driver = Driver()
+    driver.do(events.ClusterBegun())
+    driver.do(events.NodeLaunched(member("node-0-1"), 77))
+    driver.do(events.NodeSilent(member("node-0-1"), driver.now - 0.3, "was stopped"))
+    driver.exited("node-0-1")
+    assert driver.cluster.aborted is None
+    assert StartNode(member("node-0-1", 2), 1) in driver.tick(1.0)
+
+
 # ---- replacements and rejoin
 
 

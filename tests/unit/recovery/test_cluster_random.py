@@ -72,6 +72,12 @@ class History(RuleBasedStateMachine):
         elif ends == "stays silent":
             self.world.do(events.NodeSilent(member, self.world.now - 3.0))
 
+    @precondition(lambda self: self.world.those("starting"))
+    @rule(data=st.data())
+    def stop_as_it_loads(self, data):
+        member = self.pick(data, self.world.those("starting"))
+        self.world.do(events.NodeSilent(member, self.world.now - 0.3, "was stopped"))
+
     @rule(data=st.data())
     def node_is_drained(self, data):
         self.world.do(events.DrainRequested(self.pick(data, self.world.cluster.slots), 1))

@@ -22,7 +22,7 @@ class World:
         self.starved: dict[Member, float] | None = {A: 0.0, B: 0.0}
 
     def starved_seconds(self, member):
-        return self.starved[member] if self.starved is not None else None
+        return self.starved.get(member, 0.0) if self.starved is not None else None
 
     def companions(self, member, pipeline):
         return [each for each in (A, B) if each != member]
@@ -109,7 +109,7 @@ def test_where_waiting_is_not_known_silence_has_to_last_longer(watched):
 
 def test_a_stopped_process_is_suspect_at_once_and_confirmed_soon(watched):
     watched.until(1.0, a=Beat())
-    watched.detector.stopped({A: 1.0})
+    watched.detector.stopped({A: 1.0}, watched.now)
     assert watched.until(1.05) == [NodeSuspected(A, 1.0)]
     assert watched.until(1.25) == []
     assert watched.until(1.35) == [NodeSilent(A, 1.0, "was stopped")]
@@ -117,10 +117,39 @@ def test_a_stopped_process_is_suspect_at_once_and_confirmed_soon(watched):
 
 def test_a_process_that_goes_on_soon_is_cleared(watched):
     watched.until(1.0, a=Beat())
-    watched.detector.stopped({A: 1.0})
+    watched.detector.stopped({A: 1.0}, watched.now)
     assert watched.until(1.2) == [NodeSuspected(A, 1.0)]
-    watched.detector.stopped({})
+    watched.detector.stopped({}, watched.now)
     assert watched.until(1.25, a=Beat()) == [NodeCleared(A)]
+
+
+def test_a_process_that_is_stopped_while_it_loads_is_found_though_no_beat_is_expected(watched):
+    loading = Member(NodeId("node-1-0"), 1)
+    watched.until(5.0, a=Beat())
+    watched.detector.stopped({loading: 5.0}, watched.now)
+    verdicts = watched.until(5.4, a=Beat())
+    assert verdicts == [NodeSuspected(loading, 5.0), NodeSilent(loading, 5.0, "was stopped")]
+
+
+def test_a_process_that_goes_on_loading_is_not_silent_before_it_is_ready(watched):
+    loading = Member(NodeId("node-1-0"), 1)
+    watched.until(1.0, a=Beat())
+    watched.detector.stopped({loading: 1.0}, watched.now)
+    watched.until(1.2, a=Beat())
+    watched.detector.stopped({}, watched.now)
+    assert whom(watched.until(60.0, a=Beat())) == [(NodeCleared, loading)]
+    watched.detector.watch(loading, watched.now)
+    assert whom(watched.until(64.0, a=Beat())) == [(NodeSuspected, loading), (NodeSilent, loading)]
+
+
+def test_one_that_was_given_up_as_it_loaded_stays_so(watched):
+    loading = Member(NodeId("node-1-0"), 1)
+    watched.detector.stopped({loading: 0.0}, 0.0)
+    watched.until(1.0, a=Beat())
+    watched.detector.watch(loading, watched.now)
+    watched.detector.stopped({}, watched.now)
+    assert watched.detector.beat(loading, watched.now, Beat()) == []
+    assert watched.until(9.0, a=Beat()) == []
 
 
 STUCK = Beat(running_seconds=0.9, pipeline=P, is_overdue=True)
