@@ -158,9 +158,22 @@ MUTANTS = (
     Mutant(
         "a copy is not looked at again after it was made",
         "replication/queue.py",
-        "            if held is None or held.generation != replica.generation:\n                return False\n",
+        "            if held is None or held.generation != replica.generation:\n                return None\n",
         "",
         "tests/unit/replication/test_queue.py",
+    ),
+    Mutant(
+        "blocks of requests that ended count as theirs for ever",
+        "recovery/coverage.py",
+        "        for request in step.finished | step.preempted | admitted | resumed:\n",
+        "        for request in step.preempted | admitted | resumed:\n",
+    ),
+    Mutant(
+        "a full standby does not look at what replicas are worth",
+        "replication/store.py",
+        "        heapq.heappush(self._order, (replica.worth, ",
+        "        heapq.heappush(self._order, (Worth.REQUEST, ",
+        "tests/unit/replication/test_store.py",
     ),
     Mutant(
         "preempted requests keep their blocks in the ledger",

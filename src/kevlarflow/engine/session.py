@@ -413,7 +413,8 @@ class Session:
         payload = self._payloads[command.sequence]
         scheduled, grammar = translate.leave_out(payload, command.left_out) if command.left_out else payload
         writes = tuple((each.block, each.generation, each.filled, each.depth) for each in command.writes)
-        header = steps.Execute(self.pipeline, self._core.epoch, command.sequence, command.has_tokens, writes)
+        epoch, sequence = self._core.epoch, command.sequence
+        header = steps.Execute(self.pipeline, epoch, sequence, command.has_tokens, writes, command.use)
         last = len(self._core.nodes) - 1
         for stage in range(last + 1):
             self._links.send(Stage(stage), header, scheduled, grammar if stage == last else _NONE)

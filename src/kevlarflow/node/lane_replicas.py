@@ -7,11 +7,13 @@ no fewer tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from kevlarflow.node.lanes import Lane
-from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.coverage import Replica, Worth
+from kevlarflow.recovery.use import NO_CHANGE, Use
 from kevlarflow.replication.blocks import KvBlocks
 from kevlarflow.replication.source import LaneReplication
 from kevlarflow.types import NodeInfo
@@ -68,9 +70,9 @@ class LaneReplicas:
         replication.flushing = True
         self._replicator.ring()
 
-    def begin(self, lane: Lane, writes: Iterable[Replica]) -> None:
-        """A step is about to write these blocks."""
-        self._of(lane).queue.begin(writes)
+    def begin(self, lane: Lane, writes: Iterable[Replica], use: Use) -> None:
+        """A step is about to write these blocks, and changes the use of some."""
+        self._of(lane).queue.begin(writes, use)
 
     def end(self, lane: Lane, writes: Iterable[Replica]) -> None:
         """The step has written them."""
@@ -131,8 +133,8 @@ class LaneReplicas:
     def place_rest(self, lane: Lane) -> None:
         """Write what `place` kept; the store needs nothing of this lane any more."""
         self._write(lane, lane.rest)
-        placed = [replica for replica, _ in lane.rest]
+        placed = [dataclasses.replace(replica, worth=Worth.PREFIX) for replica, _ in lane.rest]
         lane.rest.clear()
-        self.begin(lane, placed)
+        self.begin(lane, placed, NO_CHANGE)
         self.end(lane, placed)
         self._replicator.store.forget(lane.pipeline)

@@ -352,7 +352,7 @@ class NodeServer:
     def _execute(self, lane: Lane, work: Work, step: steps.Execute, activations: Activations | None) -> None:
         written = [Replica(*each) for each in step.writes]
         if self._replicas:
-            self._replicas.begin(lane, written)
+            self._replicas.begin(lane, written, step.use)
         scheduled, grammar = pickle.loads(work.payload[0]), pickle.loads(work.payload[1])
         self._progress.measure(scheduled.total_num_scheduled_tokens)
         self._pace.begin(scheduled)

@@ -12,9 +12,23 @@ One `Coverage` belongs to one stage of one pipeline, and to one standby: with a 
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import NamedTuple
 
 from kevlarflow.recovery.ledger import Step
+from kevlarflow.recovery.use import Holders, Use
+
+
+class Worth(enum.IntEnum):
+    """Whom a replica could save from computing its tokens again."""
+
+    NOBODY = 0
+    """No request holds the block, and it is not full: not even the prefix cache can use it."""
+    PREFIX = 1
+    """No request holds the block: a later one that begins with the same tokens, at most."""
+    REQUEST = 2
+    """A request that holds the block now."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,6 +40,7 @@ class Replica:
     filled: int
     depth: int = dataclasses.field(default=0, compare=False)
     """Blocks before it in its request's table: the deeper, the cheaper to lose."""
+    worth: Worth = dataclasses.field(default=Worth.REQUEST, compare=False)
 
 
 class Generations:
@@ -107,24 +122,52 @@ def starts_of(step: Step) -> dict[str, int]:
     return starts
 
 
+class Effects(NamedTuple):
+    """What a step does to the KV blocks of the lane."""
+
+    writes: dict[str, tuple[Replica, ...]]
+    """By request, what each block that the step writes holds after it."""
+    use: Use
+
+
 class IssuedTables:
     """Block tables as of the last issued step (the ledger's are as of the last completed one)."""
 
     def __init__(self) -> None:
         self.tables: dict[str, list[int]] = {}
+        self.depths: dict[int, int] = {}
+        """How deep each block was when it was last written."""
+        self._holders = Holders()
 
     def clear(self) -> None:
         """Forget all requests."""
         self.tables.clear()
+        self._holders.clear()
 
     def forget(self, requests: Iterable[str]) -> None:
         """These have lost their blocks."""
         for request in requests:
-            self.tables.pop(request, None)
+            self._holders.release(self.tables.pop(request, ()))
 
-    def issue(self, step: Step, generations: Generations, block_size: int) -> dict[str, tuple[Replica, ...]]:
-        """Fold a step in; returns what each block that it writes holds after it, by request."""
+    def issue(self, step: Step, generations: Generations, block_size: int) -> Effects:
+        """Fold a step in."""
+        self._advance(step)
+        writes = self._written(step, generations, block_size)
+        self.depths.update((replica.block, replica.depth) for each in writes.values() for replica in each)
+        return Effects(writes, self._holders.change())
+
+    def _advance(self, step: Step) -> None:
+        admitted = {admission.request for admission in step.admissions}
+        resumed = {going_on.request for going_on in step.continuations if going_on.resumed}
+        for request in step.finished | step.preempted | admitted | resumed:
+            self._holders.release(self.tables.get(request, ()))
         advance(self.tables, step)
+        for admission in step.admissions:
+            self._holders.take(admission.blocks)
+        for going_on in step.continuations:
+            self._holders.take(going_on.new_blocks)
+
+    def _written(self, step: Step, generations: Generations, block_size: int) -> dict[str, tuple[Replica, ...]]:
         starts = starts_of(step)
         written = {}
         for request, blocks in written_blocks(self.tables, step, block_size).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from kevlarflow.recovery.coverage import Generations, Replica, allocated, tables
+from kevlarflow.recovery.coverage import Generations, Replica, Worth, allocated, tables
 from kevlarflow.recovery.ledger import Ledger, Step
 from kevlarflow.recovery.recompute import read_again
 
@@ -18,12 +18,23 @@ def blocks_in_use(ledger: Ledger, in_flight: Iterable[Step]) -> set[int]:
 
 
 def holdings(
-    ledger: Ledger, in_flight: Sequence[Step], keep: frozenset[int], generations: Generations, block_size: int
+    ledger: Ledger,
+    in_flight: Sequence[Step],
+    keep: frozenset[int],
+    generations: Generations,
+    depths: Mapping[int, int],
+    block_size: int,
 ) -> tuple[Replica, ...]:
-    """What every node's lane holds once it is restored: blocks of live requests, and the kept prefixes `keep`."""
+    """What every node's lane holds once it is restored: blocks of live requests, and the kept prefixes `keep`.
+
+    `depths` says how deep each block was when it was written.
+    """
     # What a step in flight has taken bears that step's generation already, and holds its content only after it.
     taken = set[int]().union(*(allocated(step, block_size) for step in in_flight))
-    held = {block: Replica(block, generations[block], block_size) for block in keep - taken}
+    held = {
+        block: Replica(block, generations[block], block_size, depths.get(block, 0), Worth.PREFIX)
+        for block in keep - taken
+    }
     # The blocks of a request that ends in flight are not computed again, so a new node does not hold them.
     for entry in read_again(ledger, in_flight):
         for index, block in enumerate(entry.blocks[: -(-entry.computed // block_size)]):

@@ -10,15 +10,14 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from kevlarflow.recovery.capacity import without
-from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.coverage import Effects, Replica
 from kevlarflow.recovery.dispatched import Dispatched
 from kevlarflow.recovery.forming import Forming
 from kevlarflow.recovery.ledger import Step, StepResult
 from kevlarflow.recovery.suspicion import Requests, Suspicion, of_chunk, of_step, together
+from kevlarflow.recovery.use import Use
 from kevlarflow.types import Computing, Epoch, Stage
 
-Writes = dict[str, tuple[Replica, ...]]
-"""By request, what each block that a step writes holds after it."""
 NOTHING = StepResult(tokens={}, generators={})
 
 
@@ -27,7 +26,7 @@ class InFlight:
 
     def __init__(self) -> None:
         self._steps: collections.OrderedDict[int, Step] = collections.OrderedDict()
-        self._writes: dict[int, Writes] = {}
+        self._effects: dict[int, Effects] = {}
         self._results: dict[int, StepResult] = {}
         self._left_out: dict[int, frozenset[str]] = {}
         self._sent: set[int] = set()
@@ -63,7 +62,7 @@ class InFlight:
 
     def clear(self) -> None:
         """None will ever complete."""
-        for part in (self._steps, self._writes, self._results, self._left_out, self._sent, self._recalled, self._held):
+        for part in (self._steps, self._effects, self._results, self._left_out, self._sent, self._recalled, self._held):
             part.clear()
         self._suspicion.clear()
         self.dispatched.clear()
@@ -71,13 +70,13 @@ class InFlight:
 
     # ---- coming and going
 
-    def add(self, step: Step, writes: Writes, left_out: frozenset[str], *, overtakes: bool = False) -> None:
+    def add(self, step: Step, effects: Effects, left_out: frozenset[str], *, overtakes: bool = False) -> None:
         """A step was issued, without the requests in `left_out`, which are set aside.
 
         One that `overtakes` goes out though others are held back.
         """
         self._steps[step.sequence] = step
-        self._writes[step.sequence] = writes
+        self._effects[step.sequence] = effects
         self._left_out[step.sequence] = left_out
         if self.hold_back and not overtakes:
             self._held.add(step.sequence)
@@ -95,8 +94,12 @@ class InFlight:
 
     def writes_of(self, sequence: int) -> tuple[Replica, ...]:
         """What each block that the step writes holds after it."""
-        step = self._steps[sequence]
-        return tuple(r for request, each in self._writes[sequence].items() if request in step.scheduled for r in each)
+        step, writes = self._steps[sequence], self._effects[sequence].writes
+        return tuple(r for request, each in writes.items() if request in step.scheduled for r in each)
+
+    def use_of(self, sequence: int) -> Use:
+        """What the step changes in the use of blocks."""
+        return self._effects[sequence].use
 
     def executed(self, sequence: int, result: StepResult) -> None:
         """The last stage has sampled."""
@@ -108,7 +111,7 @@ class InFlight:
             if step.scheduled and sequence not in self._results:
                 return None
             del self._steps[sequence]
-            self._writes.pop(sequence)
+            self._effects.pop(sequence)
             self._sent.discard(sequence)
             self._held.discard(sequence)
             self._suspicion.acquit(step)

@@ -278,7 +278,7 @@ class Pipeline:
         rest_first = forming.issued_meanwhile and not forming.later.isdisjoint(self._touched(steps))
         commands += rest if rest_first else []
         commands += [Recompute(number, chunk) for number, chunk in numbered.items()]
-        held = holdings(self.ledger, steps, keep, self._generations, self.limits.block_size)
+        held = holdings(self.ledger, steps, keep, self._generations, self._tables.depths, self.limits.block_size)
         commands.append(Restore(self.ledger.copies(), held))
         commands += self._send_due()
         commands += [] if rest_first else rest
@@ -402,11 +402,11 @@ class Pipeline:
         self._generations.allocate(scheduled, self.limits.block_size)
         step, commands = self._giving_way.leave_out(scheduled, self.formations + 1)
         self.formations += bool(commands)
-        writes = self._tables.issue(step, self._generations, self.limits.block_size)
         left_out = frozenset(scheduled.scheduled) - frozenset(step.scheduled)
         lost = self._lost_since(step.formation)
         before = list(self._in_flight)
-        self._in_flight.add(step, writes, left_out, overtakes=bool(lost))
+        effects = self._tables.issue(step, self._generations, self.limits.block_size)
+        self._in_flight.add(step, effects, left_out, overtakes=bool(lost))
         if self.phase is Phase.WAITING:
             return commands + self._set_aside(dict.fromkeys(step.scheduled, ""))
         if self._forming is not None and self._forming.to_place:
@@ -430,6 +430,7 @@ class Pipeline:
                 has_tokens=bool(self._in_flight[sequence].scheduled),
                 writes=self._in_flight.writes_of(sequence),
                 left_out=self._in_flight.left_out_of(sequence),
+                use=self._in_flight.use_of(sequence),
             )
             for sequence in self._in_flight.due()
         ]

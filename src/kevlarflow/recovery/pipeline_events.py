@@ -10,6 +10,7 @@ import dataclasses
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.ledger import LedgerEntry, Step, StepResult
 from kevlarflow.recovery.recompute import Chunk
+from kevlarflow.recovery.use import NO_CHANGE, Use
 from kevlarflow.types import Epoch, Loss, Member, NodeInfo, Phases, PipelineId, Stage
 
 # ---- events
@@ -234,6 +235,8 @@ class Execute:
     """What each block that the step writes holds after it."""
     left_out: frozenset[str] = frozenset()
     """Requests that the scheduler put into the step and that take no part in it."""
+    use: Use = NO_CHANGE
+    """What the step changes in the use of blocks."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -4,15 +4,22 @@ The main thread notes what a step is about to write and what it has written; the
 block, and after copying it asks whether the block still holds what it held before: the step after may have given it to
 another request. A copy is due when the block is full, or when enough tokens were added since the last one, and it is
 of those tokens only: a copy that says where it starts goes on from what the standby has already.
+
+The steps also say which blocks requests hold (`recovery.use`). A copy tells the standby what it is worth, and when that
+changes later, a later copy tells it along.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import threading
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.coverage import Replica, Worth
+from kevlarflow.recovery.use import Use
+from kevlarflow.wire.replicas import Revalued
 
 LONG_CONTEXT_TOKENS = 1_024
 """With so many tokens before a block the interval is half of the usual one, with twice as many a third."""
@@ -37,10 +44,17 @@ class ReplicationQueue:
         self._dropped: set[int] = set()
         """Blocks whose earlier copies the standby has not kept: the next one starts from the first token."""
         self._due: dict[int, None] = {}
+        self._idle: set[int] = set()
+        """Blocks that no request holds."""
+        self._touched: dict[int, None] = {}
+        """Blocks whose replica may be worth something else than the standby was told."""
 
-    def begin(self, writes: Iterable[Replica]) -> None:
+    def begin(self, writes: Iterable[Replica], use: Use) -> None:
         """A step is about to write these: a block that changes its generation holds nothing meanwhile."""
         with self._lock:
+            self._idle.difference_update(use.taken)
+            self._idle.update(use.released)
+            self._touched.update(dict.fromkeys(use.taken + use.released))
             for replica in writes:
                 held = self._holds.get(replica.block)
                 if held is not None and held.generation != replica.generation:
@@ -59,8 +73,10 @@ class ReplicationQueue:
             self._interval = self._usual_interval
             self._holds.clear()
             self._due.clear()
+            self._idle.clear()
             for replica in replicas:
                 self._note(replica)
+            self._touched = dict.fromkeys(self._holds)
             return bool(self._due)
 
     def is_full(self, replica: Replica) -> bool:
@@ -87,6 +103,8 @@ class ReplicationQueue:
 
     def _note(self, replica: Replica) -> None:
         self._holds[replica.block] = replica
+        if replica.worth is not Worth.REQUEST:
+            self._idle.add(replica.block)
         if self._is_due(replica):
             self._due[replica.block] = None
 
@@ -95,10 +113,15 @@ class ReplicationQueue:
         sent = self._sent.get(replica.block)
         return sent.filled if sent is not None and sent.generation == replica.generation else 0
 
+    def _worth_of(self, replica: Replica) -> Worth:
+        if replica.block not in self._idle:
+            return Worth.REQUEST
+        return Worth.PREFIX if self.is_full(replica) else Worth.NOBODY
+
     def _is_due(self, replica: Replica) -> bool:
-        known = self._sent_of(replica)
-        if self.is_full(replica):
-            return known < replica.filled
+        known, worth = self._sent_of(replica), self._worth_of(replica)
+        if self.is_full(replica) or worth is Worth.NOBODY:
+            return known < replica.filled and worth is not Worth.NOBODY
         return bool(self._interval) and replica.filled - known >= self._interval_at(replica.depth)
 
     def _interval_at(self, depth: int) -> int:
@@ -116,17 +139,44 @@ class ReplicationQueue:
                     return Due(replica, 0 if block in self._dropped else self._sent_of(replica))
             return None
 
-    def still_holds(self, copied: Due) -> bool:
-        """Whether a finished copy is what it claims to be; if so it counts as sent."""
+    def finish(self, copied: Due) -> Replica | None:
+        """What a finished copy is, which then counts as sent; None when the block was given away meanwhile."""
         replica = copied.replica
         with self._lock:
             held = self._holds.get(replica.block)
             if held is None or held.generation != replica.generation:
-                return False
-            self._sent[replica.block] = replica
+                return None
+            replica = self._sent[replica.block] = dataclasses.replace(replica, worth=self._worth_of(replica))
             if copied.start == 0:
                 self._dropped.discard(replica.block)
-            return True
+            return replica
+
+    def revalued(self, limit: int) -> list[Revalued]:
+        """Replicas that the standby keeps and that are worth something else than it knows; looks at `limit` blocks."""
+        found: list[Revalued] = []
+        with self._lock:
+            for block in list(itertools.islice(self._touched, limit)):
+                kept = self._kept(block)
+                if kept is not None and kept.worth is not self._worth_of(kept):
+                    found.append((block, kept.generation, self._worth_of(kept)))
+                else:
+                    del self._touched[block]
+        return found
+
+    def _kept(self, block: int) -> Replica | None:
+        """What was sent of the block's content and not dropped."""
+        sent, held = self._sent.get(block), self._holds.get(block)
+        if sent is None or held is None or sent.generation != held.generation or block in self._dropped:
+            return None
+        return sent
+
+    def told(self, revalued: Iterable[Revalued]) -> None:
+        """The standby will hear of these."""
+        with self._lock:
+            for block, generation, worth in revalued:
+                sent = self._sent.get(block)
+                if sent is not None and sent.generation == generation:
+                    self._sent[block] = dataclasses.replace(sent, worth=worth)
 
     def not_sent(self, replica: Replica) -> None:
         """The copy could not be sent after all: it is due again."""
@@ -148,6 +198,11 @@ class ReplicationQueue:
             for block in blocks:
                 self._sent.pop(block, None)
             self._look_for_due()
+
+    @property
+    def held_by_requests(self) -> int:
+        """Blocks that hold something, and that requests hold."""
+        return len(self._holds.keys() - self._idle)
 
     @property
     def is_empty(self) -> bool:

@@ -29,6 +29,8 @@ UNANSWERED_SECONDS = 2.0
 """After this long without an answer, copies that are on their way are given up, and are due again."""
 CLOSED_SECONDS = 10.0
 """A channel that the standby has closed is opened anew after this long."""
+MAX_REVALUED = 128
+"""Blocks of which a copy says along what their replicas are worth now: 2 KiB."""
 IDLE_SECONDS = 1.0
 BLOCKED_SECONDS = 0.1
 
@@ -178,10 +180,11 @@ class Source:
     def _copy(self, lane: LaneReplication, channel: _Channel, due: Due, now: float) -> float:
         buffer = channel.buffers.pop()
         due, data = self._read(lane, due, buffer)
-        replica = due.replica
-        if not lane.queue.still_holds(due):
+        replica = lane.queue.finish(due)
+        if replica is None:
             channel.buffers.append(buffer)
             return 0.0
+        revalued = lane.queue.revalued(MAX_REVALUED)
         header = replicas.Store(
             pipeline=lane.pipeline,
             epoch=lane.epoch,
@@ -193,11 +196,14 @@ class Source:
             depth=replica.depth,
             length=len(data),
             checksum=zlib.crc32(data),
+            worth=replica.worth,
+            revalued=tuple(revalued),
         )
         if not channel.outlet.send(replicas.encode(header), data):
             lane.queue.not_sent(replica)
             channel.buffers.append(buffer)
             return BLOCKED_SECONDS
+        lane.queue.told(revalued)
         channel.unanswered[replica.block, replica.generation, replica.filled] = (replica, buffer)
         channel.sent_at = lane.copied_at = now
         if lane.queue.is_full(replica):

@@ -70,7 +70,8 @@ class Standby:
             return None
         pipeline, peer = copy.pipeline, arrival.peer
         self._epochs[pipeline], self._sources[pipeline] = copy.epoch, peer
-        replica = Replica(copy.block, copy.generation, copy.filled, copy.depth)
+        self._store.revalue(pipeline, copy.revalued)
+        replica = Replica(copy.block, copy.generation, copy.filled, copy.depth, copy.worth)
         try:
             dropped = self._store.put(pipeline, replica, arrival.data, copy.start)
         except NothingToGoOnFrom:

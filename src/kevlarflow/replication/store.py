@@ -3,9 +3,11 @@
 It is one arena, cut into places of one block each, so that its bytes are bounded by what was mapped and not by what an
 allocator makes of it. A place costs memory once a replica was put there.
 
-When it is full it drops what is cheapest to compute again. A request resumes from its leading blocks, so a block deep
-in its sequence costs only itself, while the first block takes everything behind it along: the deepest goes first, and
-among equally deep ones the oldest. A replica that would be dropped at once is not taken. Requests are never touched.
+When it is full it drops what is cheapest to compute again. First what no request holds any more: of that the partly
+filled blocks, which serve nobody, and then the full ones, which a later request may hit. Then of the blocks that
+requests hold: a request resumes from its leading blocks, so a block deep in its sequence costs only itself, while the
+first block takes everything behind it along. Within each of the three the deepest goes first, and among equally deep
+ones the oldest. A replica that would be dropped at once is not taken. Requests are never touched.
 
 A copy that goes on from what is here already is put behind it, in place.
 
@@ -16,16 +18,18 @@ pinned: its replicas stay where they are, and no others of that lane are taken.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import heapq
 import itertools
 import threading
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.coverage import Replica, Worth
 from kevlarflow.replication.blocks import KvBlocks
 from kevlarflow.replication.memory import map_memory
 from kevlarflow.types import PipelineId
+from kevlarflow.wire.replicas import Revalued
 
 
 class _Entry(NamedTuple):
@@ -53,7 +57,8 @@ class StandbyStore:
         self._free = list(reversed(range(places)))
         self._lock = threading.Lock()
         self._entries: dict[tuple[PipelineId, int], _Entry] = {}
-        self._order: list[tuple[int, int, PipelineId, int]] = []
+        self._order: list[tuple[Worth, int, int, PipelineId, int]] = []
+        """A heap of (worth, minus depth, age, pipeline, block); some are of replicas that changed since."""
         self._ages = itertools.count()
         self._pinned: set[PipelineId] = set()
         self._count: collections.Counter[PipelineId] = collections.Counter()
@@ -88,12 +93,24 @@ class StandbyStore:
                 self._bytes_at(place)[:] = data
             else:
                 self._blocks.merge_tokens(data, 0, replica.filled, self._bytes_at(place))
-            self._entries[pipeline, replica.block] = _Entry(replica, place, age)
             self._count[pipeline] += 1
-            heapq.heappush(self._order, (-replica.depth, age, pipeline, replica.block))
-            if len(self._order) > 2 * len(self._entries) + 1_024:
-                self._forget_replaced()
+            self._enter(pipeline, _Entry(replica, place, age))
             return dropped
+
+    def _enter(self, pipeline: PipelineId, entry: _Entry) -> None:
+        replica = entry.replica
+        self._entries[pipeline, replica.block] = entry
+        heapq.heappush(self._order, (replica.worth, -replica.depth, entry.age, pipeline, replica.block))
+        if len(self._order) > 2 * len(self._entries) + 1_024:
+            self._forget_replaced()
+
+    def revalue(self, pipeline: PipelineId, revalued: Iterable[Revalued]) -> None:
+        """Replicas that are here are worth something else from now on."""
+        with self._lock:
+            for block, generation, worth in revalued:
+                entry = self._entries.get((pipeline, block))
+                if entry is not None and entry.replica.generation == generation:
+                    self._enter(pipeline, entry._replace(replica=dataclasses.replace(entry.replica, worth=worth)))
 
     def _go_on(self, pipeline: PipelineId, replica: Replica, data: memoryview, start: int) -> None:
         key = (pipeline, replica.block)
@@ -101,8 +118,13 @@ class StandbyStore:
         if entry is None or entry.replica.generation != replica.generation or entry.replica.filled < start:
             raise NothingToGoOnFrom
         self._blocks.merge_tokens(data, start, replica.filled, self._bytes_at(entry.place))
-        if replica.filled > entry.replica.filled:
-            self._entries[key] = entry._replace(replica=replica)
+        if replica.filled <= entry.replica.filled:
+            return
+        newer = entry._replace(replica=replica)
+        if replica.worth is entry.replica.worth:
+            self._entries[key] = newer
+        else:
+            self._enter(pipeline, newer)
 
     def find(
         self, pipeline: PipelineId, replicas: Iterable[Replica]
@@ -157,21 +179,22 @@ class StandbyStore:
     def _forget_replaced(self) -> None:
         """Rebuild the order without copies that newer ones have replaced."""
         self._order = [
-            (-entry.replica.depth, entry.age, pipeline, block) for (pipeline, block), entry in self._entries.items()
+            (entry.replica.worth, -entry.replica.depth, entry.age, pipeline, block)
+            for (pipeline, block), entry in self._entries.items()
         ]
         heapq.heapify(self._order)
 
     def _make_room(self, replica: Replica) -> list[Dropped]:
-        """Drop the cheapest replica, unless `replica` is deeper than all that may be dropped."""
+        """Drop the cheapest replica, unless `replica` is cheaper than all that may be dropped."""
         kept = []
         dropped: list[Dropped] = []
         while self._order and not dropped:
             cheapest = heapq.heappop(self._order)
-            depth, age, pipeline, block = cheapest
+            worth, depth, age, pipeline, block = cheapest
             entry = self._entries.get((pipeline, block))
-            if entry is None or entry.age != age:
+            if entry is None or (entry.age, entry.replica.worth) != (age, worth):
                 continue
-            if -depth < replica.depth:
+            if (worth, depth) > (replica.worth, -replica.depth):
                 kept.append(cheapest)
                 break
             if pipeline in self._pinned:

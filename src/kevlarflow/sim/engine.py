@@ -355,9 +355,9 @@ class Engine(Process):
 
     def _carry_out(self, command: core.Command) -> None:
         match command:
-            case core.Execute(sequence, has_tokens, written, left_out):
+            case core.Execute(sequence, has_tokens, written, left_out, use):
                 writes = tuple((each.block, each.generation, each.filled, each.depth) for each in written)
-                header = steps.Execute(self.pipeline, self.core.epoch, sequence, has_tokens, writes)
+                header = steps.Execute(self.pipeline, self.core.epoch, sequence, has_tokens, writes, use)
                 self.fleet.counts["steps sent"] += 1
                 step, known = self._steps[sequence]
                 payload = without(step, left_out, self.fleet.plan.shape.block_size), known

@@ -175,12 +175,18 @@ class Fleet:
         for engine in self.engines:
             if engine.alive and (engine.core.in_flight or engine.in_flight):
                 yield f"{engine} has steps {engine.core.in_flight} in flight"
+        yield from self._complaints_of_nodes()
+
+    def _complaints_of_nodes(self) -> Iterator[str]:
         for node in self.living_nodes():
             lanes = [lane.pipeline for lane in node.lanes]
             if node.ready and lanes != [int(node.member.node.split("-")[1])]:
                 yield f"{node} has lanes {lanes}"
             if node.ails:
                 yield f"{node} {node.ails}"
+            for lane in node.lanes:
+                if lane.replication is not None and lane.replication.queue.held_by_requests:
+                    yield f"{node} takes blocks of lane {lane.pipeline} for those of requests, and there are none"
 
     def _count(self) -> None:
         if self.network.held > MAX_HELD_MESSAGES:

@@ -273,7 +273,7 @@ class Node(Process):
         if isinstance(header, steps.Execute):
             written = tuple(Replica(*each) for each in header.writes)
             if self.replicas is not None:
-                self.replicas.begin(lane, written)
+                self.replicas.begin(lane, written, header.use)
         sampled = self._run(lane, work)
         self._end_after(seconds, functools.partial(self._finish, lane, engine, header, written, sampled))
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import msgspec
 
+from kevlarflow.recovery.coverage import Worth
 from kevlarflow.types import Epoch, Member, PipelineId, Stage
 
 Tag = tuple[int, int, int]
 """(block, generation, tokens filled)."""
+Revalued = tuple[int, int, Worth]
+"""(block, generation, what its replica is worth now)."""
 
 
 class ReplicaMessage(msgspec.Struct, frozen=True, tag=True):
@@ -34,6 +37,9 @@ class Store(ReplicaMessage, frozen=True):
     length: int
     checksum: int
     """CRC-32 of the payload."""
+    worth: Worth = Worth.REQUEST
+    revalued: tuple[Revalued, ...] = ()
+    """Replicas sent before that are worth something else since: a request has let go of them, or hit them again."""
 
 
 class Outcome(ReplicaMessage, frozen=True):

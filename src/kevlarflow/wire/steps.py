@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import msgspec
 
+from kevlarflow.recovery.use import NO_CHANGE, Use
 from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
 
 
@@ -125,6 +126,8 @@ class Execute(StepMessage, frozen=True):
     """False for a step that only says which requests ended: it needs no activations and has no answer."""
     writes: tuple[tuple[int, int, int, int], ...]
     """(block, generation, tokens filled, depth) of each block that the step writes, as it is afterwards."""
+    use: Use = NO_CHANGE
+    """What the step changes in the use of blocks."""
 
 
 # ---- node -> engine

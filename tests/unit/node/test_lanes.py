@@ -169,7 +169,7 @@ def test_a_copy_that_is_under_way_when_a_lane_is_left_is_not_believed():
     copied = lane.replication.queue.next()
     table.leave(0, 2)
     assert lane.blocks.table[3] == 0, "it is anybody's"
-    assert not lane.replication.queue.still_holds(copied)
+    assert not lane.replication.queue.finish(copied)
 
 
 def test_a_lane_hears_only_the_connection_that_opened_it():

@@ -10,6 +10,7 @@ from kevlarflow.config import ServeConfig
 from kevlarflow.node.replicator import Replicator
 from kevlarflow.node.thread_clock import ThreadClock
 from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.use import NO_CHANGE
 from kevlarflow.replication.zmq_transfer import ZmqTransfer
 from kevlarflow.types import Member
 from unit.replication.parts import BOUNDS, Memory, asleep, content, header, standby_info
@@ -33,7 +34,7 @@ class Node:
 
     def write(self, lane, block, filled, content, generation=1):
         replica = Replica(block, generation, filled)
-        lane.queue.begin([replica])
+        lane.queue.begin([replica], NO_CHANGE)
         self.memory.blocks[lane.table[block]] = content
         if lane.queue.end([replica]):
             self.replicator.ring()

@@ -6,6 +6,7 @@ from kevlarflow.recovery.forming import Phase
 from kevlarflow.recovery.ledger import Admission, Step, StepResult
 from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Limits
+from kevlarflow.recovery.use import Use
 from kevlarflow.types import Member, NodeInfo
 
 
@@ -33,7 +34,7 @@ def test_it_is_over_when_the_recovery_that_held_it_back_is_done():
     pipeline.handle(p.FormationOrdered(2, (B,)), 2.0)
     assert pipeline.handle(p.StepIssued(Step(2, (), (), {}, frozenset({"r"}), frozenset(), 9)), 2.0) == []
     commands = pipeline.handle(p.ReplicasPlaced(2, 0, ()), 2.05)
-    assert p.Execute(2, has_tokens=False) in commands
+    assert p.Execute(2, has_tokens=False, use=Use(released=(1, 2))) in commands
     assert p.Deliver(2) in commands
     answer(pipeline, 2)
     assert pipeline.in_flight == ()

@@ -2,12 +2,13 @@
 
 import pytest
 
-from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.coverage import Replica, Worth
+from kevlarflow.recovery.use import NO_CHANGE, Use
 from kevlarflow.replication.queue import Due, ReplicationQueue
 
 
 def wrote(queue, *replicas):
-    queue.begin(replicas)
+    queue.begin(replicas, NO_CHANGE)
     return queue.end(replicas)
 
 
@@ -22,7 +23,7 @@ def test_a_partly_filled_block_is_due_after_the_interval():
     queue = ReplicationQueue(block_size=8, interval=3)
     assert not wrote(queue, Replica(1, 1, 2))
     assert wrote(queue, Replica(1, 1, 3))
-    assert queue.still_holds(queue.next())
+    assert queue.finish(queue.next())
     assert not wrote(queue, Replica(1, 1, 5))
     assert wrote(queue, Replica(1, 1, 6))
 
@@ -36,23 +37,23 @@ def test_a_block_that_was_given_away_during_the_copy_is_not_sent():
     queue = ReplicationQueue(block_size=4, interval=0)
     wrote(queue, Replica(1, 1, 4))
     copied = queue.next()
-    queue.begin([Replica(1, 2, 1)])
-    assert not queue.still_holds(copied)
+    queue.begin([Replica(1, 2, 1)], NO_CHANGE)
+    assert not queue.finish(copied)
 
 
 def test_a_block_that_grew_during_the_copy_is_sent_as_what_it_was():
     queue = ReplicationQueue(block_size=8, interval=2)
     wrote(queue, Replica(1, 1, 2))
     copied = queue.next()
-    queue.begin([Replica(1, 1, 3)])
-    assert queue.still_holds(copied)
+    queue.begin([Replica(1, 1, 3)], NO_CHANGE)
+    assert queue.finish(copied)
 
 
 def test_a_new_standby_gets_everything_again():
     queue = ReplicationQueue(block_size=4, interval=0)
     wrote(queue, Replica(1, 1, 4), Replica(2, 1, 4))
     for _ in range(2):
-        queue.still_holds(queue.next())
+        queue.finish(queue.next())
     assert queue.next() is None
     queue.restart()
     assert [queue.next().replica, queue.next().replica] == [Replica(1, 1, 4), Replica(2, 1, 4)]
@@ -63,7 +64,7 @@ def test_a_lane_that_is_about_to_move_is_copied_token_by_token_until_it_has_move
     queue = ReplicationQueue(block_size=8, interval=interval)
     assert not wrote(queue, Replica(1, 1, 2))
     assert queue.hasten()
-    assert queue.still_holds(queue.next())
+    assert queue.finish(queue.next())
     assert wrote(queue, Replica(1, 1, 3))
     queue.hold([Replica(1, 1, 3)])
     assert queue.next() is None
@@ -81,7 +82,7 @@ def test_after_a_re_forming_only_what_is_held_is_copied():
 def test_what_the_standby_has_is_not_sent_again_after_a_re_forming():
     queue = ReplicationQueue(block_size=4, interval=0)
     wrote(queue, Replica(1, 1, 4))
-    queue.still_holds(queue.next())
+    queue.finish(queue.next())
     assert not queue.hold([Replica(1, 1, 4)])
 
 
@@ -89,7 +90,7 @@ def test_a_copy_that_could_not_be_sent_is_due_again():
     queue = ReplicationQueue(block_size=4, interval=0)
     wrote(queue, Replica(1, 1, 4))
     copied = queue.next()
-    assert queue.still_holds(copied)
+    assert queue.finish(copied)
     queue.not_sent(copied.replica)
     assert queue.next() == copied
 
@@ -105,7 +106,7 @@ def test_the_deeper_a_block_the_sooner_it_is_copied_again():
 def test_only_what_was_added_since_the_last_copy_is_copied():
     queue = ReplicationQueue(block_size=8, interval=2)
     wrote(queue, Replica(1, 1, 3))
-    assert queue.still_holds(queue.next())
+    assert queue.finish(queue.next())
     wrote(queue, Replica(1, 1, 5))
     assert queue.next() == Due(Replica(1, 1, 5), start=3)
 
@@ -113,7 +114,7 @@ def test_only_what_was_added_since_the_last_copy_is_copied():
 def test_another_content_of_the_block_is_copied_from_its_first_token():
     queue = ReplicationQueue(block_size=8, interval=2)
     wrote(queue, Replica(1, 1, 3))
-    assert queue.still_holds(queue.next())
+    assert queue.finish(queue.next())
     wrote(queue, Replica(1, 2, 5))
     assert queue.next() == Due(Replica(1, 2, 5), start=0)
 
@@ -121,12 +122,12 @@ def test_another_content_of_the_block_is_copied_from_its_first_token():
 def test_what_the_standby_dropped_is_copied_from_the_first_token_but_no_sooner():
     queue = ReplicationQueue(block_size=8, interval=2)
     wrote(queue, Replica(1, 1, 3))
-    assert queue.still_holds(queue.next())
+    assert queue.finish(queue.next())
     queue.dropped([1])
     assert queue.next() is None
     wrote(queue, Replica(1, 1, 5))
     whole = queue.next()
-    assert queue.still_holds(whole)
+    assert queue.finish(whole)
     assert whole == Due(Replica(1, 1, 5), start=0)
     wrote(queue, Replica(1, 1, 7))
     assert queue.next() == Due(Replica(1, 1, 7), start=5)
@@ -135,9 +136,9 @@ def test_what_the_standby_dropped_is_copied_from_the_first_token_but_no_sooner()
 def test_what_the_standby_had_nothing_to_go_on_from_for_is_due_at_once():
     queue = ReplicationQueue(block_size=4, interval=2)
     wrote(queue, Replica(1, 1, 2))
-    assert queue.still_holds(queue.next())
+    assert queue.finish(queue.next())
     wrote(queue, Replica(1, 1, 4))
-    assert queue.still_holds(queue.next())
+    assert queue.finish(queue.next())
     queue.lacking([1])
     assert queue.next() == Due(Replica(1, 1, 4), start=0)
 
@@ -146,7 +147,110 @@ def test_a_copy_that_was_given_up_starts_from_the_first_token():
     queue = ReplicationQueue(block_size=8, interval=2)
     wrote(queue, Replica(1, 1, 3))
     copied = queue.next()
-    assert queue.still_holds(copied)
+    assert queue.finish(copied)
     queue.not_sent(copied.replica)
     wrote(queue, Replica(1, 1, 5))
     assert queue.next() == Due(Replica(1, 1, 5), start=0)
+
+
+def copied(queue, *replicas):
+    """These were written, copied and sent."""
+    wrote(queue, *replicas)
+    return [queue.finish(queue.next()) for _ in replicas]
+
+
+def told(queue, limit=10):
+    revalued = queue.revalued(limit)
+    queue.told(revalued)
+    return revalued
+
+
+def test_a_copy_is_worth_most_while_a_request_holds_the_block():
+    queue = ReplicationQueue(block_size=4, interval=1)
+    assert [each.worth for each in copied(queue, Replica(1, 1, 4))] == [Worth.REQUEST]
+    assert told(queue) == []
+
+
+def test_what_is_released_after_it_was_copied_is_told_once():
+    queue = ReplicationQueue(block_size=4, interval=1)
+    copied(queue, Replica(1, 1, 4), Replica(2, 1, 3))
+    queue.begin((), Use(released=(1, 2, 3)))
+    assert told(queue) == [(1, 1, Worth.PREFIX), (2, 1, Worth.NOBODY)]
+    assert told(queue) == []
+
+
+def test_what_could_not_be_told_is_told_later():
+    queue = ReplicationQueue(block_size=4, interval=1)
+    copied(queue, Replica(1, 1, 4))
+    queue.begin((), Use(released=(1,)))
+    assert queue.revalued(10) == queue.revalued(10) == [(1, 1, Worth.PREFIX)]
+
+
+def test_a_prefix_that_is_hit_again_is_told_as_well():
+    queue = ReplicationQueue(block_size=4, interval=1)
+    copied(queue, Replica(1, 1, 4))
+    queue.begin((), Use(released=(1,)))
+    told(queue)
+    queue.begin((), Use(taken=(1,)))
+    assert told(queue) == [(1, 1, Worth.REQUEST)]
+
+
+def test_a_prefix_that_is_hit_before_anybody_was_told_is_no_news():
+    queue = ReplicationQueue(block_size=4, interval=1)
+    copied(queue, Replica(1, 1, 4))
+    queue.begin((), Use(released=(1,)))
+    queue.begin((), Use(taken=(1,)))
+    assert told(queue) == []
+
+
+def test_a_block_that_is_released_before_its_copy_says_so_itself():
+    queue = ReplicationQueue(block_size=4, interval=1)
+    wrote(queue, Replica(1, 1, 4))
+    due = queue.next()
+    queue.begin((), Use(released=(1,)))
+    assert queue.finish(due).worth is Worth.PREFIX
+    assert told(queue) == []
+
+
+def test_a_partly_filled_block_that_nobody_holds_is_not_copied():
+    queue = ReplicationQueue(block_size=4, interval=1)
+    wrote(queue, Replica(1, 1, 3), Replica(2, 1, 4))
+    queue.begin((), Use(released=(1, 2)))
+    assert queue.next().replica == Replica(2, 1, 4)
+    assert queue.next() is None
+
+
+def test_nothing_is_told_of_what_was_given_away_or_dropped_or_never_copied():
+    queue = ReplicationQueue(block_size=4, interval=1)
+    copied(queue, Replica(1, 1, 4), Replica(2, 1, 4))
+    wrote(queue, Replica(3, 1, 4))
+    queue.begin((), Use(released=(1, 2, 3)))
+    queue.begin([Replica(1, 2, 1)], Use(taken=(1,)))
+    queue.dropped([2])
+    assert told(queue) == []
+
+
+def test_few_are_told_at_a_time_and_all_in_the_end():
+    queue = ReplicationQueue(block_size=4, interval=1)
+    copied(queue, *(Replica(block, 1, 4) for block in range(5)))
+    queue.begin((), Use(released=tuple(range(5)), taken=(9,)))
+    found = [block for _ in range(6) for block, _, _ in told(queue, limit=2)]
+    assert sorted(found) == list(range(5))
+
+
+def test_after_a_re_forming_the_standby_hears_what_has_changed():
+    queue = ReplicationQueue(block_size=4, interval=1)
+    copied(queue, Replica(1, 1, 4), Replica(2, 1, 4))
+    queue.begin((), Use(released=(2,)))
+    told(queue)
+    queue.hold([Replica(1, 1, 4, worth=Worth.PREFIX), Replica(2, 1, 4)])
+    assert sorted(told(queue)) == [(1, 1, Worth.PREFIX), (2, 1, Worth.REQUEST)]
+
+
+def test_a_new_standby_is_told_with_the_copies():
+    queue = ReplicationQueue(block_size=4, interval=1)
+    copied(queue, Replica(1, 1, 4))
+    queue.begin((), Use(released=(1,)))
+    queue.restart()
+    assert queue.finish(queue.next()).worth is Worth.PREFIX
+    assert told(queue) == []

@@ -4,7 +4,8 @@ import zlib
 
 import pytest
 
-from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.coverage import Replica, Worth
+from kevlarflow.recovery.use import NO_CHANGE, Use
 from kevlarflow.replication.queue import ReplicationQueue
 from kevlarflow.replication.source import CLOSED_SECONDS, UNANSWERED_SECONDS, Source
 from kevlarflow.replication.transfer import CHANNEL_PLACES, MemoryNetwork, MemoryTransfer
@@ -37,7 +38,7 @@ class Bench:
 
     def write(self, lane, block, filled=4, content=b"12345678", generation=1):
         replica = Replica(block, generation, filled)
-        lane.queue.begin([replica])
+        lane.queue.begin([replica], NO_CHANGE)
         self.memory.blocks[lane.table[block]] = content
         lane.queue.end([replica])
         return replica
@@ -94,7 +95,7 @@ def test_a_block_that_changes_hands_during_the_copy_is_not_sent():
 
     def read_and_lose(block, into):
         read(block, into)
-        lane.queue.begin([Replica(replica.block, 2, 1)])
+        lane.queue.begin([Replica(replica.block, 2, 1)], NO_CHANGE)
 
     bench.memory.read = read_and_lose
     bench.turns(3)
@@ -262,6 +263,36 @@ def test_what_the_standby_lacks_is_sent_whole():
     bench.there.answer(peer, replicas.encode(replicas.Outcome(0, STANDBY, (), (), lacking, 8, 80)))
     bench.turn(0.01)
     assert [(copy.start, data) for _, copy, data in bench.arrived()] == [(0, b"123456")]
+
+
+def test_a_later_copy_tells_what_earlier_ones_are_worth_now():
+    bench = Bench()
+    lane = bench.lane()
+    bench.write(lane, 1)
+    bench.turn()
+    lane.queue.begin((), Use(released=(1,)))
+    bench.turn(0.01)
+    bench.write(lane, 2)
+    bench.turn(0.01)
+    assert [(copy.block, copy.worth, copy.revalued) for _, copy, _ in bench.arrived()] == [
+        (1, Worth.REQUEST, ()), (2, Worth.REQUEST, ((1, 1, Worth.PREFIX),)),
+    ]  # fmt: skip
+
+
+def test_what_a_copy_could_not_tell_the_next_one_does():
+    bench = Bench()
+    lane = bench.lane()
+    bench.write(lane, 1)
+    bench.turn()
+    lane.queue.begin((), Use(released=(1,)))
+    for block in range(2, 7):
+        bench.write(lane, block)
+    (outlet,) = (channel.outlet for channel in bench.source._channels.values())
+    send, outlet.send = outlet.send, lambda header, data: False
+    bench.turn(0.01)
+    outlet.send = send
+    bench.turn(0.01)
+    assert [copy.revalued for _, copy, _ in bench.arrived()] == [(), ((1, 1, Worth.PREFIX),)]
 
 
 def test_everything_is_sent_once_more_when_the_answers_may_have_been_lost():

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.coverage import Replica, Worth
 from kevlarflow.replication.standby import Standby, log
 from kevlarflow.replication.store import StandbyStore
 from kevlarflow.replication.transfer import Arrival
@@ -64,6 +64,8 @@ WRONG = {
     "checksum": {"checksum": 1},
     "epoch": {"epoch": 4},
     "no header": {"raw_header": b""},
+    "worth": {"worth": 3},
+    "worth of another": {"revalued": ((1, 1, -1),)},
     "nonsense": {"raw_header": b"\xff\x00nonsense"},
     "another message": {"raw_header": replicas.encode(replicas.Closed("why"))},
 }
@@ -106,6 +108,18 @@ def test_a_full_standby_says_what_it_dropped_to_whoever_sent_it():
     _, outcome = bench.answers.sent[-1]
     assert (outcome.stored, outcome.dropped) == ((), ((3, 1, 4),))
     assert bench.store.used_bytes == 16
+
+
+def test_a_full_standby_drops_first_what_a_copy_says_that_no_request_holds():
+    bench = Bench(limit=16)
+    bench.send(block=1, depth=0)
+    bench.send(block=2, depth=7)
+    bench.send(block=3, depth=9, revalued=((1, 1, Worth.PREFIX),))
+    _, outcome = bench.answers.sent[-1]
+    assert (outcome.stored, outcome.dropped) == (((3, 1, 4),), ((1, 1, 4),))
+    bench.send(block=4, depth=0, worth=Worth.PREFIX)
+    _, outcome = bench.answers.sent[-1]
+    assert (outcome.stored, outcome.dropped) == ((), ((4, 1, 4),))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")

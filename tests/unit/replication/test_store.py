@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.coverage import Replica, Worth
 from kevlarflow.replication.store import NothingToGoOnFrom, StandbyStore
 from unit.replication.parts import BOUNDS, Memory, content
 
@@ -15,8 +15,8 @@ def store_of(limit):
     return StandbyStore(limit // 10 * BOUNDS.block_bytes, Memory())
 
 
-def replica(block, depth=0, generation=1, filled=4):
-    return Replica(block, generation, filled, depth)
+def replica(block, depth=0, generation=1, filled=4, worth=Worth.REQUEST):
+    return Replica(block, generation, filled, depth, worth)
 
 
 def test_only_the_content_that_is_asked_for_is_given_back():
@@ -65,6 +65,63 @@ def test_a_block_deeper_than_all_others_is_not_taken():
     assert content(store, 0, replica(1)) == DATA
 
 
+def test_what_serves_nobody_goes_first_and_then_what_only_a_prefix_cache_could_use():
+    store = store_of(40)
+    store.put(0, replica(1, depth=9), DATA)
+    store.put(0, replica(2, depth=5, worth=Worth.PREFIX), DATA)
+    store.put(0, replica(3, depth=7, worth=Worth.PREFIX), DATA)
+    store.put(0, replica(4, depth=0, filled=3, worth=Worth.NOBODY), DATA)
+    gone = [store.put(1, replica(block), DATA)[0][1].block for block in range(4)]
+    assert gone == [4, 3, 2, 1]
+
+
+def test_a_prefix_is_not_taken_in_place_of_what_a_request_holds():
+    store = store_of(10)
+    store.put(0, replica(1, depth=9), DATA)
+    prefix = replica(2, depth=0, worth=Worth.PREFIX)
+    assert store.put(0, prefix, DATA) == [(0, prefix)]
+    assert store.put(0, replica(3, depth=8), DATA) == [(0, replica(1, depth=9))]
+
+
+def test_a_replica_that_its_request_let_go_of_makes_room_and_one_that_is_hit_again_stays():
+    store = store_of(30)
+    for block in (1, 2, 3):
+        store.put(0, replica(block, depth=block), DATA)
+    store.revalue(0, [(1, 1, Worth.PREFIX), (2, 1, Worth.PREFIX)])
+    store.revalue(0, [(2, 1, Worth.REQUEST)])
+    assert store.put(1, replica(7, depth=9), DATA) == [(0, replica(1))]
+    assert store.put(1, replica(8, depth=2), DATA) == [(1, replica(7))]
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "block", "generation"), [(0, 1, 2), (1, 1, 1), (0, 2, 1)], ids=["generation", "lane", "block"]
+)
+def test_another_content_is_not_worth_less_for_it(pipeline, block, generation):
+    store = store_of(20)
+    store.put(0, replica(1, depth=1), DATA)
+    store.put(0, replica(9, depth=2), DATA)
+    store.revalue(pipeline, [(block, generation, Worth.PREFIX)])
+    assert store.put(0, replica(3), DATA) == [(0, replica(9))]
+
+
+def test_tokens_that_are_put_behind_a_replica_bring_its_worth_along():
+    store = store_of(20)
+    store.put(0, replica(1, depth=1, filled=2, worth=Worth.PREFIX), b"abcd", 0)
+    store.put(0, replica(1, depth=1, filled=3), b"ef", 2)
+    store.put(0, replica(2, depth=2), DATA)
+    assert store.put(0, replica(3), DATA) == [(0, replica(2))]
+
+
+def test_the_order_stays_bounded_however_often_replicas_are_revalued():
+    store = store_of(20)
+    store.put(0, replica(1, depth=1), DATA)
+    store.put(0, replica(2, depth=2), DATA)
+    for _ in range(5_000):
+        store.revalue(0, [(1, 1, Worth.PREFIX), (2, 1, Worth.REQUEST)])
+    assert len(store._order) < 2_000
+    assert store.put(0, replica(3), DATA) == [(0, replica(1))]
+
+
 def test_a_forgotten_lane_frees_its_bytes():
     store = store_of(100)
     store.put(0, replica(1), DATA)
@@ -78,7 +135,9 @@ def test_it_never_holds_more_than_its_limit():
     rng = random.Random(1)
     store = store_of(95)
     for _ in range(2_000):
-        store.put(rng.randrange(3), replica(rng.randrange(20), rng.randrange(6), rng.randrange(9)), DATA)
+        worth = rng.choice(list(Worth))
+        store.put(rng.randrange(3), replica(rng.randrange(20), rng.randrange(6), rng.randrange(9), worth=worth), DATA)
+        store.revalue(rng.randrange(3), [(rng.randrange(20), rng.randrange(9), rng.choice(list(Worth)))])
         assert store.used_bytes <= store.limit_bytes
         if rng.random() < 0.02:
             store.forget(rng.randrange(3))
