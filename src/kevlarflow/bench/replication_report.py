@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from kevlarflow.bench.grid import NOTHING, Grid, milliseconds, verdict
@@ -18,7 +18,14 @@ from kevlarflow.bench.replication_results import (
 
 MIB = 2**20
 PHASES = ("relink", "restore", "recompute", "reissue", "total")
-RESTORING = ("relink", "restore")
+WHOLE = ("total",)
+PARTS = {
+    "detecting and planning": ("detect", "plan"),
+    "relinking and restoring": ("relink", "restore"),
+    "computing again": ("recompute",),
+    "issuing again": ("reissue",),
+}
+"""Whose seconds make up those of the whole recovery. Relinking and restoring overlap."""
 MOST_COPIES = 1.5
 LEAST_THROUGHPUT = 0.98
 MOST_TPOT = 1.03
@@ -33,7 +40,8 @@ def resume_grid(result: Resume) -> Grid:
     points = sorted(_valid(result), key=lambda each: (not each.replicated, each.context))
     rows = [_resume_row(result, point) for point in points]
     headers = (
-        "context", "replicas", *PHASES, "recomputed", "restored", "copy", "restore / copy", "all / copy", "step before",
+        "context", "replicas", *PHASES, "recomputed", "restored", "copy", "above shortest", "above / copy",
+        "step before",
     )  # fmt: skip
     streams = result.points[0].streams if result.points else 0
     return Grid(f"Recovery time against context length, {streams} streams", headers, rows, _resume_remarks(result))
@@ -47,8 +55,8 @@ def _resume_row(result: Resume, point: Resumption) -> tuple[str, ...]:
         f"{point.recomputed_tokens:,}",
         f"{point.restored_bytes / MIB:.0f} MiB" if point.replicated else NOTHING,
         milliseconds(point.copy_seconds) if point.replicated else NOTHING,
-        _times_a_copy(result, point, RESTORING),
-        _times_a_copy(result, point, ("total",)),
+        _or_nothing(above(result, point, WHOLE), lambda seconds: f"{seconds * 1e3:+,.0f} ms"),
+        _or_nothing(_in_copies(result, point), "{:.2f}".format),
         milliseconds(point.step_seconds),
     )
 
@@ -57,18 +65,26 @@ def _valid(result: Resume) -> list[Resumption]:
     return [point for point in result.points if point.void is None]
 
 
-def extra(result: Resume, point: Resumption, phases: Sequence[str]) -> float | None:
-    """Seconds of these phases above those of the shortest contexts, as multiples of a plain copy of the extra bytes."""
-    base = min((each for each in _valid(result) if each.replicated), key=lambda each: each.context, default=None)
+def _shortest(result: Resume) -> Resumption | None:
+    return min((each for each in _valid(result) if each.replicated), key=lambda each: each.context, default=None)
+
+
+def above(result: Resume, point: Resumption, phases: Sequence[str]) -> float | None:
+    """Seconds of these phases above those of the shortest contexts; None for those and without replication."""
+    base = _shortest(result)
     if base is None or not point.replicated or point is base:
         return None
-    seconds = sum(point.phases[phase] - base.phases[phase] for phase in phases)
-    return seconds / max(point.copy_seconds - base.copy_seconds, 1e-9)
+    return sum(point.phases[phase] - base.phases[phase] for phase in phases)
 
 
-def _times_a_copy(result: Resume, point: Resumption, phases: Sequence[str]) -> str:
-    ratio = extra(result, point, phases)
-    return NOTHING if ratio is None else f"{ratio:.2f}"
+def _in_copies(result: Resume, point: Resumption) -> float | None:
+    """What the whole recovery takes above that of the shortest contexts, in plain copies of the bytes restored."""
+    seconds = above(result, point, WHOLE)
+    return None if seconds is None else seconds / max(point.copy_seconds, 1e-9)
+
+
+def _or_nothing(value: float | None, form: Callable[[float], str]) -> str:
+    return NOTHING if value is None else form(value)
 
 
 def _resume_remarks(result: Resume) -> list[str]:
@@ -86,20 +102,33 @@ def _resume_remarks(result: Resume) -> list[str]:
                 f"NOT REACHED: {point.context} tokens: {point.recomputed_tokens} tokens recomputed; less than "
                 f"{point.most_recomputed + point.streams * result.stages} were required"
             )
-    for what, phases in (("relinking and restoring", RESTORING), ("the whole recovery", ("total",))):
-        worst = max((ratio for point in on if (ratio := extra(result, point, phases)) is not None), default=None)
-        if worst is not None:
-            remarks.append(
-                f"Required: extra time / copy at most {MOST_COPIES}; {what}: worst {worst:.2f}: "
-                f"{verdict(worst <= MOST_COPIES)}."
-            )
+    worst = max((ratio for point in on if (ratio := _in_copies(result, point)) is not None), default=None)
+    if worst is not None:
+        remarks.append(
+            f"Required: above / copy at most {MOST_COPIES}; worst {worst:.2f}: {verdict(worst <= MOST_COPIES)}."
+        )
+    remarks += [parts for point in on if (parts := _parts(result, point))]
     remarks.append(
-        "copy: a plain copy of the bytes restored, block by block, in the same run. / copy: time above that of the "
-        "shortest contexts, by a plain copy of the additional bytes; restore is relink and restore together: they "
-        "overlap. What is recomputed and re-issued runs the model, and each of its tokens reads all KV before it: so "
-        "does an ordinary step, whose length before the kill is shown."
+        "copy: a plain copy of the bytes restored, block by block, in the same run. above shortest: time of the whole "
+        "recovery, above that of the shortest contexts. What is computed and issued again runs the model, and each of "
+        "its tokens reads all KV before it: so does an ordinary step, whose length before the kill is shown."
     )
     return remarks
+
+
+def _parts(result: Resume, point: Resumption) -> str:
+    """Where the time above that of the shortest contexts goes; empty where there is none."""
+    base, total = _shortest(result), above(result, point, WHOLE)
+    if base is None or total is None:
+        return ""
+    seconds = {name: above(result, point, phases) or 0.0 for name, phases in PARTS.items()}
+    parts = ", ".join(f"{each * 1e3:+,.0f} {name}" for name, each in seconds.items())
+    copies = seconds["relinking and restoring"] / max(point.copy_seconds, 1e-9)
+    step = point.step_seconds - base.step_seconds
+    return (
+        f"{point.context} tokens, ms above {base.context} tokens: {total * 1e3:+,.0f}, of which {parts}. Relinking and "
+        f"restoring alone: {copies:.2f} copies. An ordinary step takes {step * 1e3:+,.0f} ms."
+    )
 
 
 # ---- cost

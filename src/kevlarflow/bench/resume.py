@@ -9,6 +9,7 @@ were restored, measured in the same run. Each length is a point; what a report h
 from __future__ import annotations
 
 import asyncio
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -114,6 +115,8 @@ class _Point:
         self._cache = cache
         self._stage = plan.recipe.stages - 1
         self._streams: dict[str, Stream] = {}
+        self._live_tokens: list[int] = []
+        """Of each stream, at the kill."""
 
     async def measure(self) -> None:
         """Run the load, kill, and write down what came of it."""
@@ -169,7 +172,8 @@ class _Point:
 
     def _note_load(self) -> None:
         point, streams = self._point, self._streams.values()
-        point.live_tokens = sum(point.context + stream.tokens for stream in streams)
+        self._live_tokens = [point.context + stream.tokens for stream in streams]
+        point.live_tokens = sum(self._live_tokens)
         point.step_seconds = statistics.median(gap for stream in streams for gap in gaps(stream)[-EARLIEST_TOKEN:])
 
     async def _kill(self) -> Struck:
@@ -199,9 +203,18 @@ class _Point:
         point.longest_pause = max(pause.resumed_seconds for pause in pauses if pause is not None)
         if point.replicated:
             block_bytes = self._plan.recipe.kv_cache_memory_bytes // self._cache.blocks
-            blocks = max(0, point.live_tokens - point.recomputed_tokens) // self._cache.block_size
+            blocks = restored_blocks(self._live_tokens, point.recomputed_tokens, self._cache.block_size)
             point.restored_bytes = blocks * block_bytes
             point.copy_seconds = copy_seconds(block_bytes, blocks)
+
+
+def restored_blocks(live_tokens: Sequence[int], recomputed_tokens: int, block_size: int) -> int:
+    """Blocks that were put in place for streams of so many tokens: whole ones, the partly filled last ones included.
+
+    What was computed again is taken to be the same number of tokens of each stream, its last ones.
+    """
+    lacking = recomputed_tokens // max(1, len(live_tokens))
+    return sum(math.ceil(max(0, tokens - lacking) / block_size) for tokens in live_tokens)
 
 
 def told(point: Resumption) -> str:

@@ -7,7 +7,7 @@ import pytest
 from kevlarflow.bench.kv_cache import Sent, counted, fullest_standby, kv_cache, lag_tokens, sent
 from kevlarflow.bench.measure import LoadSummary
 from kevlarflow.bench.memory_copy import copy_seconds
-from kevlarflow.bench.replication_report import cost_grid, draw_resume, extra, memory_grid, resume_grid
+from kevlarflow.bench.replication_report import above, cost_grid, draw_resume, memory_grid, resume_grid
 from kevlarflow.bench.replication_results import (
     CostLoad,
     MemorySample,
@@ -16,6 +16,7 @@ from kevlarflow.bench.replication_results import (
     Resumption,
     StandbyMemory,
 )
+from kevlarflow.bench.resume import restored_blocks
 from kevlarflow.bench.systems import SystemFailed
 
 
@@ -35,21 +36,40 @@ def remarks(*points):
     return "\n".join(resume_grid(Resume(2, points=list(points))).remarks)
 
 
-def test_the_extra_time_is_told_in_plain_copies_of_the_additional_bytes():
-    short, long = point(256, restore=0.020, copy=0.010), point(4096, restore=0.140, copy=0.110, total=0.3)
+def test_the_time_above_that_of_the_shortest_contexts_is_told_in_plain_copies_of_the_bytes_restored():
+    short, long = point(256, restore=0.020, copy=0.010), point(4096, restore=0.140, copy=0.100, total=0.245)
     result = Resume(2, points=[short, long])
-    assert extra(result, long, ("relink", "restore")) == pytest.approx(1.2)
-    assert extra(result, long, ("total",)) == pytest.approx(2.0)
-    assert extra(result, short, ("total",)) is None
-    said = remarks(short, long)
-    assert "relinking and restoring: worst 1.20: reached" in said
-    assert "the whole recovery: worst 2.00: NOT REACHED" in said
+    assert above(result, long, ("relink", "restore")) == pytest.approx(0.12)
+    assert above(result, long, ("total",)) == pytest.approx(0.145)
+    assert above(result, short, ("total",)) is None
+    grid = resume_grid(result)
+    assert [row[-3:-1] for row in grid.rows] == [("-", "-"), ("+145 ms", "1.45")]
+    assert "worst 1.45: reached" in remarks(short, long)
+    assert "worst 1.55: NOT REACHED" in remarks(short, point(4096, copy=0.100, total=0.255))
+
+
+def test_it_is_told_where_the_time_above_that_of_the_shortest_contexts_goes():
+    short, long = point(256, restore=0.020, copy=0.010), point(4096, restore=0.140, copy=0.100, total=0.23)
+    long.phases |= {"reissue": 0.13, "detect": 0.08}
+    short.step_seconds, long.step_seconds = 0.05, 0.08
+    assert (
+        "4096 tokens, ms above 256 tokens: +130, of which -20 detecting and planning, +120 relinking and restoring, "
+        "+0 computing again, +30 issuing again. Relinking and restoring alone: 1.20 copies. "
+        "An ordinary step takes +30 ms."
+    ) in remarks(short, long)
+
+
+def test_every_block_that_was_put_in_place_counts_as_restored():
+    assert restored_blocks([256, 257], recomputed_tokens=0, block_size=128) == 5
+    assert restored_blocks([256, 257], recomputed_tokens=2, block_size=128) == 4
+    assert restored_blocks([3], recomputed_tokens=9, block_size=128) == 0
 
 
 def test_a_slow_restore_and_too_much_recomputing_are_said_so():
     said = remarks(point(256), point(4096, restore=0.5, copy=0.1, recomputed=8 * 128 + 8 * 2))
     assert "NOT REACHED: 4096 tokens: 1040 tokens recomputed; less than 1040 were required" in said
-    assert "relinking and restoring: worst 5.44: NOT REACHED" in said
+    assert "+490 relinking and restoring" in said
+    assert "Relinking and restoring alone: 4.90 copies." in said
 
 
 def test_points_without_replication_are_shown_beside_and_void_ones_are_only_named():
