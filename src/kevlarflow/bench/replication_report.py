@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import msgspec
 
 from kevlarflow.bench.grid import NOTHING, Grid, milliseconds, verdict
 from kevlarflow.bench.measure import ratios, spread
@@ -37,11 +41,10 @@ MOST_COPIED = 1.1
 
 def resume_grid(result: Resume) -> Grid:
     """Recovery time against the length of contexts, with and without replication."""
-    points = sorted(_valid(result), key=lambda each: (not each.replicated, each.context))
-    rows = [_resume_row(result, point) for point in points]
+    rows = [_resume_row(result, point) for point in _typical(result)]
     headers = (
-        "context", "replicas", *PHASES, "recomputed", "restored", "copy", "above shortest", "above / copy",
-        "step before",
+        "context", "replicas", *PHASES, "rounds, ms", "recomputed", "restored", "copy", "above shortest",
+        "above / copy", "step before",
     )  # fmt: skip
     streams = result.points[0].streams if result.points else 0
     return Grid(f"Recovery time against context length, {streams} streams", headers, rows, _resume_remarks(result))
@@ -52,7 +55,8 @@ def _resume_row(result: Resume, point: Resumption) -> tuple[str, ...]:
         str(point.context),
         "on" if point.replicated else "off",
         *(milliseconds(point.phases[phase]) for phase in PHASES),
-        f"{point.recomputed_tokens:,}",
+        _rounds(result, point),
+        f"{point.recomputed_tokens:,.0f}",
         f"{point.restored_bytes / MIB:.0f} MiB" if point.replicated else NOTHING,
         milliseconds(point.copy_seconds) if point.replicated else NOTHING,
         _or_nothing(above(result, point, WHOLE), lambda seconds: f"{seconds * 1e3:+,.0f} ms"),
@@ -65,14 +69,36 @@ def _valid(result: Resume) -> list[Resumption]:
     return [point for point in result.points if point.void is None]
 
 
+def _typical(result: Resume) -> list[Resumption]:
+    """For each length, with and without replication, the median of every figure over the rounds."""
+    rounds: dict[tuple[bool, int], list[Resumption]] = collections.defaultdict(list)
+    for point in _valid(result):
+        rounds[not point.replicated, point.context].append(point)
+    return [_median(points) for _, points in sorted(rounds.items())]
+
+
+def _median(points: Sequence[Resumption]) -> Resumption:
+    phases = {phase: statistics.median(point.phases[phase] for point in points) for phase in points[0].phases}
+    numbers = ("recomputed_tokens", "restored_bytes", "copy_seconds", "step_seconds")
+    medians = {name: statistics.median(getattr(point, name) for point in points) for name in numbers}
+    return msgspec.structs.replace(points[0], phases=phases, **medians)
+
+
+def _rounds(result: Resume, typical: Resumption) -> str:
+    """How many there were, and how far apart their totals lie."""
+    setting = (typical.context, typical.replicated)
+    totals = [each.phases["total"] for each in _valid(result) if (each.context, each.replicated) == setting]
+    return f"{len(totals)}: {min(totals) * 1e3:,.0f} to {max(totals) * 1e3:,.0f}" if len(totals) > 1 else "1"
+
+
 def _shortest(result: Resume) -> Resumption | None:
-    return min((each for each in _valid(result) if each.replicated), key=lambda each: each.context, default=None)
+    return min((each for each in _typical(result) if each.replicated), key=lambda each: each.context, default=None)
 
 
 def above(result: Resume, point: Resumption, phases: Sequence[str]) -> float | None:
     """Seconds of these phases above those of the shortest contexts; None for those and without replication."""
     base = _shortest(result)
-    if base is None or not point.replicated or point is base:
+    if base is None or not point.replicated or point.context == base.context:
         return None
     return sum(point.phases[phase] - base.phases[phase] for phase in phases)
 
@@ -89,19 +115,20 @@ def _or_nothing(value: float | None, form: Callable[[float], str]) -> str:
 
 def _resume_remarks(result: Resume) -> list[str]:
     remarks = [
-        f"{point.context} tokens, replication {'on' if point.replicated else 'off'}: void: {point.void}"
+        f"{point.context} tokens, replication {'on' if point.replicated else 'off'}, round {point.number}: "
+        f"void: {point.void}"
         for point in result.points
         if point.void is not None
     ]
     remarks += [f"not finished: {result.void}"] if result.void else []
     remarks += [f"Started with {result.flags}."] if result.flags else []
-    on = [point for point in _valid(result) if point.replicated]
-    for point in on:
+    for point in (each for each in _valid(result) if each.replicated):
         if point.recomputed_tokens >= point.most_recomputed + point.streams * result.stages:
             remarks.append(
                 f"NOT REACHED: {point.context} tokens: {point.recomputed_tokens} tokens recomputed; less than "
                 f"{point.most_recomputed + point.streams * result.stages} were required"
             )
+    on = [point for point in _typical(result) if point.replicated]
     worst = max((ratio for point in on if (ratio := _in_copies(result, point)) is not None), default=None)
     if worst is not None:
         remarks.append(
@@ -258,10 +285,12 @@ def draw_resume(result: Resume, path: Path) -> bool:
     if not points:
         return False
     figure, (total, restore) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    typical = _typical(result)
     for replicated, label in ((True, "with replication"), (False, "without")):
-        chosen = sorted((p for p in points if p.replicated == replicated), key=lambda p: p.context)
+        chosen = [p for p in typical if p.replicated == replicated]
         total.plot([p.context for p in chosen], [p.phases["total"] for p in chosen], "o-", label=label)
-    on = sorted((p for p in points if p.replicated), key=lambda p: p.context)
+    total.plot([p.context for p in points], [p.phases["total"] for p in points], "k.", markersize=3)
+    on = [p for p in typical if p.replicated]
     restore.plot([p.context for p in on], [p.phases["restore"] * 1e3 for p in on], "o-", label="restore phase")
     restore.plot([p.context for p in on], [p.copy_seconds * 1e3 for p in on], "s--", label="plain copy of the bytes")
     for axes, title, unit in ((total, "Recovery, whole", "seconds"), (restore, "Copies put in place", "milliseconds")):

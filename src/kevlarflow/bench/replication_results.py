@@ -14,6 +14,8 @@ class Resumption(msgspec.Struct):
     """Prompt tokens of each stream."""
     replicated: bool
     streams: int
+    number: int = 1
+    """Of the round."""
     block_size: int = 0
     """Tokens of a KV block."""
     live_tokens: int = 0
@@ -44,9 +46,10 @@ class Resume(msgspec.Struct):
     points: list[Resumption] = msgspec.field(default_factory=list)
     void: str | None = None
 
-    def has(self, context: int, replicated: bool) -> bool:
+    def has(self, context: int, replicated: bool, number: int) -> bool:
         """Whether this was measured already."""
-        return any((p.context, p.replicated) == (context, replicated) and p.void is None for p in self.points)
+        wanted = (context, replicated, number)
+        return any((p.context, p.replicated, p.number) == wanted and p.void is None for p in self.points)
 
 
 class CostLoad(msgspec.Struct):

@@ -3,7 +3,8 @@
 So many streams with prompts of one length run on the pipeline that loses a node of its last stage, the worst one to
 lose: without replicas every token goes through all stages again. With replication the kill waits until the standby
 has all full blocks. Where the time went is the cluster's own record; beside it stands a plain copy of as many bytes as
-were restored, measured in the same run. Each length is a point; what a report has already is not measured again.
+were restored, measured in the same run. Each length in each round is a point; what a report has already is not measured
+again. Without replication one round is enough: what takes minutes is no matter of milliseconds.
 """
 
 from __future__ import annotations
@@ -54,21 +55,29 @@ class Plan(msgspec.Struct, frozen=True):
     contexts: tuple[int, ...] = (256, 1024, 2048, 4096, 7500)
     replicated: tuple[bool, ...] = (True, False)
     streams: int = 8
+    rounds: int = 3
+    """With replication."""
     seed: int = 0
+
+    def missing(self, result: Resume, replicated: bool) -> list[tuple[int, int]]:
+        """(round, context) of each point that `result` does not have, round by round."""
+        rounds = range(1, self.rounds + 1) if replicated else (1,)
+        points = [(number, context) for number in rounds for context in self.contexts]
+        return [(number, context) for number, context in points if not result.has(context, replicated, number)]
 
 
 def run(plan: Plan, result: Resume, folder: Path, say: Say) -> None:
     """Measure every point that `result` does not have yet."""
     for replicated in plan.replicated:
-        contexts = [context for context in plan.contexts if not result.has(context, replicated)]
-        if not contexts:
+        missing = plan.missing(result, replicated)
+        if not missing:
             continue
         say(f"resume: {KEVLARFLOW} starts, replication {'on' if replicated else 'off'}")
         recipe = plan.recipe if replicated else without_replication(plan.recipe)
         system = make(KEVLARFLOW, recipe, folder, own_caches(folder, KEVLARFLOW))
         try:
             with running(system, []):
-                asyncio.run(_points(plan, contexts, replicated, result, system, say))
+                asyncio.run(_points(plan, missing, replicated, result, system, say))
         except SystemFailed as error:
             result.void = str(error)
             say(f"resume: {error}")
@@ -80,14 +89,14 @@ def without_replication(recipe: Recipe) -> Recipe:
 
 
 async def _points(
-    plan: Plan, contexts: Sequence[int], replicated: bool, result: Resume, system: System, say: Say
+    plan: Plan, missing: Sequence[tuple[int, int]], replicated: bool, result: Resume, system: System, say: Say
 ) -> None:
     cache = kv_cache(read_page(system.address, "/metrics"), plan.recipe.pipelines)
     watcher = Watcher(run_folder_of(system.address.port))
     watcher.start()
     try:
-        for context in contexts:
-            point = Resumption(context, replicated, plan.streams, cache.block_size)
+        for number, context in missing:
+            point = Resumption(context, replicated, plan.streams, number, cache.block_size)
             result.points.append(point)
             try:
                 await _Point(plan, point, system, watcher, cache).measure()
@@ -141,7 +150,7 @@ class _Point:
         tokens = min(MOST_TOKENS, self._plan.recipe.max_model_len - self._point.context - 1)
         requests = []
         for number in range(self._plan.streams):
-            name = f"{self._plan.seed}/{self._point.replicated}/{self._point.context}/{number}"
+            name = f"{self._plan.seed}/{self._point.replicated}/{self._point.number}/{self._point.context}/{number}"
             prompt = token_prompt(name, self._point.context)
             request = completion(name, "", tokens, PIPELINE)
             requests.append(msgspec.structs.replace(request, body=request.body | {"prompt": prompt}))

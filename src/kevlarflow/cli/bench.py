@@ -127,6 +127,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _add_replication_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume-rounds", type=int, default=3, help="rounds of resume, with replication (3)")
     parser.add_argument("--contexts", type=_counts, default=(256, 1024, 2048, 4096, 7500), help="of resume, in tokens")
     parser.add_argument("--resume-streams", type=_count, default=8, help="streams of resume (%(default)s)")
     parser.add_argument("--replication", choices=("on", "off", "both"), default="both", help="of resume (%(default)s)")
@@ -273,7 +274,8 @@ def _resume(options: argparse.Namespace, report: Report, folder: Path, say: Say)
     replicated = {"on": (True,), "off": (False,), "both": (True, False)}[options.replication]
     report.resume = report.resume or Resume(recipe.stages, shlex.join(recipe.flags()))
     report.resume.void = None
-    plan = resume.Plan(recipe, contexts, replicated, streams, options.seed)
+    rounds = 1 if options.quick else options.resume_rounds
+    plan = resume.Plan(recipe, contexts, replicated, streams, rounds, options.seed)
     resume.run(plan, report.resume, folder, say)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from kevlarflow.bench.contestants import Recipe
 from kevlarflow.bench.kv_cache import Sent, counted, fullest_standby, kv_cache, lag_tokens, sent
 from kevlarflow.bench.measure import LoadSummary
 from kevlarflow.bench.memory_copy import copy_seconds
@@ -16,7 +17,7 @@ from kevlarflow.bench.replication_results import (
     Resumption,
     StandbyMemory,
 )
-from kevlarflow.bench.resume import restored_blocks
+from kevlarflow.bench.resume import Plan, restored_blocks
 from kevlarflow.bench.systems import SystemFailed
 
 
@@ -24,9 +25,9 @@ def phases(**seconds):
     return dict.fromkeys(("detect", "plan", "relink", "restore", "recompute", "reissue", "total"), 0.1) | seconds
 
 
-def point(context, restore=0.01, copy=0.01, replicated=True, recomputed=50, void=None, total=0.1):
+def point(context, restore=0.01, copy=0.01, replicated=True, recomputed=50, void=None, total=0.1, number=1):
     return Resumption(
-        context, replicated, streams=8, block_size=128, live_tokens=8 * context,
+        context, replicated, streams=8, number=number, block_size=128, live_tokens=8 * context,
         phases=phases(restore=restore, total=total),
         recomputed_tokens=recomputed, restored_bytes=context << 10, copy_seconds=copy, void=void,
     )  # fmt: skip
@@ -75,14 +76,29 @@ def test_a_slow_restore_and_too_much_recomputing_are_said_so():
 def test_points_without_replication_are_shown_beside_and_void_ones_are_only_named():
     grid = resume_grid(Resume(2, points=[point(256), point(256, replicated=False), point(1024, void="it died")]))
     assert [row[:2] for row in grid.rows] == [("256", "on"), ("256", "off")]
-    assert "1024 tokens, replication on: void: it died" in grid.remarks
+    assert "1024 tokens, replication on, round 1: void: it died" in grid.remarks
 
 
 def test_what_a_report_has_is_not_measured_again():
     result = Resume(2, points=[point(256), point(1024, void="it died")])
-    assert result.has(256, True)
-    assert not result.has(256, False)
-    assert not result.has(1024, True)
+    plan = Plan(Recipe("m"), contexts=(256, 1024), rounds=2)
+    assert plan.missing(result, replicated=True) == [(1, 1024), (2, 256), (2, 1024)]
+    assert plan.missing(result, replicated=False) == [(1, 256), (1, 1024)]
+
+
+def test_the_median_round_counts_and_how_far_they_lie_apart_is_shown():
+    totals = (0.1, 0.3, 0.2)
+    points = [point(256, total=total, number=number) for number, total in enumerate(totals, 1)]
+    long = [point(4096, copy=0.1, total=total + 0.15, number=number) for number, total in enumerate(totals, 1)]
+    grid = resume_grid(Resume(2, points=[*long, *points]))
+    assert [row[0] for row in grid.rows] == ["256", "4096"]
+    assert "3: 100 to 300" in grid.rows[0]
+    assert "worst 1.50: reached" in "\n".join(grid.remarks)
+
+
+def test_every_round_has_to_recompute_little():
+    said = remarks(point(256), point(256, number=2), point(256, number=3, recomputed=5_000))
+    assert said.count("NOT REACHED: 256 tokens: 5000 tokens recomputed") == 1
 
 
 def test_the_picture_is_drawn(tmp_path: Path):
