@@ -94,9 +94,9 @@ MUTANTS = (
     ),
     Mutant(
         "the prefix cache is not evicted",
-        "recovery/pipeline.py",
-        "            commands.append(EvictPrefixCache(keep))\n",
-        "",
+        "recovery/restoring.py",
+        "        return [EvictPrefixCache(keep)]\n",
+        "        return []\n",
     ),
     Mutant(
         "a thawed node is believed",
@@ -226,9 +226,9 @@ MUTANTS = (
     ),
     Mutant(
         "a stage counts as whole before kept prefixes are in place",
-        "recovery/pipeline.py",
-        " for stage, node in nodes if stage not in self._resting}",
-        " for stage, node in nodes}",
+        "recovery/lost_stages.py",
+        " for stage, node in stages if stage not in self._resting}",
+        " for stage, node in stages}",
         "tests/unit/recovery/test_claims.py",
     ),
     Mutant(
@@ -254,7 +254,7 @@ MUTANTS = (
     Mutant(
         "requests beyond a lane's share take part in steps in flight",
         "recovery/giving_way.py",
-        "        self._in_flight.leave_out(found.requests, self._block_size)\n",
+        "        books.in_flight.leave_out(found.requests, books.block_size)\n",
         "",
     ),
     Mutant(
@@ -327,7 +327,7 @@ MUTANTS = (
     Mutant(
         "copies of blocks that nobody fills stay valid",
         "recovery/giving_way.py",
-        "        self._generations.forget(found.spoilt)\n",
+        "        self._books.generations.forget(found.spoilt)\n",
         "",
         "tests/unit/recovery/test_pipeline.py",
     ),

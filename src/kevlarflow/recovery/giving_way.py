@@ -10,24 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from kevlarflow.recovery.books import Books
 from kevlarflow.recovery.capacity import Fallout, choose_usable, fallout, tables_of, without
-from kevlarflow.recovery.coverage import Generations, IssuedTables, Replica
-from kevlarflow.recovery.in_flight import InFlight
-from kevlarflow.recovery.ledger import Ledger, Step
+from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.ledger import Step
 from kevlarflow.recovery.pipeline_events import Aside, Command, SetAside, UseBlocks
 
 
 class GivingWay:
-    """See the module's text. It changes the ledger, the tables and the steps in flight that it is given."""
+    """See the module's text."""
 
-    def __init__(
-        self, ledger: Ledger, in_flight: InFlight, issued: IssuedTables, generations: Generations, block_size: int
-    ) -> None:
-        self._ledger = ledger
-        self._in_flight = in_flight
-        self._issued = issued
-        self._generations = generations
-        self._block_size = block_size
+    def __init__(self, books: Books) -> None:
+        self._books = books
         self.usable: frozenset[int] | None = None
         """KV blocks that the pipeline may use; None: all."""
         self._choices: dict[int, frozenset[int]] = {}
@@ -54,9 +48,9 @@ class GivingWay:
 
         `doomed` maps requests to the reason for which they end; `count` is the count of formations.
         """
-        before = self.usable
+        before, books = self.usable, self._books
         self.usable, surplus = choose_usable(
-            tables_of(self._ledger), list(self._in_flight), before, blocks, shares, self._generations.__getitem__
+            tables_of(books.ledger), list(books.in_flight), before, blocks, shares, books.generations.__getitem__
         )
         commands: list[Command] = []
         if self.usable != before:
@@ -72,10 +66,11 @@ class GivingWay:
         An empty reason is for one that is to go on later.
         """
         known = Fallout(frozenset(reasons) | frozenset(self._aside), self._spoilt)
-        found = fallout(tables_of(self._ledger), list(self._in_flight), self.usable, known, self._block_size)
-        self._ledger.preempt(found.requests)
-        self._issued.forget(found.requests)
-        self._in_flight.leave_out(found.requests, self._block_size)
+        books = self._books
+        found = fallout(tables_of(books.ledger), list(books.in_flight), self.usable, known, books.block_size)
+        books.ledger.preempt(found.requests)
+        books.tables.forget(found.requests)
+        books.in_flight.leave_out(found.requests, books.block_size)
         return self._tell(found, reasons, count)
 
     def leave_out(self, step: Step, count: int) -> tuple[Step, list[Command]]:
@@ -89,9 +84,9 @@ class GivingWay:
         known = Fallout(frozenset(self._aside), self._spoilt)
         choices = [each for each in (self.usable, *self._choices.values()) if each is not None]
         usable = frozenset.intersection(*choices) if choices else None
-        found = fallout(self._issued.tables, (step,), usable, known, self._block_size)
-        self._issued.forget(found.requests)
-        return without(step, found.requests, self._block_size), self._tell(found, {}, count)
+        found = fallout(self._books.tables.tables, (step,), usable, known, self._books.block_size)
+        self._books.tables.forget(found.requests)
+        return without(step, found.requests, self._books.block_size), self._tell(found, {}, count)
 
     def _acknowledge(self, formation: int) -> None:
         """The scheduler has done what it was told to until then: who was set aside may run again."""
@@ -101,16 +96,16 @@ class GivingWay:
             self._spoilt = frozenset()
 
     def _tell(self, found: Fallout, reasons: Mapping[str, str], count: int) -> list[Command]:
-        introduced = {each.request for step in self._in_flight for each in step.admissions}
+        introduced = {each.request for step in self._books.in_flight for each in step.admissions}
         aside = []
         for request in sorted(found.requests):
-            known = request in self._ledger or request in introduced
+            known = request in self._books.ledger or request in introduced
             before = self._aside.get(request)
             if before is None or before.known != known or reasons.get(request):
                 aside.append(Aside(request, reasons.get(request, ""), known))
                 self._aside[request] = _Told(count, known)
         self._spoilt = found.spoilt
-        self._generations.forget(found.spoilt)
+        self._books.generations.forget(found.spoilt)
         if not aside:
             return []
         self._changed_at = count

@@ -10,12 +10,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from kevlarflow.recovery.capacity import without
-from kevlarflow.recovery.coverage import Effects, Replica
+from kevlarflow.recovery.coverage import Effects
 from kevlarflow.recovery.dispatched import Dispatched
 from kevlarflow.recovery.forming import Forming
 from kevlarflow.recovery.ledger import Step, StepResult
+from kevlarflow.recovery.pipeline_events import Execute
 from kevlarflow.recovery.suspicion import Requests, Suspicion, of_chunk, of_step, together
-from kevlarflow.recovery.use import Use
 from kevlarflow.types import Computing, Epoch, Stage
 
 NOTHING = StepResult(tokens={}, generators={})
@@ -88,19 +88,6 @@ class InFlight:
             self._left_out[sequence] |= leaving
             self._steps[sequence] = without(step, requests, block_size)
 
-    def left_out_of(self, sequence: int) -> frozenset[str]:
-        """Requests that the scheduler put into the step and that take no part in it."""
-        return self._left_out[sequence]
-
-    def writes_of(self, sequence: int) -> tuple[Replica, ...]:
-        """What each block that the step writes holds after it."""
-        step, writes = self._steps[sequence], self._effects[sequence].writes
-        return tuple(r for request, each in writes.items() if request in step.scheduled for r in each)
-
-    def use_of(self, sequence: int) -> Use:
-        """What the step changes in the use of blocks."""
-        return self._effects[sequence].use
-
     def executed(self, sequence: int, result: StepResult) -> None:
         """The last stage has sampled."""
         self._results[sequence] = result
@@ -151,7 +138,7 @@ class InFlight:
         """Whether there is a step that is not held back."""
         return len(self._held) < len(self._steps)
 
-    def due(self) -> list[int]:
+    def due(self) -> list[Execute]:
         """Steps to send now, in order; they count as sent."""
         due = []
         for sequence, step in self._steps.items():
@@ -163,8 +150,19 @@ class InFlight:
                 break
             self._sent.add(sequence)
             self.dispatched.add_step(step)
-            due.append(sequence)
+            due.append(self._as_sent(step))
         return due
+
+    def _as_sent(self, step: Step) -> Execute:
+        effects = self._effects[step.sequence]
+        return Execute(
+            step.sequence,
+            has_tokens=bool(step.scheduled),
+            # Of a request that was taken out nothing is written.
+            writes=tuple(r for request, each in effects.writes.items() if request in step.scheduled for r in each),
+            left_out=self._left_out[step.sequence],
+            use=effects.use,
+        )
 
     def _blame(self, lost: Mapping[Stage, Computing | None], forming: Forming | None) -> dict[str, str]:
         caught = [self.dispatched.take(computing) for computing in lost.values() if computing is not None]

@@ -9,8 +9,8 @@ controller) and carries out the commands that come back. Forming a pipeline and 
 
 All of it is sent in one go, since each channel keeps its order; the answers only tell how far it has come. Only one
 is waited for: which replicas the new node turned out not to have, because the plan depends on it. A newer order at
-any point starts the path again under its own epoch, and what is still missing on a stage is remembered by
-`_complete_on`: the member that holds the whole KV of the lane. A stage whose member is another one is lost.
+any point starts the path again under its own epoch. A stage whose node does not hold all KV of the lane is lost
+(`recovery.lost_stages`); `recovery.restoring` knows how its KV comes back.
 
 A planned change of nodes waits until the new ones are prepared (`recovery.ahead`), then for the steps in flight, which
 have living nodes to complete on. Steps that are issued meanwhile are held back and go out to the new nodes. If one of
@@ -27,17 +27,16 @@ again from their tokens once it is formed. After the bound it is *suspended*: th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from kevlarflow.errors import IllegalTransition
-from kevlarflow.recovery.ahead import Ahead, Plans, in_place
-from kevlarflow.recovery.coverage import Generations, IssuedTables, Replica, allocated
+from kevlarflow.recovery.ahead import Ahead, Plans
+from kevlarflow.recovery.books import Books
 from kevlarflow.recovery.dispatched import last_words
 from kevlarflow.recovery.forming import MAX_FAILURES, Forming, Phase
 from kevlarflow.recovery.giving_way import GivingWay
-from kevlarflow.recovery.holdings import blocks_in_use, filled_everywhere, holdings
-from kevlarflow.recovery.in_flight import InFlight
 from kevlarflow.recovery.ledger import Ledger, Step
+from kevlarflow.recovery.lost_stages import LostStages
 from kevlarflow.recovery.pipeline_events import (
     Abandon,
     AbandonEverything,
@@ -47,19 +46,14 @@ from kevlarflow.recovery.pipeline_events import (
     Command,
     Deliver,
     Event,
-    EvictPrefixCache,
-    Execute,
     FormationDone,
     FormationOrdered,
     Join,
     Leave,
-    Place,
-    PlaceRest,
     Recompute,
     ReplicasConfirmed,
     ReplicasPlaced,
     RequestFormation,
-    Restore,
     StageFlushed,
     StageJoined,
     StageRestored,
@@ -69,7 +63,8 @@ from kevlarflow.recovery.pipeline_events import (
     StepIssued,
     SuspensionOrdered,
 )
-from kevlarflow.recovery.recompute import Limits, needed_blocks, plan, plan_hits, unreachable_hits
+from kevlarflow.recovery.recompute import Limits, plan_hits, unreachable_hits
+from kevlarflow.recovery.restoring import Restoring
 from kevlarflow.recovery.watermarks import Watermarks
 from kevlarflow.types import Epoch, Member, NodeInfo, Stage
 
@@ -78,34 +73,34 @@ class Pipeline:
     """The state machine; see the module's text. One door: `handle`."""
 
     def __init__(self, limits: Limits) -> None:
-        self.limits = limits
         self.phase = Phase.UNFORMED
         self.epoch = Epoch(0)
         self.nodes: tuple[NodeInfo, ...] = ()
-        self.ledger = Ledger()
         self.reason = ""
         """Why the pipeline is suspended, or last was: a step may come late."""
         self.formations = 0
         """How often it was ordered to form; a step that was scheduled under a smaller count is checked again."""
-        self._in_flight = InFlight()
         self._abandoned_upto = -1
         """Steps that were scheduled under this count of formations or a smaller one are abandoned."""
         self._disagrees = False
         """Whether the nodes disagree on what has run, until they are formed anew."""
-        self._complete_on: dict[Stage, Member] = {}
-        self._resting: set[Stage] = set()
-        """New stages that have yet to put kept prefixes in place: until they have, they are not complete."""
-        self._lost_at: dict[int, frozenset[Stage]] = {}
+        self._lost_stages = LostStages()
         self._failures = 0
         """Of work for no request in particular, in a row."""
         self._forming: Forming | None = None
         self._next_standbys: StandbysAssigned | None = None
         """Standbys that were named after an order that waits, and are to follow it."""
-        self._generations = Generations()
-        self._tables = IssuedTables()
-        self._watermarks = Watermarks(self._generations, limits.block_size)
+        self._books = Books(limits)
+        self._in_flight = self._books.in_flight
+        self._watermarks = Watermarks(self._books.generations, limits.block_size)
         self._plans = Plans(self._in_flight, self._watermarks)
-        self._giving_way = GivingWay(self.ledger, self._in_flight, self._tables, self._generations, limits.block_size)
+        self._giving_way = GivingWay(self._books)
+        self._restoring = Restoring(self._books, self._giving_way, self._watermarks)
+
+    @property
+    def ledger(self) -> Ledger:
+        """Live requests, as of the last completed step."""
+        return self._books.ledger
 
     @property
     def in_flight(self) -> tuple[int, ...]:
@@ -184,11 +179,10 @@ class Pipeline:
         left = {*order.released, *self.nodes, *self._plans.opened} - {*order.nodes}
         self._plans.opened.clear()
         self.epoch, self.nodes = order.epoch, order.nodes
-        self._generations.mark = order.epoch
+        self._books.generations.mark = order.epoch
         self.phase = Phase.FORMING
         self.formations += 1
-        lost = self._note_lost_stages()
-        self._resting.clear()
+        lost = self._lost_stages.find(self.nodes, self.formations)
         blocks = min(node.kv_blocks for node in self.nodes)
         commands = self._giving_way.share(blocks, order.shares, doomed, self.formations)
         self._forming = Forming(
@@ -204,38 +198,8 @@ class Pipeline:
             AssignStandby(stage, self._watermarks.standby_for(stage, self.nodes[stage].member), order.anew)
             for stage in self._watermarks.stages
         ]
-        commands += self._place(self._forming, ahead.placed) or self._resume(self._forming)
+        commands += self._restoring.place(self._forming, self.nodes, ahead.placed) or self._resume(self._forming)
         return commands + self._assign_next_standbys()
-
-    def _place(self, forming: Forming, ahead: Mapping[Stage, Mapping[int, Replica]]) -> list[Command]:
-        """Ask each new node that was the standby of the lost one for its replicas; empty when it needs none.
-
-        What it has put in place `ahead` it has still, where the blocks are not others' by now.
-        """
-        wanted = blocks_in_use(self.ledger, self._in_flight)
-        commands: list[Place] = []
-        for stage in sorted(forming.lost):
-            known = self._watermarks.is_standby(stage, self.nodes[stage].member)
-            valid = self._useful(self._watermarks.valid(stage), wanted) if known else {}
-            here = self._useful(self._current(ahead.get(stage, {})), wanted)
-            if not valid and not here:
-                forming.placed.clear()
-                return []
-            lacking = [
-                each for each in valid.values() if each.block not in here or here[each.block].filled < each.filled
-            ]
-            now = tuple(replica for replica in lacking if replica.block in wanted)
-            later = tuple(replica for replica in lacking if replica.block not in wanted)
-            forming.placed[stage] = here | {replica.block: replica for replica in lacking}
-            forming.later.update(replica.block for replica in later)
-            commands += [Place(stage, now, later)] if lacking else []
-        forming.to_place = {command.stage for command in commands}
-        return [*commands]
-
-    def _useful(self, replicas: Mapping[int, Replica], wanted: set[int]) -> dict[int, Replica]:
-        """Replicas of `wanted` blocks, and of full ones, which may be hit as a prefix."""
-        may_use = self._giving_way.may_use(replicas)
-        return {b: each for b, each in may_use.items() if b in wanted or each.filled == self.limits.block_size}
 
     def _replicas_placed(self, event: ReplicasPlaced, now: float) -> list[Command]:
         if event.ahead:
@@ -244,9 +208,7 @@ class Pipeline:
         forming = self._forming
         if forming is None or event.stage not in forming.to_place:
             return self._rest_placed(event.stage, now)
-        forming.to_place.discard(event.stage)
-        forming.placed[event.stage] = in_place(forming.placed[event.stage], event)
-        self._watermarks.drop(event.stage, event.missing)
+        self._restoring.placed(forming, event)
         if forming.to_place:
             return []
         forming.placed_at = now
@@ -254,66 +216,30 @@ class Pipeline:
 
     def _rest_placed(self, stage: Stage, now: float) -> list[Command]:
         """The second answer of a new node: kept prefixes are in place as well."""
-        if stage not in self._resting:
+        if not self._lost_stages.rest_placed(stage):
             return []
-        self._resting.discard(stage)
         self._failures = 0
         if self._forming is None:
-            self._complete_on[stage] = self.nodes[stage].member
+            self._lost_stages.make_whole(self.nodes)
         return self._formed(now)
 
     def _resume(self, forming: Forming) -> list[Command]:
-        """Recompute what replicas do not cover, restore the ledger, issue the steps in flight again."""
+        """All replicas are in place that will be: do the rest, and go on with the steps in flight."""
         commands = self._set_aside_unreachable(forming)
-        steps = list(self._in_flight)
-        restored = filled_everywhere([self._current(replicas) for replicas in forming.placed.values()])
-        chunks = plan(self.ledger, steps, forming.lost, self.limits, restored)
-        numbered = forming.chunks = self._in_flight.dispatched.add_chunks(chunks)
-        forming.recomputed_tokens = sum(chunk.num_tokens for chunk in chunks)
-        forming.first_step = next((step.sequence for step in steps if step.scheduled), None)
-        keep = frozenset(restored) - blocks_in_use(self.ledger, steps)
-        self._resting = set(forming.placed)
-        rest: list[Command] = [PlaceRest(stage) for stage in sorted(forming.placed)]
-        # A step that was issued while replicas were awaited may hit or overwrite a prefix that nobody used before.
-        rest_first = forming.issued_meanwhile and not forming.later.isdisjoint(self._touched(steps))
-        commands += rest if rest_first else []
-        commands += [Recompute(number, chunk) for number, chunk in numbered.items()]
-        held = holdings(self.ledger, steps, keep, self._generations, self._tables.depths, self.limits.block_size)
-        commands.append(Restore(self.ledger.copies(), held))
-        commands += self._send_due()
-        commands += [] if rest_first else rest
+        self._lost_stages.await_rest(forming.placed)
+        commands += self._restoring.resume(forming)
         if forming.lost:
-            commands.append(EvictPrefixCache(keep))
-            # Nobody computes what is evicted on the new node: even a replica that is confirmed late is void.
-            self._generations.void(set(keep) | needed_blocks(self.ledger, steps, self.limits.block_size))
             # A step that is being scheduled now does not know of the eviction yet.
             self.formations += 1
-            self._lost_at[self.formations] = forming.lost
+            self._lost_stages.note(forming.lost, self.formations)
         # A step may have lost all its requests.
         return commands + self._complete_in_order()
 
-    def _touched(self, steps: Sequence[Step]) -> set[int]:
-        return blocks_in_use(self.ledger, steps).union(*(allocated(step, self.limits.block_size) for step in steps))
-
     def _set_aside_unreachable(self, forming: Forming) -> list[Command]:
-        requests = unreachable_hits(list(self._in_flight), self.limits.block_size) if forming.lost else set[str]()
+        requests = unreachable_hits(list(self._in_flight), self._books.block_size) if forming.lost else set[str]()
         commands = self._giving_way.set_aside(dict.fromkeys(requests, ""), self.formations + 1)
         self.formations += bool(commands)
         return commands
-
-    def _current(self, replicas: Mapping[int, Replica]) -> dict[int, Replica]:
-        """Replicas of blocks that were not given to another request meanwhile."""
-        current = {block: each for block, each in replicas.items() if each.generation == self._generations[block]}
-        return self._giving_way.may_use(current)
-
-    def _note_lost_stages(self) -> frozenset[Stage]:
-        lost = frozenset(
-            Stage(index) for index, node in enumerate(self.nodes) if self._complete_on.get(Stage(index)) != node.member
-        )
-        for stage in lost:
-            self._complete_on.pop(stage, None)
-        self._lost_at[self.formations] = lost
-        return lost
 
     def _progress(self, event: StageJoined | ChunkRecomputed | StageRestored, now: float) -> list[Command]:
         if isinstance(event, ChunkRecomputed):
@@ -328,12 +254,11 @@ class Pipeline:
         forming = self._forming
         if forming is None or self._disagrees or not forming.prepared:
             return []
-        nodes = ((Stage(index), node) for index, node in enumerate(self.nodes))
-        self._complete_on = {stage: node.member for stage, node in nodes if stage not in self._resting}
+        self._lost_stages.make_whole(self.nodes)
         if forming.first_step is not None and forming.first_step in self._in_flight:
             return []
         self._forming, self.phase = None, Phase.SERVING
-        self._failures = self._failures if self._resting else 0
+        self._failures = self._failures if self._lost_stages.awaits_rest else 0
         self._in_flight.dispatched.settle()
         done = FormationDone(self.epoch, forming.phases(now), forming.requests, forming.recomputed_tokens)
         # No answer comes to a step without tokens: one that was held back is over now.
@@ -342,7 +267,7 @@ class Pipeline:
     def _suspend(self, order: SuspensionOrdered) -> list[Command]:
         if order.epoch <= self.epoch:
             return []
-        self.epoch = self._generations.mark = order.epoch
+        self.epoch = self._books.generations.mark = order.epoch
         return self._wait(order) if order.waits else self._abandon_all(order.reason)
 
     def _wait(self, order: SuspensionOrdered) -> list[Command]:
@@ -357,7 +282,7 @@ class Pipeline:
 
     def _leave_lanes(self) -> list[Command]:
         """What the nodes hold is of no use any more: no request has blocks. And others may wait for the memory."""
-        self._complete_on, self._resting = {}, set()
+        self._lost_stages.clear()
         opened = [node for node, epoch in self._plans.opened.items() if epoch < self.epoch]
         return [Leave(node) for node in dict.fromkeys([*self.nodes, *opened])]
 
@@ -399,13 +324,13 @@ class Pipeline:
         if self.phase is Phase.SUSPENDED or scheduled.formation <= self._abandoned_upto:
             return [Abandon(scheduled.sequence, self.reason)]
         # Blocks of a request that is set aside change hands all the same.
-        self._generations.allocate(scheduled, self.limits.block_size)
+        self._books.generations.allocate(scheduled, self._books.block_size)
         step, commands = self._giving_way.leave_out(scheduled, self.formations + 1)
         self.formations += bool(commands)
         left_out = frozenset(scheduled.scheduled) - frozenset(step.scheduled)
-        lost = self._lost_since(step.formation)
+        lost = self._lost_stages.since(step.formation)
         before = list(self._in_flight)
-        effects = self._tables.issue(step, self._generations, self.limits.block_size)
+        effects = self._books.tables.issue(step, self._books.generations, self._books.block_size)
         self._in_flight.add(step, effects, left_out, overtakes=bool(lost))
         if self.phase is Phase.WAITING:
             return commands + self._set_aside(dict.fromkeys(step.scheduled, ""))
@@ -413,27 +338,10 @@ class Pipeline:
             self._forming.issued_meanwhile = True
             return commands
         if lost:
-            chunks = plan_hits(self.ledger, before, step, lost, self.limits)
+            chunks = plan_hits(self.ledger, before, step, lost, self._books.limits)
             commands += [Recompute(*each) for each in self._in_flight.dispatched.add_chunks(chunks).items()]
-        commands += self._send_due()
+        commands += self._in_flight.due()
         return commands + self._complete_in_order()
-
-    def _lost_since(self, formation: int) -> frozenset[Stage]:
-        """Stages lost by formations that the step's scheduling did not know of; forgets older ones."""
-        self._lost_at = {number: lost for number, lost in self._lost_at.items() if number > formation}
-        return frozenset().union(*self._lost_at.values())
-
-    def _send_due(self) -> list[Command]:
-        return [
-            Execute(
-                sequence,
-                has_tokens=bool(self._in_flight[sequence].scheduled),
-                writes=self._in_flight.writes_of(sequence),
-                left_out=self._in_flight.left_out_of(sequence),
-                use=self._in_flight.use_of(sequence),
-            )
-            for sequence in self._in_flight.due()
-        ]
 
     def _flushed(self, event: StageFlushed, now: float) -> list[Command]:
         self._plans.flushed(event.stage)
@@ -458,7 +366,7 @@ class Pipeline:
             self.ledger.complete(step, result)
             commands.append(Deliver(step.sequence, left_out))
         waits = self._forming is not None and self._forming.to_place
-        return commands if waits else commands + self._send_due()
+        return commands if waits else [*commands, *self._in_flight.due()]
 
     def _broken(self, event: StepBroken, now: float) -> list[Command]:
         """End the requests that the failed work was for, and form anew: the stages disagree on what has run.
@@ -497,7 +405,7 @@ class Pipeline:
         self._abandoned_upto, self._failures = self.formations, 0
         commands: list[Command] = [Abandon(sequence, reason) for sequence in self._in_flight.sequences]
         self._in_flight.clear()
-        self._tables.clear()
+        self._books.tables.clear()
         self.ledger.clear()
         self._watermarks.clear()
         self._giving_way.clear()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kevlarflow.recovery import coverage, pipeline, pipeline_events, recompute
+from kevlarflow.recovery import coverage, pipeline, pipeline_events, recompute, restoring
 from kevlarflow.recovery.ledger import Ledger
 from kevlarflow.sim.errors import Violation
 from kevlarflow.sim.shapes import REPLICATED, TIGHT, Shape
@@ -93,13 +93,13 @@ def old_replicas_believed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def watermark_off_by_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = pipeline.filled_everywhere
+    original = restoring.filled_everywhere
 
     def too_much(placed: object) -> dict[int, int]:
         held = original(placed)  # type: ignore[arg-type]
         return held | {block + 1: 2 for block in held}
 
-    monkeypatch.setattr(pipeline, "filled_everywhere", too_much)
+    monkeypatch.setattr(restoring, "filled_everywhere", too_much)
 
 
 def missing_replicas_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
