@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kevlarflow.bench.detection_results import KINDS, Detection, Fault, Kind, Stretch
-from kevlarflow.bench.grid import NOTHING, Grid, milliseconds, verdict
 from kevlarflow.bench.measure import percentile
+from kevlarflow.bench.table import NOTHING, Table, milliseconds, verdict
 
 REQUIRED_SECONDS: dict[Kind, float] = {"crash": 0.3, "hang": 1.0}
 """Within which so many of a hundred have to be noticed: 99."""
@@ -14,7 +14,7 @@ ENOUGH_FOR_P99 = 100
 """With fewer values the 99th percentile is a guess, and the worst one is shown in its place."""
 
 
-def alarms_grid(result: Detection, cores: int) -> Grid:
+def alarms_table(result: Detection, cores: int) -> Table:
     """Each stretch of each life: what the cluster did, what it held against its processes, whose the machine was."""
     rows: list[tuple[str, ...]] = []
     for number, life in enumerate(result.lives, 1):
@@ -29,7 +29,7 @@ def alarms_grid(result: Detection, cores: int) -> Grid:
         f"False alarms under {result.clients} clients, {result.long_clients} of them with prompts of "
         f"{result.long_tokens:,} tokens, and {result.hogs} hogs"
     )
-    return Grid(title, headers, rows, list(_alarm_remarks(result)))
+    return Table(title, headers, rows, list(_alarm_remarks(result)))
 
 
 def _stretch_cells(stretch: Stretch, cores: int) -> Iterator[str]:
@@ -72,7 +72,7 @@ def _alarm_remarks(result: Detection) -> Iterator[str]:
     )
 
 
-def detection_grid(result: Detection) -> Grid:
+def detection_table(result: Detection) -> Table:
     """How soon faults were noticed."""
     rows: list[tuple[str, ...]] = []
     remarks = []
@@ -90,7 +90,7 @@ def detection_grid(result: Detection) -> Grid:
             f"{'never' if value is None else milliseconds(value)}: {verdict(value is not None and value < required)}."
         )
     remarks.append("From the signal (SIGKILL, or SIGSTOP for good) to the controller's record of the loss.")
-    return Grid("Detection under the same load", ("fault", "faults", "p50", "slow end", "which is"), rows, remarks)
+    return Table("Detection under the same load", ("fault", "faults", "p50", "slow end", "which is"), rows, remarks)
 
 
 def _slow_end(faults: Sequence[Fault]) -> tuple[str, float | None]:
@@ -103,7 +103,7 @@ def _slow_end(faults: Sequence[Fault]) -> tuple[str, float | None]:
     return name, percentile(known, 0.99) if is_p99 else max(known)
 
 
-def faults_grid(result: Detection) -> Grid:
+def faults_table(result: Detection) -> Table:
     """One row for each fault."""
     rows: list[tuple[str, ...]] = []
     remarks = []
@@ -115,4 +115,4 @@ def faults_grid(result: Detection) -> Grid:
             noticed = "never" if fault.detected_seconds is None else milliseconds(fault.detected_seconds)
             back = NOTHING if fault.back_seconds is None else f"{fault.back_seconds:.1f} s"
             rows.append((f"{number}/{fault.number}", fault.kind, fault.node, fault.proof, noticed, back))
-    return Grid("Faults", ("fault", "kind", "node", "proof", "noticed after", "lane back"), rows, remarks)
+    return Table("Faults", ("fault", "kind", "node", "proof", "noticed after", "lane back"), rows, remarks)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import msgspec
 
-from kevlarflow.bench.grid import NOTHING, Grid, milliseconds, verdict
 from kevlarflow.bench.measure import ratios, spread
 from kevlarflow.bench.replication_results import (
     CostLoad,
@@ -19,6 +18,7 @@ from kevlarflow.bench.replication_results import (
     StandbyMemory,
     Transfers,
 )
+from kevlarflow.bench.table import NOTHING, Table, milliseconds, verdict
 
 MIB = 2**20
 PHASES = ("relink", "restore", "recompute", "reissue", "total")
@@ -39,7 +39,7 @@ MOST_COPIED = 1.1
 # ---- resume
 
 
-def resume_grid(result: Resume) -> Grid:
+def resume_table(result: Resume) -> Table:
     """Recovery time against the length of contexts, with and without replication."""
     rows = [_resume_row(result, point) for point in _typical(result)]
     headers = (
@@ -47,7 +47,7 @@ def resume_grid(result: Resume) -> Grid:
         "above / copy", "step before",
     )  # fmt: skip
     streams = result.points[0].streams if result.points else 0
-    return Grid(f"Recovery time against context length, {streams} streams", headers, rows, _resume_remarks(result))
+    return Table(f"Recovery time against context length, {streams} streams", headers, rows, _resume_remarks(result))
 
 
 def _resume_row(result: Resume, point: Resumption) -> tuple[str, ...]:
@@ -161,7 +161,7 @@ def _parts(result: Resume, point: Resumption) -> str:
 # ---- cost
 
 
-def cost_grid(result: ReplicationCost) -> Grid:
+def cost_table(result: ReplicationCost) -> Table:
     """Replication on and off under the same load."""
     on, off = _by_round(result, True), _by_round(result, False)
     numbers = sorted(on.keys() & off.keys())
@@ -180,7 +180,7 @@ def cost_grid(result: ReplicationCost) -> Grid:
         rows.append((label, *cells, f"{middle.median:.3f} ({middle.lowest:.3f} to {middle.highest:.3f})"))
     headers = ("", "replication off", "replication on", "ratio")
     title = f"Cost of replication without a failure, {len(numbers)} rounds"
-    return Grid(title, headers, rows, _cost_remarks(result, [on[n] for n in numbers], [off[n] for n in numbers]))
+    return Table(title, headers, rows, _cost_remarks(result, [on[n] for n in numbers], [off[n] for n in numbers]))
 
 
 def _by_round(result: ReplicationCost, replicated: bool) -> dict[int, CostLoad]:
@@ -220,7 +220,7 @@ def _cost_remarks(result: ReplicationCost, on: Sequence[CostLoad], off: Sequence
 # ---- memory
 
 
-def memory_grid(result: StandbyMemory) -> Grid:
+def memory_table(result: StandbyMemory) -> Table:
     """What the standby and the nodes took over time."""
     rows: list[tuple[str, ...]] = []
     if result.samples:
@@ -233,7 +233,7 @@ def memory_grid(result: StandbyMemory) -> Grid:
             ("KV blocks of the scheduler", str(min(blocks)), f"stock {result.stock_kv_blocks}"),
             ("requests served", str(result.requests), f"in {last.seconds / 60:.1f} minutes"),
         ]
-    return Grid("Memory of replication under load", ("", "", ""), rows, list(_memory_remarks(result)))
+    return Table("Memory of replication under load", ("", "", ""), rows, list(_memory_remarks(result)))
 
 
 def _memory_remarks(result: StandbyMemory) -> Iterator[str]:
@@ -251,7 +251,7 @@ def _memory_remarks(result: StandbyMemory) -> Iterator[str]:
 # ---- transfer
 
 
-def transfer_grid(result: Transfers) -> Grid:
+def transfer_table(result: Transfers) -> Table:
     """Each transfer at each size."""
     rows: list[tuple[str, ...]] = [
         (
@@ -266,7 +266,7 @@ def transfer_grid(result: Transfers) -> Grid:
     ]
     headers = ("transfer", "copy", "round trip p50", "p99", "bulk", "CPU, both ends")
     notes = [*result.notes, *([result.void] if result.void else [])]
-    return Grid("Ways to move a copy to another process", headers, rows, notes)
+    return Table("Ways to move a copy to another process", headers, rows, notes)
 
 
 # ---- picture

@@ -1,6 +1,6 @@
 """A report for people: the same tables on the terminal and in Markdown, and the data behind them as JSON.
 
-A `Grid` is a table before it is known where it will be shown. Everything that is written here is computed from the
+A `Table` does not know yet where it will be shown. Everything that is written here is computed from the
 results alone, so that a saved report can be rendered again.
 """
 
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from kevlarflow.bench.contestants import KEVLARFLOW, STOCK
-from kevlarflow.bench.detection_report import alarms_grid, detection_grid, faults_grid
-from kevlarflow.bench.grid import NOTHING, Grid, milliseconds
+from kevlarflow.bench.detection_report import alarms_table, detection_table, faults_table
 from kevlarflow.bench.measure import Pause, percentile, ratios, spread
-from kevlarflow.bench.replication_report import cost_grid, draw_resume, memory_grid, resume_grid, transfer_grid
+from kevlarflow.bench.replication_report import cost_table, draw_resume, memory_table, resume_table, transfer_table
 from kevlarflow.bench.results import Failover, Kill, Report, Startup, Throughput
+from kevlarflow.bench.table import NOTHING, Table, milliseconds
 from kevlarflow.types import PHASES
 
 if TYPE_CHECKING:
@@ -37,29 +37,29 @@ MEASURES = (
 )
 
 
-def grids(report: Report) -> Iterator[Grid]:
+def tables(report: Report) -> Iterator[Table]:
     """All tables of a report."""
     if report.throughput is not None:
-        yield throughput_grid(report.throughput)
-        yield rounds_grid(report.throughput)
+        yield throughput_table(report.throughput)
+        yield rounds_table(report.throughput)
     if report.startup is not None:
-        yield startup_grid(report.startup)
+        yield startup_table(report.startup)
     if report.failover is not None:
-        yield pauses_grid(report.failover)
-        yield phases_grid(report.failover)
-        yield kills_grid(report.failover)
+        yield pauses_table(report.failover)
+        yield phases_table(report.failover)
+        yield kills_table(report.failover)
     if report.detection is not None:
-        yield alarms_grid(report.detection, report.machine.cores)
-        yield detection_grid(report.detection)
-        yield faults_grid(report.detection)
+        yield alarms_table(report.detection, report.machine.cores)
+        yield detection_table(report.detection)
+        yield faults_table(report.detection)
     if report.resume is not None:
-        yield resume_grid(report.resume)
+        yield resume_table(report.resume)
     if report.replication_cost is not None:
-        yield cost_grid(report.replication_cost)
+        yield cost_table(report.replication_cost)
     if report.standby_memory is not None:
-        yield memory_grid(report.standby_memory)
+        yield memory_table(report.standby_memory)
     if report.transfer is not None:
-        yield transfer_grid(report.transfer)
+        yield transfer_table(report.transfer)
 
 
 def void(report: Report) -> list[str]:
@@ -79,7 +79,7 @@ def void(report: Report) -> list[str]:
 # ---- no failure
 
 
-def throughput_grid(result: Throughput) -> Grid:
+def throughput_table(result: Throughput) -> Table:
     """Both systems side by side, and the ratio within each round."""
     rounds = 1 + max((each.number for each in result.rounds), default=0)
     rows = []
@@ -98,10 +98,10 @@ def throughput_grid(result: Throughput) -> Grid:
             f"Other processes used {percentile(strangers, 0.5):.0%} of the machine (at most {max(strangers):.0%})."
         )
     remarks += [f"left running by {each.system}: {left}" for each in result.rounds for left in each.leftovers]
-    return Grid("No failure", ("streams", "", STOCK, KEVLARFLOW, "ratio"), rows, remarks)
+    return Table("No failure", ("streams", "", STOCK, KEVLARFLOW, "ratio"), rows, remarks)
 
 
-def rounds_grid(result: Throughput) -> Grid:
+def rounds_table(result: Throughput) -> Table:
     """One row for each load, in the order in which they ran."""
     headers = ("round", "system", "ready", "streams", "throughput", "TTFT p50", "TPOT p50", "others' CPU")
     rows: list[tuple[str, ...]] = []
@@ -113,7 +113,7 @@ def rounds_grid(result: Throughput) -> Grid:
             cells = [form.format(getattr(load.summary, field) * scale) for _, field, scale, form in shown]
             ready, streams = f"{each.ready_seconds:.1f} s", str(load.summary.streams)
             rows.append((str(each.number), each.system, ready, streams, *cells, f"{load.strangers:.0%}"))
-    return Grid("Rounds", headers, rows)
+    return Table("Rounds", headers, rows)
 
 
 def _by_round(result: Throughput, name: str, streams: int, field: str, rounds: int) -> list[float | None]:
@@ -141,7 +141,7 @@ def _ratio(ours: Sequence[float | None], theirs: Sequence[float | None]) -> str:
 # ---- ready
 
 
-def startup_grid(result: Startup) -> Grid:
+def startup_table(result: Startup) -> Table:
     """Seconds to the first 200, cold and warm."""
     rounds = 1 + max((each.number for each in result.starts), default=0)
     strangers = [each.strangers for each in result.starts if each.void is None]
@@ -164,13 +164,13 @@ def startup_grid(result: Startup) -> Grid:
         remarks.append(
             f"Other processes used {percentile(strangers, 0.5):.0%} of the machine (at most {max(strangers):.0%})."
         )
-    return Grid("Ready: command to the first 200 of /health", ("", STOCK, KEVLARFLOW, "ratio"), rows, remarks)
+    return Table("Ready: command to the first 200 of /health", ("", STOCK, KEVLARFLOW, "ratio"), rows, remarks)
 
 
 # ---- failover
 
 
-def pauses_grid(result: Failover) -> Grid:
+def pauses_table(result: Failover) -> Table:
     """How long streams stood still."""
     kills = [kill for kill in result.kills if kill.void is None]
     last = max((kill.stage for kill in kills), default=0)
@@ -191,7 +191,7 @@ def pauses_grid(result: Failover) -> Grid:
         "it was on its way when the node died; others: longest wait for a token on the pipelines that lost no node."
     )
     headers = ("killed", "kills", "streams", "resumed p50", "worst", "next token p50", "worst", "others p50", "worst")
-    return Grid(f"Failover under {result.streams} streams", headers, rows, remarks)
+    return Table(f"Failover under {result.streams} streams", headers, rows, remarks)
 
 
 def _pause_cells(affected: Sequence[Pause], others: Sequence[Pause]) -> Iterator[str]:
@@ -202,7 +202,7 @@ def _pause_cells(affected: Sequence[Pause], others: Sequence[Pause]) -> Iterator
         yield milliseconds(max(values)) if values else NOTHING
 
 
-def phases_grid(result: Failover) -> Grid:
+def phases_table(result: Failover) -> Table:
     """Where the time went, from the cluster's own records."""
     kills = [kill for kill in result.kills if kill.void is None]
     rows: list[tuple[str, ...]] = []
@@ -211,10 +211,10 @@ def phases_grid(result: Failover) -> Grid:
         if values:
             rows.append((phase, milliseconds(percentile(values, 0.5)), milliseconds(max(values))))
     remarks = ["detect counts from the last proof of life."]
-    return Grid("Phases of the recovery, as in kevlarflow status", ("phase", "p50", "worst"), rows, remarks)
+    return Table("Phases of the recovery, as in kevlarflow status", ("phase", "p50", "worst"), rows, remarks)
 
 
-def kills_grid(result: Failover) -> Grid:
+def kills_table(result: Failover) -> Table:
     """One row for each kill."""
     headers = (
         "kill",
@@ -230,7 +230,7 @@ def kills_grid(result: Failover) -> Grid:
         "before",
     )
     remarks = ["gap then: the longest wait for a token of any stream while the lane moved home; before: just before."]
-    return Grid("Kills", headers, [_kill_row(kill) for kill in result.kills if kill.void is None], remarks)
+    return Table("Kills", headers, [_kill_row(kill) for kill in result.kills if kill.void is None], remarks)
 
 
 def _kill_row(kill: Kill) -> tuple[str, ...]:
@@ -255,18 +255,18 @@ def _rejoin_gaps(kill: Kill) -> tuple[float | None, float | None]:
 # ---- where it is shown
 
 
-def rich_table(grid: Grid) -> RenderableType:
+def rich_table(table: Table) -> RenderableType:
     """For the terminal."""
     from rich.console import Group
-    from rich.table import Table
+    from rich.table import Table as RichTable
     from rich.text import Text
 
-    table = Table(title=grid.title, title_justify="left", title_style="bold")
-    for position, header in enumerate(grid.headers):
-        table.add_column(header, justify="left" if position < 1 else "right", no_wrap=True)
-    for row in grid.rows:
-        table.add_row(*row)
-    return Group(table, *(Text(remark, style="dim") for remark in grid.remarks), Text())
+    shown = RichTable(title=table.title, title_justify="left", title_style="bold")
+    for position, header in enumerate(table.headers):
+        shown.add_column(header, justify="left" if position < 1 else "right", no_wrap=True)
+    for row in table.rows:
+        shown.add_row(*row)
+    return Group(shown, *(Text(remark, style="dim") for remark in table.remarks), Text())
 
 
 def markdown(report: Report) -> str:
@@ -283,10 +283,10 @@ def markdown(report: Report) -> str:
         f"vLLM {machine.vllm}, torch {machine.torch}, Python {machine.python}",
         *(f"- {note}" for note in report.notes),
     ]
-    for grid in grids(report):
-        lines += ["", f"## {grid.title}", "", _markdown_row(grid.headers), "|---" * len(grid.headers) + "|"]
-        lines += [_markdown_row(row) for row in grid.rows]
-        for remark in grid.remarks:
+    for table in tables(report):
+        lines += ["", f"## {table.title}", "", _markdown_row(table.headers), "|---" * len(table.headers) + "|"]
+        lines += [_markdown_row(row) for row in table.rows]
+        for remark in table.remarks:
             lines += ["", remark]
     return "\n".join([*lines, ""])
 

@@ -80,9 +80,9 @@ def run(arguments: list[str]) -> int:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             console.print(f"logs of the systems are kept in {folder}")
-        for grid in reporting.grids(report):
-            console.print(reporting.rich_table(grid))
-        if any(True for _ in reporting.grids(report)):
+        for table in reporting.tables(report):
+            console.print(reporting.rich_table(table))
+        if any(True for _ in reporting.tables(report)):
             console.print(f"saved {' and '.join(map(str, reporting.save(report, options.output)))}")
     return 0 if is_complete else 1
 

@@ -18,7 +18,7 @@ import pytest
 from kevlarflow.bench import detection, load
 from kevlarflow.bench.contestants import Recipe
 from kevlarflow.bench.detection import TOKENS, Answers, Plan, requests_of
-from kevlarflow.bench.detection_report import alarms_grid, detection_grid, faults_grid
+from kevlarflow.bench.detection_report import alarms_table, detection_table, faults_table
 from kevlarflow.bench.detection_results import Detection, Fault, Kind, Life, Stretch
 from kevlarflow.bench.hogs import Hogs
 from kevlarflow.bench.streams import Address, Request, Stream
@@ -169,16 +169,16 @@ def test_a_report_that_has_everything_starts_no_cluster(monkeypatch: pytest.Monk
 
 def test_false_alarms_are_counted_named_and_judged() -> None:
     calm = Stretch(900.0, 450.0, 90.0, 0.0, 100, 20, 4000)
-    quiet = alarms_grid(result(Life(calm=calm), Life(calm=calm)), cores=2)
+    quiet = alarms_table(result(Life(calm=calm), Life(calm=calm)), cores=2)
     assert quiet.rows[0] == ("1, no fault", "15.0", "0", "0", "100", "20", "0", "0", "4.4", "25%", "5%", "0%")
     assert "Required: no false alarm in 30 minutes without a fault; 0 in 30.0: reached." in quiet.remarks
-    short = alarms_grid(result(Life(calm=calm)), cores=2)
+    short = alarms_table(result(Life(calm=calm)), cores=2)
     assert "Required: no false alarm in 30 minutes without a fault; 0 in 15.0: NOT REACHED." in short.remarks
     loud = Stretch(900.0, alarms=["NodeSilent(node-0-1#1)"], lost=["short client 3: reset"])
-    grid = alarms_grid(result(Life(calm=calm), Life(calm=loud)), cores=2)
-    assert "Required: no false alarm in 30 minutes without a fault; 1 in 30.0: NOT REACHED." in grid.remarks
-    assert "false alarm (cluster 2, no fault): NodeSilent(node-0-1#1)" in grid.remarks
-    assert "lost (cluster 2, no fault): short client 3: reset" in grid.remarks
+    table = alarms_table(result(Life(calm=calm), Life(calm=loud)), cores=2)
+    assert "Required: no false alarm in 30 minutes without a fault; 1 in 30.0: NOT REACHED." in table.remarks
+    assert "false alarm (cluster 2, no fault): NodeSilent(node-0-1#1)" in table.remarks
+    assert "lost (cluster 2, no fault): short client 3: reset" in table.remarks
 
 
 def faults_of(kind: Kind, seconds: Sequence[float | None]) -> Detection:
@@ -198,12 +198,12 @@ def faults_of(kind: Kind, seconds: Sequence[float | None]) -> Detection:
 def test_a_p99_is_said_only_of_enough_faults_and_one_that_is_never_noticed_counts(
     measured: Detection, said: str
 ) -> None:
-    assert said in "\n".join(detection_grid(measured).remarks)
+    assert said in "\n".join(detection_table(measured).remarks)
 
 
 def test_void_faults_are_named_and_not_counted() -> None:
     measured = result(Life(faults=[fault(1, "crash"), fault(2, "hang", void="it left by itself")]))
-    assert [row[:2] for row in detection_grid(measured).rows] == [("crash", "1")]
-    grid = faults_grid(measured)
-    assert [row[0] for row in grid.rows] == ["1/1"]
-    assert grid.remarks == ["cluster 1, fault 2: void: it left by itself"]
+    assert [row[:2] for row in detection_table(measured).rows] == [("crash", "1")]
+    table = faults_table(measured)
+    assert [row[0] for row in table.rows] == ["1/1"]
+    assert table.remarks == ["cluster 1, fault 2: void: it left by itself"]

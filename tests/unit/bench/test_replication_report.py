@@ -8,7 +8,7 @@ from kevlarflow.bench.contestants import Recipe
 from kevlarflow.bench.kv_cache import Sent, counted, fullest_standby, kv_cache, lag_tokens, sent
 from kevlarflow.bench.measure import LoadSummary
 from kevlarflow.bench.memory_copy import copy_seconds
-from kevlarflow.bench.replication_report import above, cost_grid, draw_resume, memory_grid, resume_grid
+from kevlarflow.bench.replication_report import above, cost_table, draw_resume, memory_table, resume_table
 from kevlarflow.bench.replication_results import (
     CostLoad,
     MemorySample,
@@ -34,7 +34,7 @@ def point(context, restore=0.01, copy=0.01, replicated=True, recomputed=50, void
 
 
 def remarks(*points):
-    return "\n".join(resume_grid(Resume(2, points=list(points))).remarks)
+    return "\n".join(resume_table(Resume(2, points=list(points))).remarks)
 
 
 def test_the_time_above_that_of_the_shortest_contexts_is_told_in_plain_copies_of_the_bytes_restored():
@@ -43,8 +43,8 @@ def test_the_time_above_that_of_the_shortest_contexts_is_told_in_plain_copies_of
     assert above(result, long, ("relink", "restore")) == pytest.approx(0.12)
     assert above(result, long, ("total",)) == pytest.approx(0.145)
     assert above(result, short, ("total",)) is None
-    grid = resume_grid(result)
-    assert [row[-3:-1] for row in grid.rows] == [("-", "-"), ("+145 ms", "1.45")]
+    table = resume_table(result)
+    assert [row[-3:-1] for row in table.rows] == [("-", "-"), ("+145 ms", "1.45")]
     assert "worst 1.45: reached" in remarks(short, long)
     assert "worst 1.55: NOT REACHED" in remarks(short, point(4096, copy=0.100, total=0.255))
 
@@ -74,9 +74,9 @@ def test_a_slow_restore_and_too_much_recomputing_are_said_so():
 
 
 def test_points_without_replication_are_shown_beside_and_void_ones_are_only_named():
-    grid = resume_grid(Resume(2, points=[point(256), point(256, replicated=False), point(1024, void="it died")]))
-    assert [row[:2] for row in grid.rows] == [("256", "on"), ("256", "off")]
-    assert "1024 tokens, replication on, round 1: void: it died" in grid.remarks
+    table = resume_table(Resume(2, points=[point(256), point(256, replicated=False), point(1024, void="it died")]))
+    assert [row[:2] for row in table.rows] == [("256", "on"), ("256", "off")]
+    assert "1024 tokens, replication on, round 1: void: it died" in table.remarks
 
 
 def test_what_a_report_has_is_not_measured_again():
@@ -90,10 +90,10 @@ def test_the_median_round_counts_and_how_far_they_lie_apart_is_shown():
     totals = (0.1, 0.3, 0.2)
     points = [point(256, total=total, number=number) for number, total in enumerate(totals, 1)]
     long = [point(4096, copy=0.1, total=total + 0.15, number=number) for number, total in enumerate(totals, 1)]
-    grid = resume_grid(Resume(2, points=[*long, *points]))
-    assert [row[0] for row in grid.rows] == ["256", "4096"]
-    assert "3: 100 to 300" in grid.rows[0]
-    assert "worst 1.50: reached" in "\n".join(grid.remarks)
+    table = resume_table(Resume(2, points=[*long, *points]))
+    assert [row[0] for row in table.rows] == ["256", "4096"]
+    assert "3: 100 to 300" in table.rows[0]
+    assert "worst 1.50: reached" in "\n".join(table.remarks)
 
 
 def test_every_round_has_to_recompute_little():
@@ -115,29 +115,29 @@ def load(number, replicated, speed, tpot, full=1_000, void=None):
 
 def test_cost_is_judged_within_rounds_and_partial_copies_stand_apart():
     result = ReplicationCost(10.0, [load(1, True, 99, 0.0101), load(1, False, 100, 0.01), load(2, False, 50, 1.0)])
-    grid = cost_grid(result)
-    assert grid.rows[0][-1] == "0.990 (0.990 to 0.990)"
-    said = "\n".join(grid.remarks)
+    table = cost_table(result)
+    assert table.rows[0][-1] == "0.990 (0.990 to 0.990)"
+    said = "\n".join(table.remarks)
     assert "1.000 of its 10 bytes were copied in full blocks, and 0.300 in partly filled ones" in said
     assert said.count(": reached") == 3
 
 
 def test_a_cost_too_high_is_said_so():
     result = ReplicationCost(10.0, [load(1, True, 90, 0.02, full=1_200), load(1, False, 100, 0.01)])
-    assert "\n".join(cost_grid(result).remarks).count("NOT REACHED") == 3
+    assert "\n".join(cost_table(result).remarks).count("NOT REACHED") == 3
 
 
 def test_memory_is_judged_by_every_look():
     good = StandbyMemory(10.0, 100, 7, 32, [MemorySample(1.0, 90, 5, 7), MemorySample(2.0, 100, 5, 7)])
-    assert "\n".join(memory_grid(good).remarks).count(": reached") == 2
+    assert "\n".join(memory_table(good).remarks).count(": reached") == 2
     bad = StandbyMemory(10.0, 100, 7, 32, [MemorySample(1.0, 101, 5, 6)])
-    assert "\n".join(memory_grid(bad).remarks).count("NOT REACHED") == 2
+    assert "\n".join(memory_table(bad).remarks).count("NOT REACHED") == 2
 
 
 def test_empty_results_can_be_shown():
-    assert not resume_grid(Resume(2)).rows
-    assert not cost_grid(ReplicationCost()).rows
-    assert not memory_grid(StandbyMemory(1.0)).rows
+    assert not resume_table(Resume(2)).rows
+    assert not cost_table(ReplicationCost()).rows
+    assert not memory_table(StandbyMemory(1.0)).rows
 
 
 PAGE = """\

@@ -12,16 +12,16 @@ from kevlarflow.bench.contestants import KEVLARFLOW, STOCK, Recipe
 from kevlarflow.bench.machine import Machine
 from kevlarflow.bench.measure import LoadSummary, Pause
 from kevlarflow.bench.report import (
-    grids,
-    kills_grid,
+    kills_table,
     markdown,
-    pauses_grid,
-    phases_grid,
+    pauses_table,
+    phases_table,
     rich_table,
-    rounds_grid,
+    rounds_table,
     save,
-    startup_grid,
-    throughput_grid,
+    startup_table,
+    tables,
+    throughput_table,
     void,
 )
 from kevlarflow.bench.results import Failover, Kill, Load, Report, Round, Start, Startup, Throughput
@@ -76,7 +76,7 @@ def report() -> Report:
 
 
 def test_ratios_are_taken_within_rounds_and_void_rounds_count_for_nothing():
-    rows = {(row[0], row[1]): row[2:] for row in throughput_grid(throughput()).rows}
+    rows = {(row[0], row[1]): row[2:] for row in throughput_table(throughput()).rows}
     stock, ours, ratio = rows["4", "throughput"]
     assert (stock, ours) == ("100.0 tokens/s", "104.0 tokens/s")
     assert ratio == "1.040 (0.980 to 1.100)"
@@ -84,28 +84,28 @@ def test_ratios_are_taken_within_rounds_and_void_rounds_count_for_nothing():
 
 def test_a_void_round_is_said_so():
     assert any(
-        "round 3, KevlarFlow: void: a stream failed" in remark for remark in throughput_grid(throughput()).remarks
+        "round 3, KevlarFlow: void: a stream failed" in remark for remark in throughput_table(throughput()).remarks
     )
 
 
 def test_a_system_that_never_ran_leaves_a_gap_and_no_ratio():
-    rows = throughput_grid(Throughput([life(1, KEVLARFLOW, 98.0), Round(1, STOCK, void="it died")])).rows
+    rows = throughput_table(Throughput([life(1, KEVLARFLOW, 98.0), Round(1, STOCK, void="it died")])).rows
     assert rows[0] == ("4", "throughput", "-", "98.0 tokens/s", "-")
 
 
 def test_rounds_are_listed_as_they_ran():
-    rows = rounds_grid(throughput()).rows
+    rows = rounds_table(throughput()).rows
     assert rows[1] == ("1", KEVLARFLOW, "30.0 s", "4", "98.0 tokens/s", "100 ms", "10.2 ms", "5%")
     assert len(rows) == 5
 
 
 def test_startup_row():
-    grid = startup_grid(Startup([Start(1, STOCK, "cold", 120.0), Start(1, KEVLARFLOW, "cold", 40.0)]))
-    assert grid.rows == [("cold caches", "120.0 s", "40.0 s", "0.333 (0.333 to 0.333)")]
+    table = startup_table(Startup([Start(1, STOCK, "cold", 120.0), Start(1, KEVLARFLOW, "cold", 40.0)]))
+    assert table.rows == [("cold caches", "120.0 s", "40.0 s", "0.333 (0.333 to 0.333)")]
 
 
 def test_pauses_are_split_by_stage_and_leave_void_kills_out():
-    rows = pauses_grid(failover()).rows
+    rows = pauses_table(failover()).rows
     assert [row[:5] for row in rows] == [
         ("all", "2", "3", "300 ms", "400 ms"),
         ("first stage", "1", "2", "300 ms", "400 ms"),
@@ -114,13 +114,13 @@ def test_pauses_are_split_by_stage_and_leave_void_kills_out():
 
 
 def test_phases():
-    rows = {row[0]: row[1:] for row in phases_grid(failover()).rows}
+    rows = {row[0]: row[1:] for row in phases_table(failover()).rows}
     assert rows["detect"] == ("5.0 ms", "5.0 ms")
     assert rows["total"] == ("328 ms", "500 ms")
 
 
 def test_the_gap_of_the_move_home_stands_beside_that_before_it():
-    rows = kills_grid(failover()).rows
+    rows = kills_table(failover()).rows
     assert [row[-3:] for row in rows] == [("5.0 s", "250 ms", "200 ms"), ("6.0 s", "-", "-")]
 
 
@@ -132,7 +132,7 @@ def test_markdown_has_every_table_and_what_was_measured_on():
     text = markdown(report())
     for expected in ("`kevlarflow bench`", "a processor", "a note", "## No failure", "## Ready", "--enforce-eager"):
         assert expected in text
-    assert text.count("## ") == len(list(grids(report())))
+    assert text.count("## ") == len(list(tables(report())))
     assert "| all | 2 | 3 |" in text
 
 
@@ -149,6 +149,6 @@ def test_empty_results_can_be_shown():
         "c", "2026-11-23T15:00:00+00:00", report().machine, Recipe(), [], Throughput(), Startup(), Failover(16)
     )
     console = Console(width=100, record=True, quiet=True)
-    for grid in grids(empty):
-        console.print(rich_table(grid))
+    for table in tables(empty):
+        console.print(rich_table(table))
     assert "Benchmark" in markdown(empty)

@@ -7,8 +7,8 @@ import msgspec
 NOTHING = "-"
 
 
-class Grid(msgspec.Struct, frozen=True):
-    """A table."""
+class Table(msgspec.Struct, frozen=True):
+    """Cells are text, a remark is a line below; there may be fewer cells in a row than headers."""
 
     title: str
     headers: tuple[str, ...]
