@@ -393,7 +393,7 @@ MUTANTS = (
     Mutant(
         "a step that was being scheduled is in flight without a node",
         "recovery/pipeline.py",
-        "        if self.phase is Phase.WAITING:\n",
+        "        if self.standing is Standing.WAITING:\n",
         "        if False:\n",
     ),
     Mutant(

@@ -12,7 +12,7 @@ import httpx
 from integration.cluster import Cluster, metric_in
 from integration.waiting import until
 from kevlarflow.faults import Fault, FaultDidNotHappen, Progress, Struck, Target, Trigger, strike, verify
-from kevlarflow.faults.triggers import Phase
+from kevlarflow.faults.triggers import RequestState
 from parity.client import Observer, Recording, Replay, replay
 from parity.compare import compare_all, unexcused
 from parity.reference import Reference
@@ -126,7 +126,11 @@ def wait_until_all_go_on(current: Replay, pipeline: int) -> None:
 
     def under_way() -> dict[str, int]:
         requests = list(current.progress.requests.items())
-        return {name: each.tokens for name, each in requests if each.pipeline == pipeline and each.phase != Phase.ENDED}
+        return {
+            name: each.tokens
+            for name, each in requests
+            if each.pipeline == pipeline and each.state is not RequestState.ENDED
+        }
 
     before = under_way()
 

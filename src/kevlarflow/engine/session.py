@@ -27,7 +27,7 @@ from kevlarflow.engine.orders import SchedulerOrders
 from kevlarflow.errors import StartupFailed
 from kevlarflow.recovery import pipeline_events as core
 from kevlarflow.recovery.coverage import Replica
-from kevlarflow.recovery.forming import Phase
+from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.ledger import Step
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.recovery.watched import LaneLeft, TimePassed, WatchedPipeline
@@ -95,7 +95,7 @@ class Session:
         """Called before the scheduler makes a step; returns (formation count, what to do first)."""
         with self._door:
             orders, self._orders = self._orders, SchedulerOrders()
-            orders.pause = self._core.phase is Phase.WAITING
+            orders.pause = self._core.standing is Standing.WAITING
             orders.end_all = orders.end_all or self.suspended_reason
             return self._core.formations, orders
 
@@ -130,12 +130,12 @@ class Session:
     @property
     def suspended_reason(self) -> str:
         """Why the pipeline cannot generate; empty when it can."""
-        return self._core.reason if self._core.phase is Phase.SUSPENDED else ""
+        return self._core.reason if self._core.standing is Standing.SUSPENDED else ""
 
     @property
     def suspended(self) -> bool:
         """Whether it was told that a stage has no node, and has not been formed since."""
-        return self._core.phase in (Phase.WAITING, Phase.SUSPENDED)
+        return self._core.standing in (Standing.WAITING, Standing.SUSPENDED)
 
     @property
     def in_flight(self) -> int:
@@ -155,7 +155,7 @@ class Session:
     @property
     def forming(self) -> bool:
         """Whether the nodes have yet to answer in the current epoch."""
-        return self._core.phase is Phase.FORMING
+        return self._core.standing is Standing.FORMING
 
     @property
     def still_seconds(self) -> float:
@@ -171,7 +171,7 @@ class Session:
         """
         deadline = time.monotonic() + timeout
         with self._door:
-            while self._core.phase is not Phase.SERVING and time.monotonic() < deadline:
+            while self._core.standing is not Standing.SERVING and time.monotonic() < deadline:
                 self._pump(100)
             due = 0.0
             while len(self._descriptions) < max(1, len(self._core.nodes)) and time.monotonic() < deadline:
@@ -203,14 +203,14 @@ class Session:
 
         Waits at most `patience` seconds for the door, and then pumps for about as long.
         """
-        if not self._mailbox and self._core.phase is not Phase.FORMING:
+        if not self._mailbox and self._core.standing is not Standing.FORMING:
             return False
         if self._door.acquire(timeout=patience):
             try:
                 self._pump(round(patience * 1_000))
             finally:
                 self._door.release()
-        return bool(self._mailbox) or self._core.phase is Phase.FORMING
+        return bool(self._mailbox) or self._core.standing is Standing.FORMING
 
     def glance(self) -> None:
         """Read what waits, if nobody else does."""
@@ -341,7 +341,7 @@ class Session:
     def _handle(self, event: core.Event | LaneLeft | TimePassed) -> None:
         epoch = self._core.epoch
         commands = self._core.handle(event, time.monotonic())
-        if self._core.epoch != epoch and self._core.phase is Phase.FORMING:
+        if self._core.epoch != epoch and self._core.standing is Standing.FORMING:
             self._links.use(self._core.nodes)
         for command in commands:
             self._carry_out(command)

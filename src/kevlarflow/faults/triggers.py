@@ -15,7 +15,7 @@ import enum
 import msgspec
 
 
-class Phase(enum.StrEnum):
+class RequestState(enum.StrEnum):
     """Where a request is, as its client sees it."""
 
     WAITING = "waiting"
@@ -29,7 +29,7 @@ class RequestProgress:
     """What the client has seen of one request."""
 
     pipeline: int | None
-    phase: Phase = Phase.WAITING
+    state: RequestState = RequestState.WAITING
     tokens: int = 0
     others_at_start: dict[str, int] = dataclasses.field(default_factory=dict)
     """Tokens that each other request of its pipeline had received when it was sent."""
@@ -56,7 +56,7 @@ class Progress:
         request.tokens += tokens
         self.tokens += tokens
         if tokens:
-            request.phase = Phase.DECODING
+            request.state = RequestState.DECODING
 
     def cancelled(self, name: str) -> None:
         """The client has closed the connection."""
@@ -65,7 +65,7 @@ class Progress:
     def ended(self, name: str) -> None:
         """Nothing more will come for a request."""
         if name in self.requests:
-            self.requests[name].phase = Phase.ENDED
+            self.requests[name].state = RequestState.ENDED
 
     def tokens_on(self, pipeline: int | None) -> int:
         """Tokens received from a pipeline."""
@@ -86,7 +86,8 @@ class Progress:
     def decoding_on(self, pipeline: int) -> int:
         """Streams of a pipeline that are between their first token and their last."""
         return sum(
-            request.pipeline == pipeline and request.phase is Phase.DECODING for request in self.requests.values()
+            request.pipeline == pipeline and request.state is RequestState.DECODING
+            for request in self.requests.values()
         )
 
 
@@ -107,7 +108,7 @@ class Idle(Trigger, frozen=True):
 
     def due(self, progress: Progress) -> bool:
         """See `Trigger.due`."""
-        return not any(request.phase is not Phase.ENDED for request in progress.requests.values())
+        return not any(request.state is not RequestState.ENDED for request in progress.requests.values())
 
 
 class AfterTokens(Trigger, frozen=True):
@@ -133,14 +134,14 @@ class DuringPrefill(Trigger, frozen=True):
     def due(self, progress: Progress) -> bool:
         """See `Trigger.due`."""
         seen = progress.requests.get(self.request)
-        if seen is None or seen.phase is not Phase.WAITING:
+        if seen is None or seen.state is not RequestState.WAITING:
             return False
         return progress.steps_since(self.request) >= self.steps
 
     def missed(self, progress: Progress) -> bool:
         """See `Trigger.missed`."""
         seen = progress.requests.get(self.request)
-        return seen is not None and seen.phase is not Phase.WAITING
+        return seen is not None and seen.state is not RequestState.WAITING
 
 
 class WhilePreempting(Trigger, frozen=True):

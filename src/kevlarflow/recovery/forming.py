@@ -15,7 +15,7 @@ MAX_FAILURES = 2
 The first failure leads to another try, the second to another node: what fails there as well would fail everywhere."""
 
 
-class Phase(enum.StrEnum):
+class Standing(enum.StrEnum):
     """Where a pipeline stands; see `recovery.pipeline`."""
 
     UNFORMED = "unformed"

@@ -33,7 +33,7 @@ from kevlarflow.errors import IllegalTransition
 from kevlarflow.recovery.ahead import Ahead, Plans
 from kevlarflow.recovery.books import Books
 from kevlarflow.recovery.dispatched import last_words
-from kevlarflow.recovery.forming import MAX_FAILURES, Forming, Phase
+from kevlarflow.recovery.forming import MAX_FAILURES, Forming, Standing
 from kevlarflow.recovery.giving_way import GivingWay
 from kevlarflow.recovery.ledger import Ledger, Step
 from kevlarflow.recovery.lost_stages import LostStages
@@ -73,7 +73,7 @@ class Pipeline:
     """The state machine; see the module's text. One door: `handle`."""
 
     def __init__(self, limits: Limits) -> None:
-        self.phase = Phase.UNFORMED
+        self.standing = Standing.UNFORMED
         self.epoch = Epoch(0)
         self.nodes: tuple[NodeInfo, ...] = ()
         self.reason = ""
@@ -162,7 +162,7 @@ class Pipeline:
             return self._plans.overdue(now)
         busy = self._in_flight.running or len(self.ledger) > 0
         # Steps that the nodes disagree on will not complete.
-        if order.planned and busy and self.phase is Phase.SERVING and not self._disagrees:
+        if order.planned and busy and self.standing is Standing.SERVING and not self._disagrees:
             return self._plans.make(order, self.nodes, now) + self._form_as_planned(now)
         return self._change_nodes(Ahead(order, now), now)
 
@@ -180,7 +180,7 @@ class Pipeline:
         self._plans.opened.clear()
         self.epoch, self.nodes = order.epoch, order.nodes
         self._books.generations.mark = order.epoch
-        self.phase = Phase.FORMING
+        self.standing = Standing.FORMING
         self.formations += 1
         lost = self._lost_stages.find(self.nodes, self.formations)
         blocks = min(node.kv_blocks for node in self.nodes)
@@ -257,7 +257,7 @@ class Pipeline:
         self._lost_stages.make_whole(self.nodes)
         if forming.first_step is not None and forming.first_step in self._in_flight:
             return []
-        self._forming, self.phase = None, Phase.SERVING
+        self._forming, self.standing = None, Standing.SERVING
         self._failures = self._failures if self._lost_stages.awaits_rest else 0
         self._in_flight.dispatched.settle()
         done = FormationDone(self.epoch, forming.phases(now), forming.requests, forming.recomputed_tokens)
@@ -274,7 +274,7 @@ class Pipeline:
         """Keep all requests until the next order, but nothing in flight: the scheduler gets no tokens for it."""
         lost = last_words(self.nodes, order.lost_stages, order.losses)
         doomed = self._in_flight.recall(order.epoch, set(), lost, self._forming)
-        self.phase, self._forming, self._disagrees = Phase.WAITING, None, False
+        self.standing, self._forming, self._disagrees = Standing.WAITING, None, False
         self._plans.drop()
         everybody = {entry.request for entry in self.ledger.entries()} | self._in_flight.requests
         aside = self._set_aside(dict.fromkeys(everybody, "") | doomed)
@@ -321,7 +321,7 @@ class Pipeline:
     def _issue(self, scheduled: Step) -> list[Command]:
         if scheduled.sequence in self._in_flight:
             raise IllegalTransition(f"step {scheduled.sequence}", "in flight", "StepIssued")
-        if self.phase is Phase.SUSPENDED or scheduled.formation <= self._abandoned_upto:
+        if self.standing is Standing.SUSPENDED or scheduled.formation <= self._abandoned_upto:
             return [Abandon(scheduled.sequence, self.reason)]
         # Blocks of a request that is set aside change hands all the same.
         self._books.generations.allocate(scheduled, self._books.block_size)
@@ -332,7 +332,7 @@ class Pipeline:
         before = list(self._in_flight)
         effects = self._books.tables.issue(step, self._books.generations, self._books.block_size)
         self._in_flight.add(step, effects, left_out, overtakes=bool(lost))
-        if self.phase is Phase.WAITING:
+        if self.standing is Standing.WAITING:
             return commands + self._set_aside(dict.fromkeys(step.scheduled, ""))
         if self._forming is not None and self._forming.to_place:
             self._forming.issued_meanwhile = True
@@ -400,7 +400,7 @@ class Pipeline:
         Steps that never ran on some stage leave blocks in the prefix cache that were never computed there: so no
         stage counts as complete, and the next formation evicts everything.
         """
-        self.phase, self.reason, self._forming = Phase.SUSPENDED, reason, None
+        self.standing, self.reason, self._forming = Standing.SUSPENDED, reason, None
         self._plans.drop()
         self._abandoned_upto, self._failures = self.formations, 0
         commands: list[Command] = [Abandon(sequence, reason) for sequence in self._in_flight.sequences]

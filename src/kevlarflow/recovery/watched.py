@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from kevlarflow.recovery.forming import Phase
+from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.pipeline_events import (
     Command,
@@ -63,7 +63,7 @@ class WatchedPipeline(Pipeline):
     @property
     def waits(self) -> bool:
         """Whether it waits for its nodes."""
-        return self.phase is Phase.FORMING or self._disagrees or bool(self._in_flight)
+        return self.standing is Standing.FORMING or self._disagrees or bool(self._in_flight)
 
     def still_seconds(self, now: float) -> float:
         """How long it has waited for its nodes in vain; 0.0 when it does not wait."""
@@ -78,7 +78,7 @@ class WatchedPipeline(Pipeline):
             if farewell is not None and event.epoch >= farewell.epoch:
                 del self._farewells[event.member]
             return []
-        if isinstance(event, FormationOrdered) and event.epoch == self.epoch and self.phase is Phase.SERVING:
+        if isinstance(event, FormationOrdered) and event.epoch == self.epoch and self.standing is Standing.SERVING:
             return [self._done] if self._done is not None and self._done.epoch == event.epoch else []
         waited, epoch = self.waits, self.epoch
         commands = super().handle(event, now)
@@ -101,7 +101,7 @@ class WatchedPipeline(Pipeline):
                 self._farewells[node.member] = _Farewell(node, self.epoch, now, now)
 
     def _say_farewell_again(self, now: float) -> list[Command]:
-        uses = self.phase not in (Phase.WAITING, Phase.SUSPENDED)
+        uses = self.standing not in (Standing.WAITING, Standing.SUSPENDED)
         serving = {node.member for node in self.nodes} if uses else set[Member]()
         self._farewells = {
             member: each

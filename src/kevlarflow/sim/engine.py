@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kevlarflow.recovery import pipeline_events as core
 from kevlarflow.recovery.capacity import without
 from kevlarflow.recovery.coverage import Replica
-from kevlarflow.recovery.forming import Phase
+from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.ledger import LedgerEntry, Step, StepResult
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.recovery.suspicion import POSSIBLE_REASON, REASON
@@ -90,7 +90,7 @@ class Engine(Process):
     def introduce(self) -> None:
         """Say who it is and what it serves."""
         epoch = Epoch(self.core.epoch)
-        suspended = self.core.phase in (Phase.WAITING, Phase.SUSPENDED)
+        suspended = self.core.standing in (Standing.WAITING, Standing.SUSPENDED)
         self._tell(messages.EngineAttached(self.pipeline, self.pid, epoch, self.core.members, self._shares, suspended))
 
     def _tell(self, message: messages.AnyMessage) -> None:
@@ -106,7 +106,7 @@ class Engine(Process):
         running, waiting = len(scheduler.running), len(scheduler.waiting) + len(scheduler.held) + len(self._inputs)
         blocks = self.fleet.plan.shape.blocks if self.started else 0
         load = (running, waiting, blocks, len(self.core.in_flight))
-        forming, still = self.core.phase is Phase.FORMING, self.core.still_seconds(self.timeline.now)
+        forming, still = self.core.standing is Standing.FORMING, self.core.still_seconds(self.timeline.now)
         epoch, replication = Epoch(self.core.epoch), self._replication()
         self._tell(messages.EngineReport(self.pipeline, *load, replication, epoch, forming, still))
 
@@ -143,7 +143,7 @@ class Engine(Process):
                 if order.epoch > self.core.epoch:
                     self.fleet.blame.note_order(order, self.core.nodes)
                 self._handle(suspension_ordered(order))
-                self.fleet.counts["waits for a node"] += self.core.phase is Phase.WAITING
+                self.fleet.counts["waits for a node"] += self.core.standing is Standing.WAITING
             else:
                 self._handle(core.StandbysAssigned(order.standbys))
 
@@ -213,7 +213,7 @@ class Engine(Process):
         told, self._told = self._told, []
         self.scheduler.obey(told)
         self._end_failed()
-        paused = self.core.phase is Phase.WAITING
+        paused = self.core.standing is Standing.WAITING
         step, known = self.scheduler.schedule(self.core.formations, paused=paused)
         says_something = bool(step.scheduled or step.finished or step.preempted)
         if not says_something and self.fleet.rng.random() < 0.8:
@@ -274,7 +274,7 @@ class Engine(Process):
     @property
     def suspended_reason(self) -> str:
         """Why it cannot generate; empty when it can."""
-        return self.core.reason if self.core.phase is Phase.SUSPENDED else ""
+        return self.core.reason if self.core.standing is Standing.SUSPENDED else ""
 
     @property
     def in_flight(self) -> int:
@@ -334,7 +334,7 @@ class Engine(Process):
             self.prepared[event.epoch].add(source.member)
         before, epoch = self.core.in_flight, self.core.epoch
         commands = self.core.handle(event, self.timeline.now)
-        if self.core.epoch != epoch and self.core.phase is Phase.FORMING:
+        if self.core.epoch != epoch and self.core.standing is Standing.FORMING:
             self._use(self.core.nodes)
         if not awaited and (commands or before != self.core.in_flight):
             raise NotFenced(f"{self} believes {event} of {source} in epoch {self.core.epoch}")
@@ -345,7 +345,7 @@ class Engine(Process):
     def _handle(self, event: core.Event | LaneLeft | TimePassed) -> None:
         epoch = self.core.epoch
         commands = self.core.handle(event, self.timeline.now)
-        if self.core.epoch != epoch and self.core.phase is Phase.FORMING:
+        if self.core.epoch != epoch and self.core.standing is Standing.FORMING:
             self._use(self.core.nodes)
         self._carry_out_all(commands)
 

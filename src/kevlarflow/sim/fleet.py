@@ -19,7 +19,7 @@ from kevlarflow.node.lanes import Header, Lane
 from kevlarflow.recovery import events
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.events import AnyCommand, KnownNode, Snapshot
-from kevlarflow.recovery.forming import Phase
+from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.members import Pipeline
 from kevlarflow.recovery.suspicion import MAX_COST
 from kevlarflow.sim.blame import Blame
@@ -424,7 +424,7 @@ class Fleet:
     def check_left(self, engine: Engine) -> None:
         """No node that hears and works keeps a lane of a pipeline that has waited for a while."""
         since = self._waits_since.setdefault(engine.name, self.timeline.now)
-        if engine.core.phase is not Phase.WAITING:
+        if engine.core.standing is not Standing.WAITING:
             del self._waits_since[engine.name]
         elif self.timeline.now > since + LEAVING_SECONDS and not self.network.cuts and self.network.slowness == 1.0:
             # What was lost with a connection is said again a while later.

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
-from kevlarflow.recovery.forming import Phase
+from kevlarflow.recovery.forming import Standing
 from kevlarflow.sim.engine import Engine
 from kevlarflow.sim.errors import Overlooked
 from kevlarflow.sim.network import Cut, Process
@@ -211,7 +211,7 @@ class Mischief:
             return False
         pipeline: PipelineId = header.pipeline  # type: ignore[union-attr]
         engine = self._fleet.engines[pipeline]
-        if phase == "reissue" and engine.core.phase is not Phase.FORMING:
+        if phase == "reissue" and engine.core.standing is not Standing.FORMING:
             return False
         fault = self._armed[phase].pop()
         if not self._armed[phase]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from kevlarflow.recovery import pipeline_events as core
 from kevlarflow.recovery.capacity import without
 from kevlarflow.recovery.coverage import Replica
-from kevlarflow.recovery.forming import Phase
+from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.ledger import Step, StepResult
 from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Chunk, Limits
@@ -193,7 +193,7 @@ class World:
 
     @property
     def _waits(self) -> bool:
-        return self.pipeline.phase is Phase.WAITING
+        return self.pipeline.standing is Standing.WAITING
 
     def _schedule(self) -> None:
         formation, paused = self.pipeline.formations, self._waits

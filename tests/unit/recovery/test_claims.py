@@ -2,7 +2,7 @@
 
 from kevlarflow.recovery import pipeline_events as p
 from kevlarflow.recovery.coverage import Replica
-from kevlarflow.recovery.forming import Phase
+from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.ledger import Admission, Step, StepResult
 from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Limits
@@ -38,7 +38,7 @@ def serving_one_request():
     admission = Admission("r", tuple(range(6)), (1, 2), 0, None)
     pipeline.handle(p.StepIssued(Step(1, (admission,), (), {"r": 6}, frozenset(), frozenset(), 9)), 1.6)
     pipeline.handle(p.StepExecuted(1, 1, StepResult({"r": [7]}, {})), 1.7)
-    assert pipeline.phase is Phase.SERVING
+    assert pipeline.standing is Standing.SERVING
     return pipeline
 
 
@@ -91,7 +91,7 @@ def after_the_first_of_two_losses():
     for stage in (0, 1):
         pipeline.handle(p.StageJoined(2, stage), 2.2)
         pipeline.handle(p.StageRestored(2, stage), 2.3)
-    assert pipeline.phase is Phase.SERVING
+    assert pipeline.standing is Standing.SERVING
     return pipeline
 
 

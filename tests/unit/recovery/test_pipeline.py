@@ -5,7 +5,7 @@ import pytest
 from kevlarflow.errors import IllegalTransition
 from kevlarflow.recovery import pipeline_events as p
 from kevlarflow.recovery.coverage import Replica
-from kevlarflow.recovery.forming import MAX_FAILURES, Phase
+from kevlarflow.recovery.forming import MAX_FAILURES, Standing
 from kevlarflow.recovery.ledger import Admission, Continuation, Step, StepResult
 from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Limits
@@ -46,7 +46,7 @@ def serving(nodes=(A0, A1)):
     for stage in (0, 1):
         pipeline.handle(p.StageJoined(1, stage), 0.1)
         pipeline.handle(p.StageRestored(1, stage), 0.2)
-    assert pipeline.phase is Phase.SERVING
+    assert pipeline.standing is Standing.SERVING
     return pipeline
 
 
@@ -79,7 +79,7 @@ def test_forming_joins_and_restores_every_stage():
     pipeline = Pipeline(LIMITS)
     commands = pipeline.handle(p.FormationOrdered(1, (A0, A1)), 0.0)
     assert commands == [p.Join(0), p.Join(1), p.Restore(()), p.EvictPrefixCache()]
-    assert pipeline.phase is Phase.FORMING
+    assert pipeline.standing is Standing.FORMING
 
 
 def test_a_step_goes_out_and_its_result_comes_back():
@@ -103,7 +103,7 @@ def test_a_planned_change_waits_for_the_steps_in_flight_and_holds_back_later_one
     assert commands == []
     assert pipeline.handle(executed(1, 1), 2.1) == [p.Deliver(1)]
     assert pipeline.handle(p.StepIssued(go_on(3, formation=2)), 2.2) == []
-    assert (pipeline.epoch, pipeline.phase) == (1, Phase.SERVING)
+    assert (pipeline.epoch, pipeline.standing) == (1, Standing.SERVING)
     commands = pipeline.handle(executed(1, 2, s=[8]), 2.3)
     assert commands[0] == p.Deliver(2)
     assert kinds(commands[1:]) == [
@@ -116,7 +116,7 @@ def test_a_planned_change_waits_for_the_steps_in_flight_and_holds_back_later_one
         "EvictPrefixCache",
     ]
     assert sent(commands) == [3]
-    assert (pipeline.epoch, pipeline.phase) == (2, Phase.FORMING)
+    assert (pipeline.epoch, pipeline.standing) == (2, Standing.FORMING)
 
 
 def test_standbys_that_are_named_while_a_planned_change_waits_follow_it():
@@ -338,7 +338,7 @@ def test_recovery_work_that_raises_once_ends_nobody():
     # When it has gone well, it may fail as often again.
     prepared(pipeline, pipeline.epoch, following)
     pipeline.handle(executed(pipeline.epoch, 1, a=[7]), 1.3)
-    assert pipeline.phase is Phase.SERVING
+    assert pipeline.standing is Standing.SERVING
     assert fail_to_prepare(pipeline, MAX_FAILURES)[0] == [p.RequestFormation(0, "boom")]
 
 

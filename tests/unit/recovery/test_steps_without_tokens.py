@@ -2,7 +2,7 @@
 
 from kevlarflow.recovery import pipeline_events as p
 from kevlarflow.recovery.coverage import Replica
-from kevlarflow.recovery.forming import Phase
+from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.ledger import Admission, Step, StepResult
 from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Limits
@@ -38,4 +38,4 @@ def test_it_is_over_when_the_recovery_that_held_it_back_is_done():
     assert p.Deliver(2) in commands
     answer(pipeline, 2)
     assert pipeline.in_flight == ()
-    assert pipeline.phase is Phase.SERVING
+    assert pipeline.standing is Standing.SERVING

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kevlarflow.recovery import pipeline_events as p
-from kevlarflow.recovery.forming import Phase
+from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.ledger import Continuation, Step
 from unit.recovery.test_pipeline import A0, B1, admit, empty, executed, go_on, kinds, node, prepared, sent, serving
 
@@ -36,7 +36,7 @@ def test_what_is_in_flight_is_over_without_tokens_and_the_ledger_stays():
     left = [p.Leave(each) for each in pipeline.nodes]
     over = [p.SetAside((p.Aside("r", "", known=True),), frozenset({1})), p.Deliver(2, frozenset("r"))]
     assert commands == [*over, *left]
-    assert (pipeline.phase, pipeline.in_flight) == (Phase.WAITING, ())
+    assert (pipeline.standing, pipeline.in_flight) == (Standing.WAITING, ())
     assert pipeline.ledger["r"].output == [7]
     assert pipeline.ledger["r"].blocks == []
     # What still comes from nodes that are alive is of an old epoch.
@@ -51,7 +51,7 @@ def test_requests_go_on_from_the_ledger_when_the_pipeline_is_formed():
     (restore,) = [each for each in commands if isinstance(each, p.Restore)]
     assert [(entry.request, entry.output, entry.computed) for entry in restore.entries] == [("r", [7], 0)]
     prepared(pipeline, 3, commands)
-    assert pipeline.phase is Phase.SERVING
+    assert pipeline.standing is Standing.SERVING
     assert sent(pipeline.handle(p.StepIssued(resume(3)), 9.1)) == [3]
     pipeline.handle(executed(3, 3, r=[8]), 9.2)
     assert pipeline.ledger["r"].output == [7, 8]
@@ -85,7 +85,7 @@ def test_an_order_to_wait_that_is_older_than_what_serves_is_ignored():
     pipeline = decoding()
     pipeline.handle(p.FormationOrdered(3, (A0, B1)), 2.0)
     assert waiting(pipeline, epoch=2) == []
-    assert pipeline.phase is Phase.FORMING
+    assert pipeline.standing is Standing.FORMING
 
 
 def test_a_planned_change_is_given_up():

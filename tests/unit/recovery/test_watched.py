@@ -1,7 +1,7 @@
 """What a pipeline's core knows of time: since when it waits, and what it has to say again."""
 
 from kevlarflow.recovery import pipeline_events as p
-from kevlarflow.recovery.forming import Phase
+from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.ledger import Admission, Step, StepResult
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.recovery.watched import GIVE_UP_SECONDS, LaneLeft, TimePassed, WatchedPipeline
@@ -58,7 +58,7 @@ def test_an_order_that_comes_again_is_no_answer_while_nodes_are_silent():
     order = p.FormationOrdered(2, (A0, A1))
     pipeline.handle(order, 3.0)
     pipeline.handle(order, 4.0)
-    assert pipeline.phase is Phase.FORMING
+    assert pipeline.standing is Standing.FORMING
     assert pipeline.still_seconds(5.0) == 2.0
 
 
