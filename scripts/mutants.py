@@ -380,7 +380,7 @@ MUTANTS = (
     Mutant(
         "a pipeline that waits for a node keeps its lanes",
         "recovery/pipeline.py",
-        "        return [Leave(node) for node in self.nodes]\n",
+        "        return [Leave(node) for node in dict.fromkeys([*self.nodes, *opened])]\n",
         "        return []\n",
     ),
     Mutant(
@@ -412,14 +412,14 @@ MUTANTS = (
     Mutant(
         "a node that hears nothing is left alone",
         "recovery/detector.py",
-        "            self._deaf(listener),\n",
-        "",
+        ", self._deaf(listener)]",
+        "]",
     ),
     Mutant(
         "a node that hangs in a step is left alone",
         "recovery/detector.py",
-        "            self._stuck(member, listener, now),\n",
-        "",
+        "[self._stuck(member, listener, now), ",
+        "[",
     ),
     Mutant(
         "nodes that hang excuse one another",

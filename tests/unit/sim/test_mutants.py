@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,16 @@ QUICK = (
     "the watermark is off by one block",
     "steps are issued again out of order",
 )
+
+
+def test_every_bug_can_be_planted() -> None:
+    script = runpy.run_path(str(SCRIPT))
+    moved = [
+        each.name
+        for each in script["MUTANTS"]
+        if (script["ROOT"] / "src" / "kevlarflow" / each.file).read_text().count(each.text) != 1
+    ]
+    assert not moved, "the code has changed: mend these in scripts/mutants.py"
 
 
 def hunt(*arguments: str) -> subprocess.CompletedProcess[str]:
