@@ -134,6 +134,8 @@ class Cluster(Grid):
         for pipeline in self.pipelines:
             if self.aborted is None:
                 formation.balance(self, pipeline)
+        if self.aborted is None:
+            nodes.start_replacements(self)
         return self.commands
 
     def snapshot(self) -> Snapshot:

@@ -62,6 +62,8 @@ class Slot:
     """When a starting member is given up."""
     start_at: float | None = None
     """When the next member is to be started; None while there is one, and when there will be none."""
+    gives_way: bool = False
+    """Whether it is started sooner than that if no recovery would be disturbed by it."""
     exit_due: float | None = None
     """When the exit of a starting member is believed: until then it may say why."""
     fenced_by: float | None = None
@@ -109,6 +111,7 @@ class Slot:
         self.pids = ()
         self.info = None
         self.ready_by = self.start_at = self.exit_due = self.fenced_by = None
+        self.gives_way = False
         self.computing = self.emptied_for = self.stuck_since = self.leave_by = None
         self.vacant = False
 

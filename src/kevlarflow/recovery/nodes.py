@@ -17,6 +17,9 @@ from kevlarflow.types import Cause, Computing, Epoch, Loss, Member, NodeState, P
 RETRY_SECONDS = 0.5
 """Pause after the first failed start; doubled after each further one, up to `LONGEST_RETRY_SECONDS`."""
 LONGEST_RETRY_SECONDS = 60.0
+GIVES_WAY_SECONDS = 1.0
+"""For how long a replacement is not started, at most, because pipelines recover: it would take their CPUs and memory
+bandwidth in the moment in which clients wait."""
 EXIT_PATIENCE_SECONDS = 0.1
 """How long the reason of a node that died while starting may be under way."""
 
@@ -243,19 +246,29 @@ def _bereave(grid: Grid, pipeline: Pipeline, slot: Slot, member: Member, cause: 
 
 
 def _replace(grid: Grid, slot: Slot, was_starting: bool) -> None:
-    """Start the next member: at once after a crash, later and later while it does not even start."""
+    """Start the next member: after a crash when the recovery is over, later and later while it does not even start."""
     if slot.emptied_for is Cause.DRAIN:
         slot.vacant = True
         grid.narrate(f"the place of {slot.node} stays empty until `kevlarflow node --join {slot.node}` fills it")
         return
     if not was_starting:
-        start(grid, slot)
+        slot.start_at = grid.now + GIVES_WAY_SECONDS
+        slot.gives_way = True
         return
     slot.failed_starts += 1
     doublings = min(slot.failed_starts - 1, 10)
     pause = min(LONGEST_RETRY_SECONDS, RETRY_SECONDS * 2**doublings)
     slot.start_at = grid.now + pause
     grid.narrate(f"{slot.node} is started again in {pause:g} s: see {log_path(grid, slot)}")
+
+
+def start_replacements(grid: Grid) -> None:
+    """Start those that gave way to a recovery, unless one is still under way."""
+    if any(each.forming and each.state is PipelineState.RECOVERING for each in grid.pipelines):
+        return
+    for slot in grid.slots.values():
+        if slot.gives_way:
+            start(grid, slot)
 
 
 def _lose_silent(grid: Grid, slot: Slot) -> None:

@@ -87,11 +87,12 @@ class Mischief:
                 self._trouble(fault, node)
 
     def _freeze_engine(self, fault: Fault) -> None:
-        """One that is stopped for good has to be killed."""
+        """One that is stopped for good has to be killed; before it has attached that is up to those who start it."""
         engine = self._fleet.engines[fault.pipeline]
+        known = self._fleet.controller.cluster.pipelines[fault.pipeline].engine
         if engine.alive:
             engine.freeze()
-            if fault.detail != "for good":
+            if fault.detail != FOR_GOOD or known.pid != engine.pid:
                 self._stopped.append(engine)
                 self._later(fault, functools.partial(self._thaw_engine, engine))
 

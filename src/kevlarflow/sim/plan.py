@@ -268,7 +268,7 @@ def _fault(rng: random.Random, name: str, shape: Shape, moments: list[tuple[floa
         "cut": ("controller", "engine", "activations", "copies", "engine controller", "all", "all"),
         "freeze": ("", "", "hard to kill", FOR_GOOD, AS_IT_LOADS),
         "controller": ("", "as it acts"),
-        "engine freeze": ("", "", "for good"),
+        "engine freeze": ("", "", FOR_GOOD),
         "stuck": WAYS,
     }
     at, busy = rng.choice(moments)

@@ -8,8 +8,9 @@ import pytest
 from cluster_driver import Driver, lines, member, orders
 from kevlarflow.errors import IllegalTransition
 from kevlarflow.recovery import events
+from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.events import Abort, KillNode, Narrate, Retire, StartNode, Suspend
-from kevlarflow.recovery.nodes import LONGEST_RETRY_SECONDS
+from kevlarflow.recovery.nodes import GIVES_WAY_SECONDS, LONGEST_RETRY_SECONDS
 from kevlarflow.recovery.status import status_document
 from kevlarflow.recovery.transitions import NODE, PIPELINE, NodeStep, PipelineStep, next_node_state
 from kevlarflow.types import (
@@ -126,14 +127,16 @@ def test_the_standby_takes_over_and_a_replacement_is_started():
     driver = Driver().serve()
     driver.now += 5
     assert driver.exited("node-0-1", alive_at=driver.now - 0.25) == [
-        StartNode(member("node-0-1", 2), Stage(1)),
         Narrate(f"node-0-1 died (pid {pid_of(member('node-0-1'))}): pipeline 0 borrows node-1-1"),
         driver.form(0, 2, ["node-0-0", "node-1-1"], Cause.CRASH, lost=[1]),
     ]
     assert driver.state(0) is PipelineState.RECOVERING
     assert driver.cluster.serving
     driver.now += 0.2
-    assert lines(driver.formed(0, 2)) == ["pipeline 0 recovered in 450 ms: 3 requests, 5 tokens recomputed"]
+    assert driver.formed(0, 2) == [
+        Narrate("pipeline 0 recovered in 450 ms: 3 requests, 5 tokens recomputed"),
+        StartNode(member("node-0-1", 2), Stage(1)),
+    ]
     assert driver.state(0) is PipelineState.SERVING
     (recovery,) = driver.cluster.recoveries
     assert recovery.state is RecoveryState.DONE
@@ -278,6 +281,7 @@ def test_a_silent_node_that_cannot_be_killed_is_lost_all_the_same():
 def test_a_replacement_that_is_stopped_while_it_loads_is_fenced_and_another_started():
     driver = Driver().serve()
     driver.exited("node-0-1")
+    driver.formed(0, 2)
     stopped = member("node-0-1", 2)
     driver.do(events.NodeLaunched(stopped, 77))
     assert driver.do(events.NodeSilent(stopped, driver.now - 0.3, "was stopped")) == [KillNode(stopped, (77,))]
@@ -299,6 +303,40 @@ def test_a_node_that_is_stopped_during_the_first_start_is_no_reason_to_give_up()
 
 
 # ---- replacements and rejoin
+
+
+def started(commands):
+    return [each.member for each in commands if isinstance(each, StartNode)]
+
+
+def test_replacements_give_way_to_every_recovery():
+    driver = Driver(pipelines=3).serve()
+    assert started(driver.exited("node-0-1")) == []
+    assert started(driver.exited("node-1-0")) == []
+    first, second = (driver.cluster.pipelines[index] for index in (0, 1))
+    assert started(driver.formed(0, first.epoch)) == []
+    assert started(driver.formed(1, second.epoch)) == [member("node-0-1", 2), member("node-1-0", 2)]
+
+
+def test_replacements_do_not_give_way_for_long():
+    driver = Driver().serve()
+    driver.exited("node-0-1")
+    assert started(driver.tick(GIVES_WAY_SECONDS - 0.1)) == []
+    assert started(driver.tick(0.2)) == [member("node-0-1", 2)]
+    assert started(driver.formed(0, 2)) == []
+
+
+def test_a_replacement_that_requests_wait_for_starts_at_once():
+    driver = Driver(pipelines=1).serve()
+    assert started(driver.exited("node-0-1")) == [member("node-0-1", 2)]
+
+
+def test_a_replacement_that_gave_way_is_started_by_the_next_life_of_the_controller():
+    driver = Driver().serve()
+    driver.exited("node-0-1")
+    snapshot = driver.cluster.snapshot()
+    driver.cluster = Cluster(driver.config)
+    assert started(driver.do(events.ControllerResumed(snapshot))) == [member("node-0-1", 2)]
 
 
 def test_a_replacement_takes_its_lane_back_at_a_quiet_point():
@@ -359,6 +397,7 @@ def test_a_lane_counts_as_taken_until_it_has_been_given_up():
 def test_a_replacement_that_does_not_start_is_tried_again_later_and_later():
     driver = Driver().serve()
     driver.exited("node-0-1")
+    driver.formed(0, 2)
     pauses = []
     for incarnation in range(2, 14):
         failed = driver.do(events.NodeFailed(member("node-0-1", incarnation), "no memory"))
@@ -385,8 +424,8 @@ def test_a_member_of_the_past_is_sent_away():
 def test_a_slow_replacement_does_not_stop_the_rest():
     driver = Driver().serve()
     driver.exited("node-0-1")
-    driver.do(events.NodeLaunched(member("node-0-1", 2), 99))
     driver.formed(0, 2)
+    driver.do(events.NodeLaunched(member("node-0-1", 2), 99))
     commands = driver.tick(601)
     assert commands[0] == KillNode(member("node-0-1", 2), (99,))
     assert driver.state(0) is PipelineState.SERVING

@@ -107,6 +107,7 @@ def test_what_cannot_be_drained_is_refused_with_one_line(node, prepare, refusal)
     driver = Driver().serve()
     for lost in prepare:
         driver.exited(lost)
+        driver.formed(0, 2)
     before = {each.node: each.state for each in driver.cluster.slots.values()}
     assert drain(driver, node) == refusal
     assert {each.node: each.state for each in driver.cluster.slots.values()} == before
@@ -159,8 +160,8 @@ def test_an_empty_place_is_filled_by_hand_and_the_lane_comes_home():
     assert form.cause is Cause.REJOIN
     driver.formed(0, 3)
     # From now on it is replaced as any other.
-    commands = driver.exited("node-0-1", 2)
-    assert StartNode(member("node-0-1", 3), Stage(1)) in commands
+    driver.exited("node-0-1", 2)
+    assert StartNode(member("node-0-1", 3), Stage(1)) in driver.formed(0, 4)
 
 
 @pytest.mark.parametrize("node", ["node-0-0", "node-9-0"])
@@ -174,6 +175,7 @@ def test_a_place_that_is_taken_or_unknown_is_refused(node):
 def test_a_place_that_was_given_up_or_waits_for_the_next_try_is_filled_by_hand():
     driver = Driver().serve()
     driver.exited("node-0-1")
+    driver.formed(0, 2)
     driver.do(events.LaunchFailed(member("node-0-1", 2), "no launcher"))
     assert join(driver, "node-0-1").member == member("node-0-1", 3)
     assert not any(isinstance(command, StartNode) for command in driver.tick(60.0))

@@ -175,4 +175,5 @@ def test_a_slow_node_that_somebody_drains_meanwhile_is_not_replaced():
 def test_a_slow_node_that_dies_before_it_has_left_is_replaced():
     driver = serving()
     slow(driver)
-    assert StartNode(member("node-0-1", 2), Stage(1)) in driver.exited("node-0-1")
+    driver.exited("node-0-1")
+    assert StartNode(member("node-0-1", 2), Stage(1)) in driver.formed(0, 2)
