@@ -31,7 +31,8 @@ COMMAND_TIMEOUT_SECONDS = 180.0
 class Load:
     """Streams that begin again as soon as they end, each with the same prompt every time."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, tokens: int = TOKENS) -> None:
+        self._tokens = tokens
         self._address = Address("127.0.0.1", cluster.port)
         self._model: str = cluster.status()["model"]
         self._stopping = False
@@ -42,7 +43,7 @@ class Load:
     async def _client(self, number: int) -> None:
         round_number = 0
         while not self._stopping:
-            request = completion(f"{number}/{round_number}", PROMPTS[number], TOKENS, number % 2)
+            request = completion(f"{number}/{round_number}", PROMPTS[number], self._tokens, number % 2)
             self.streams.append(await send(self._address, self._model, request))
             round_number += 1
 
@@ -71,7 +72,7 @@ class Load:
 
     def require_whole(self) -> None:
         """Every stream arrived whole, and said what the first one with its prompt said."""
-        defects = [defect for stream in self.streams if (defect := stream.defect(TOKENS))]
+        defects = [defect for stream in self.streams if (defect := stream.defect(self._tokens))]
         assert not defects
         for number in range(len(PROMPTS)):
             texts = {stream.text for stream in self.streams if stream.name.startswith(f"{number}/")}

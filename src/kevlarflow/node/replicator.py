@@ -16,6 +16,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
+from setproctitle import setthreadtitle
+
 from kevlarflow.config import ServeConfig
 from kevlarflow.replication.blocks import KvBlocks
 from kevlarflow.replication.queue import ReplicationQueue
@@ -105,6 +107,8 @@ class Replicator(threading.Thread):
 
     def run(self) -> None:
         """Copy and store for ever."""
+        # To the kernel too, so that `top -H` tells this thread from the one that computes.
+        setthreadtitle(self.name)
         while True:
             try:
                 wait = self._turn()

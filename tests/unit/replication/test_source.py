@@ -1,14 +1,17 @@
 """What a source copies and when, over the transfer's twin in memory. Time is an argument."""
 
+import tracemalloc
 import zlib
 
 import pytest
+import zmq
 
 from kevlarflow.recovery.coverage import Replica, Worth
 from kevlarflow.recovery.use import NO_CHANGE, Use
 from kevlarflow.replication.queue import ReplicationQueue
 from kevlarflow.replication.source import CLOSED_SECONDS, UNANSWERED_SECONDS, Source
 from kevlarflow.replication.transfer import CHANNEL_PLACES, MemoryNetwork, MemoryTransfer
+from kevlarflow.replication.zmq_transfer import ZmqTransfer
 from kevlarflow.types import Member
 from kevlarflow.wire import replicas, steps
 from unit.replication.parts import BLOCK_SIZE, Memory, standby_info
@@ -176,6 +179,47 @@ def test_a_full_channel_is_not_a_loss():
         bench.confirm(copies)
         sent += [copy.block for _, copy, _ in copies]
     assert sorted(sent) == list(range(6))
+
+
+class LargeMemory(Memory):
+    """KV memory of blocks that ZeroMQ does not copy."""
+
+    block_bytes = 1 << 17
+    token_bytes = block_bytes // BLOCK_SIZE
+
+    def read(self, block, into):
+        into[:] = bytes(len(into))
+
+    def read_tokens(self, block, start, end, into):
+        into[:] = bytes(len(into))
+
+
+def test_a_standby_that_reads_nothing_takes_a_bounded_amount_of_memory_however_long_that_lasts(tmp_path):
+    deaf = zmq.Context.instance().socket(zmq.ROUTER)
+    deaf.setsockopt(zmq.RCVHWM, 1)
+    deaf.bind(f"ipc://{tmp_path}/deaf")
+    transfer = ZmqTransfer(f"ipc://{tmp_path}/a", LargeMemory.block_bytes, peers=2)
+    source = Source(Member("a", 1), 0, LargeMemory(), FAST, lambda _: None)
+    lane = source.lane(0, range(50), ReplicationQueue(BLOCK_SIZE, 2))
+    source.assign(lane, standby_info(f"ipc://{tmp_path}/deaf"))
+    most, now = 0, 0.0
+    tracemalloc.start()
+    try:
+        for generation in range(200):
+            for filled in (2, 4):
+                written = [Replica(block, generation, filled) for block in range(50)]
+                lane.queue.begin(written, NO_CHANGE)
+                lane.queue.end(written)
+            for _ in range(2 * CHANNEL_PLACES):
+                now += source.turn(transfer, now)
+            now += UNANSWERED_SECONDS
+            most = max(most, tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+        transfer.close()
+        deaf.close(linger=0)
+    assert not lane.queue.is_empty
+    assert most < 10 * CHANNEL_PLACES * LargeMemory.block_bytes, "200 times the channel's places were filled"
 
 
 def test_a_replica_that_the_standby_dropped_is_told_and_not_sent_again():
