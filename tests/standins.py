@@ -78,7 +78,9 @@ def _supervisor(port: int, zygote: str, controller: str, terminal: str) -> int:
     from kevlarflow.control.run_folder import RunFolder
     from kevlarflow.control.supervisor import Programs, Supervisor
     from kevlarflow.errors import KevlarFlowError
+    from kevlarflow.log_output import lose_what_cannot_be_written
 
+    lose_what_cannot_be_written()
     signal.signal(signal.SIGHUP, signal.SIG_IGN if terminal == "nohup" else signal.SIG_DFL)
     folder = configuration.run_folder_of(port)
     config = make_config(folder, port)

@@ -219,6 +219,21 @@ def test_a_run_that_lost_a_process_keeps_its_logs(cluster: Cluster) -> None:
     assert f"process {victim}: status -9" in (cluster.folder.with_suffix(".logs") / "exits.log").read_text()
 
 
+def test_a_full_disk_costs_the_log_and_not_the_cluster(cluster: Cluster) -> None:
+    logs = cluster.folder.with_suffix(".logs")
+    (logs / "exits.log").symlink_to("/dev/full")
+    (logs / "controller.log").unlink()
+    (logs / "controller.log").mkdir()  # It cannot be opened, as when there is no room for another file.
+    for _ in range(2):
+        victim = cluster.the("standins.py controller")
+        os.kill(victim, signal.SIGKILL)
+        cluster.wait_for(rf"\(process {victim}\) died: starting it again")
+        wait_until(lambda: cluster.pids("standins.py controller"))
+    cluster.supervisor.terminate()
+    assert cluster.end() == 0
+    assert cluster.errors() == ""
+
+
 def dead_process() -> Process:
     child = subprocess.Popen(["sleep", "1000"])
     process = Process("sleeper", child.pid, Path("/dev/null"))

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ import pytest
 from kevlarflow.config import ServeConfig
 from kevlarflow.errors import KevlarFlowError
 from kevlarflow.kinship import adopt_orphans, die_with_parent
-from kevlarflow.node.zygote import Targets, Zygote, require_one_thread
+from kevlarflow.log_output import lose_what_cannot_be_written
+from kevlarflow.node.zygote import Targets, Zygote, redirect_output, require_one_thread
 from kevlarflow.types import NodeId, Stage
 from kevlarflow.wire.messages import AnyMessage, AskStatus, StartApiServer, Started, StartNode, decode, encode
 from standins import make_config, wait_until
@@ -67,8 +67,8 @@ def config() -> Iterator[ServeConfig]:
 
 
 @pytest.fixture
-def zygote(config: ServeConfig) -> Iterator[int]:
-    """The process id of a zygote, in a family as the supervisor makes it."""
+def zygote(config: ServeConfig, request: pytest.FixtureRequest) -> Iterator[int]:
+    """The process id of a zygote, in a family as the supervisor makes it. A parameter is the path of its log."""
     told, tell = os.pipe()
     supervisor = os.fork()
     if supervisor == 0:
@@ -76,7 +76,7 @@ def zygote(config: ServeConfig) -> Iterator[int]:
             adopt_orphans()
             pid = os.fork()
             if pid == 0:
-                serve(config)
+                serve(config, getattr(request, "param", os.devnull))
             os.write(tell, str(pid).encode())
             while True:
                 os.wait()
@@ -89,15 +89,16 @@ def zygote(config: ServeConfig) -> Iterator[int]:
     os.waitpid(supervisor, 0)
 
 
-def serve(config: ServeConfig) -> NoReturn:
+def serve(config: ServeConfig, log: str) -> NoReturn:
     """Be the zygote."""
     try:
+        redirect_output(log)
         die_with_parent(os.getppid())
         # Other tests of this process may have left sockets open: they are not the zygote's.
         for descriptor in filter(is_socket, map(int, os.listdir("/proc/self/fd"))):
             os.close(descriptor)
         # Pytest has put its own files in their place.
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        lose_what_cannot_be_written()
         running = Zygote(config, Targets(node=report, api_server=fail))
         running.listen()
         running.serve()
@@ -147,6 +148,23 @@ def test_a_node_gets_a_place_of_its_own(config: ServeConfig) -> None:
         assert Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"kevlarflow: node-0-1-3")
         wait_until(lambda: "said to the log" in Path(config.log_folder, "node-0-1-3.log").read_text())
         first.close()
+
+
+@pytest.mark.parametrize("zygote", ["/dev/full"], indirect=True)
+@pytest.mark.parametrize("log_exists", [True, False])
+def test_a_full_disk_costs_the_logs_and_neither_zygote_nor_node(
+    config: ServeConfig, zygote: int, log_exists: bool
+) -> None:
+    if log_exists:
+        Path(config.log_folder, "node-0-1-3.log").symlink_to("/dev/full")
+    else:
+        Path(config.log_folder).rmdir()
+    with connect(config) as launcher:
+        pid = ask(launcher, NODE)
+        wait_until(lambda: Path(config.path("facts")).exists())
+        # What it said was lost; that it said it did not end it, nor the zygote.
+        ask(launcher, StartApiServer())
+        wait_until(lambda: siblings_of(zygote) == [str(pid)])
 
 
 @pytest.mark.usefixtures("zygote")

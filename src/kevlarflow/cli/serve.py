@@ -29,6 +29,7 @@ from kevlarflow.config import (
     Timeouts,
 )
 from kevlarflow.errors import UsageError
+from kevlarflow.log_output import lose_what_cannot_be_written
 
 USAGE = f"""\
 usage: kevlarflow serve [MODEL] [-pp S] [-dp R] [--port P] [any flag of vllm serve]
@@ -197,6 +198,7 @@ def _supervise(config: ServeConfig) -> int:
         raise UsageError(
             f"{config.run_folder} cannot be made ({error.strerror}): set XDG_RUNTIME_DIR to a folder of yours with room"
         ) from error
+    lose_what_cannot_be_written()
     for line in introduction(config):
         say(line)
     return Supervisor(config, run_folder, child_environment(config), say).run()
@@ -263,8 +265,5 @@ def child_environment(config: ServeConfig) -> dict[str, str]:
 
 
 def say(line: str) -> None:
-    """Print a line for the person in front of the terminal, who may have left."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - it stays open for good.
+    """Print a line for the person in front of the terminal."""
+    print(line, flush=True)

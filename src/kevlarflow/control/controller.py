@@ -27,7 +27,7 @@ import zmq
 
 from kevlarflow import config as configuration
 from kevlarflow.config import ServeConfig
-from kevlarflow.control.journal import Journal, Memory, Remembered, unix_offset
+from kevlarflow.control.journal import Records, Remembered, unix_offset
 from kevlarflow.control.launcher import LauncherClient
 from kevlarflow.control.metrics import Metrics
 from kevlarflow.control.observers import Observers
@@ -36,6 +36,7 @@ from kevlarflow.control.relatives import find_relatives
 from kevlarflow.control.translate import FromPeer, event_of, order_of
 from kevlarflow.control.watcher import LocalProcessWatcher
 from kevlarflow.errors import KevlarFlowError
+from kevlarflow.log_output import lose_what_cannot_be_written
 from kevlarflow.recovery import events
 from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.detector import Beat, Detector
@@ -83,8 +84,7 @@ class Controller:
         self.observers = Observers(hub, self.cluster)
         self.peers = Peers()
         self.metrics = Metrics()
-        self.journal = Journal(config.path("journal.jsonl"))
-        self.memory = Memory(config.path("controller.json"))
+        self.records = Records(config.run_folder)
         self.dropped = 0
         """Messages that could not be decoded, or that had no business here."""
         self._tick_at = 0.0
@@ -101,7 +101,7 @@ class Controller:
         now = self.clock()
         remembered = self._recall()
         facts = {"unix_offset": self.cluster.unix_offset, "config": self.config}
-        self.journal.start(now, resumed=remembered is not None, **facts)
+        self.records.journal.start(now, resumed=remembered is not None, **facts)
         if remembered is None:
             self.handle(events.ClusterBegun(), now)
             return
@@ -116,7 +116,7 @@ class Controller:
 
     def _recall(self) -> Remembered | None:
         """What an earlier life has left; if that cannot be read, who there is. None in the first life."""
-        remembered = self.memory.recall()
+        remembered = self.records.memory.recall()
         if remembered is not None and remembered.snapshot.epochs:
             return remembered
         found = find_relatives(self.config.run_folder, os.environ.get(configuration.RUN_ID_VARIABLE, ""))
@@ -152,15 +152,15 @@ class Controller:
             notable = bool(commands) or self._is_notable(event)
             if notable:
                 # Before it is done: the next life must not give a number again that was given out here.
-                self.memory.keep(Remembered(self.cluster.snapshot(), self.watcher.start_times()))
+                self.records.memory.keep(Remembered(self.cluster.snapshot(), self.watcher.start_times()))
             for command in commands:
                 self._carry_out(command, now)
         except Exception:
             # It must be in the journal above all when it ends this process.
-            self.journal.add(now, event)
+            self.records.journal.add(now, event)
             raise
         if notable:
-            self.journal.add(now, event)
+            self.records.journal.add(now, event)
             self.metrics.observe(self.cluster)
             self.observers.publish_availability(now)
 
@@ -170,7 +170,7 @@ class Controller:
             self.hub.send(peer, encode(messages.Retire()))
         self.hub.close(linger_ms=FAREWELL_MS)
         self.launcher.close()
-        self.journal.close()
+        self.records.journal.close()
 
     # ---- events
 
@@ -194,6 +194,9 @@ class Controller:
             self.handle(verdict, now)
         self.handle(events.Tick(), now)
         self.observers.answer_pending(now)
+        news = self.records.see_to(now)
+        if news is not None:
+            self._narrate(news, now)
         for member, (due, pids) in list(self._killed.items()):
             if not self.watcher.watches(member):
                 del self._killed[member]
@@ -254,10 +257,11 @@ class Controller:
             case messages.Subscribe():
                 self.observers.subscribe(peer, message, now)
             case messages.AskStatus():
-                document = msgspec.json.encode(status_document(self.cluster, self.main_pid))
+                records = {"records": {"lost": self.records.lost, "problem": self.records.problem}}
+                document = msgspec.json.encode(status_document(self.cluster, self.main_pid) | records)
                 self.hub.send(peer, encode(messages.Status(document)))
             case messages.AskMetrics():
-                text = self.metrics.render(self.cluster, self.dropped, self.journal.lost + self.memory.lost)
+                text = self.metrics.render(self.cluster, self.dropped, self.records.lost)
                 self.hub.send(peer, encode(messages.Metrics(text)))
             case messages.DrainNode() | messages.JoinNode():
                 self._take_request(peer, message, now)
@@ -352,11 +356,14 @@ class Controller:
                 answer = messages.Answered(command.refusal, command.member, command.stage)
                 self._send(self._tickets.pop(ticket, None), answer)
             case events.Narrate(text=text):
-                log.info("%s", text)
-                self.observers.narrate(now + self.cluster.unix_offset, text)
+                self._narrate(text, now)
             case events.Abort(reason=reason):
                 log.error("%s", reason)
                 self.observers.abort(reason)
+
+    def _narrate(self, text: str, now: float) -> None:
+        log.info("%s", text)
+        self.observers.narrate(now + self.cluster.unix_offset, text)
 
     def _send(self, peer: bytes | None, message: AnyMessage) -> bool:
         return peer is not None and self.hub.send(peer, encode(message))
@@ -399,6 +406,7 @@ def run(controller: Controller, hub: ZmqHub) -> None:
 
 def main() -> int:
     """Be the controller of the cluster that the environment names."""
+    lose_what_cannot_be_written()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         config = configuration.load()

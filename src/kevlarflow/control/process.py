@@ -12,6 +12,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from kevlarflow.kinship import die_with_parent
 
@@ -57,7 +58,7 @@ def spawn(
     The kernel kills it when we end, unless it is to outlive us.
     """
     parent = os.getpid()
-    with log.open("ab") as output:
+    with _open(log) as output:
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -71,6 +72,14 @@ def spawn(
     # The supervisor reaps everybody in `reap`, and has no use for this object.
     child.returncode = 0
     return Process(name, child.pid, log)
+
+
+def _open(log: Path) -> BinaryIO:
+    """The log to append to; a disk that has no room for it costs what would be said, not the process."""
+    try:
+        return log.open("ab")
+    except OSError:
+        return open(os.devnull, "ab")
 
 
 def reap() -> list[tuple[int, int]]:

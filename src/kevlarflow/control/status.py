@@ -75,7 +75,11 @@ def render(document: dict[str, Any]) -> RenderableType:
     from rich.text import Text
 
     title = Text.assemble((document["model"], "bold"), f"  main process {document['main_pid']}")
-    parts: list[RenderableType] = [title, _pipelines(document), _nodes(document)]
+    parts: list[RenderableType] = [title]
+    records = document.get("records", {})
+    if records.get("problem"):
+        parts.append(Text(records["problem"], style="red"))
+    parts += [_pipelines(document), _nodes(document)]
     if document["replication"]:
         parts.append(_replication(document))
     if document["recoveries"]:

@@ -13,6 +13,7 @@ It stays light: no vLLM, no torch, no thread. Everything it waits for is a file 
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -215,10 +216,10 @@ class Supervisor:
         self._note_exits()
 
     def _note_exits(self) -> None:
-        """Write down how each child ended; a zombie is all that knows it."""
+        """Write down how each child ended, if the disk takes it; a zombie is all that knows it."""
         for pid, status in reap():
             self.incidents += status != 0
-            with (self.run_folder.log_path / "exits.log").open("a") as log:
+            with contextlib.suppress(OSError), (self.run_folder.log_path / "exits.log").open("a") as log:
                 log.write(f"{time.strftime('%H:%M:%S')} process {pid}: status {status}\n")
 
     def _read_report(self) -> None:

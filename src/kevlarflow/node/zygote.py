@@ -41,6 +41,7 @@ from kevlarflow import config as configuration
 from kevlarflow.config import ServeConfig
 from kevlarflow.errors import KevlarFlowError
 from kevlarflow.kinship import TITLE, fork_for_parent
+from kevlarflow.log_output import STANDARD_ERROR, STANDARD_OUTPUT, lose_what_cannot_be_written
 from kevlarflow.types import Member, Stage
 from kevlarflow.wire.messages import StartApiServer, Started, StartNode, decode, encode
 
@@ -177,10 +178,14 @@ class Zygote:
 
 
 def redirect_output(path: str) -> None:
-    """Append what this process writes to a log from now on."""
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    """Append what this process writes to a log from now on. Where that cannot be made, it goes where it went before."""
+    try:
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError as error:
+        print(f"{path} cannot be written ({error.strerror}): this is the log", file=sys.stderr)
+        return
+    os.dup2(log, STANDARD_OUTPUT)
+    os.dup2(log, STANDARD_ERROR)
     os.close(log)
 
 
@@ -223,6 +228,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--report-fd", type=int, required=True, help="pipe to the supervisor")
     options = parser.parse_args(arguments)
     os.set_inheritable(options.report_fd, False)
+    # Before vLLM is imported, whose loggers keep the streams that they find.
+    lose_what_cannot_be_written()
     with os.fdopen(options.report_fd, "w") as supervisor:
         try:
             config = configuration.load()

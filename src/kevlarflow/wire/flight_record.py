@@ -11,6 +11,8 @@ the moment of the death, what stands there was true. While the node lives, nobod
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import mmap
 import os
 import struct
@@ -18,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kevlarflow.types import Computing, Epoch, Member, PipelineId
+
+log = logging.getLogger(__name__)
 
 SUFFIX = "computing"
 SEQUENCE, PIPELINE, EPOCH = range(3)
@@ -39,16 +43,15 @@ def read(run_folder: Path, member: Member) -> Computing | None:
 
 
 class FlightRecorder:
-    """The node's side. Raises `OSError` when the file cannot be made."""
+    """The node's side. Where the disk has no room for the record there is none, and the node serves all the same."""
 
     def __init__(self, run_folder: Path, member: Member) -> None:
-        file = os.open(path_of(run_folder, member), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            # Written, not only made longer: a store into a page that the disk has no room for would end the process.
-            os.write(file, bytes(FORMAT.size))
-            self._words = memoryview(mmap.mmap(file, FORMAT.size)).cast("q")
-        finally:
-            os.close(file)
+            memory = _map(path_of(run_folder, member))
+        except OSError as error:
+            log.warning("%s has no flight record: %s", member, error)
+            memory = mmap.mmap(-1, FORMAT.size)
+        self._words = memoryview(memory).cast("q")
 
     @contextlib.contextmanager
     def computing(self, pipeline: PipelineId, epoch: Epoch, sequence: int) -> Iterator[None]:
@@ -60,3 +63,16 @@ class FlightRecorder:
             yield
         finally:
             words[SEQUENCE] = 0
+
+
+def _map(path: Path) -> mmap.mmap:
+    """A new file in our memory. Raises `OSError`, and leaves no record, when the disk does not take it."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        # Written, not only made longer: a store into a page that the disk has no room for would end the process.
+        if os.write(file, bytes(FORMAT.size)) < FORMAT.size:
+            os.ftruncate(file, 0)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return mmap.mmap(file, FORMAT.size)
+    finally:
+        os.close(file)

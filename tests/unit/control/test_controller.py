@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 
+import msgspec
 import pytest
 
 from kevlarflow.control.controller import Controller
+from kevlarflow.control.journal import FIRST_LOOK_SECONDS
 from kevlarflow.control.observers import MAX_SUBSCRIBERS
 from kevlarflow.control.watcher import Death
 from kevlarflow.types import Computing, Epoch, Loss, Member, NodeId, NodeInfo, Pace, Phases, PipelineId, Stage
@@ -15,6 +17,8 @@ from kevlarflow.wire.channel import MemoryHub, MemoryPeer
 from kevlarflow.wire.flight_record import FlightRecorder
 from kevlarflow.wire.messages import AnyMessage, decode, encode
 from toy_world import make_config
+
+ADVICE = "serving goes on, logs and journal do not; make room there"
 
 
 class Shell:
@@ -86,6 +90,22 @@ def test_a_subscriber_hears_of_changes_once(shell):
     shell.turn(1.0)
     assert heard(observer) == []
     assert shell.say(observer, messages.Subscribe()) == [messages.Availability(True, True, "", 0)]
+
+
+def test_those_who_watch_are_told_of_a_full_disk_and_so_is_who_asks(tmp_path):
+    (tmp_path / "journal.jsonl").symlink_to("/dev/full")
+    shell = Shell(tmp_path)
+    observer = shell.hub.connect()
+    shell.say(observer, messages.Subscribe(narration=True))
+    shell.serve()
+    shell.turn(FIRST_LOOK_SECONDS)
+    told = [message.text for message in heard(observer) if isinstance(message, messages.Narration)]
+    reason = f"{tmp_path} cannot be written (No space left on device)"
+    assert [text for text in told if text.startswith(reason)] == [f"{reason}: {ADVICE}"]
+    (status,) = shell.say(observer, messages.AskStatus())
+    records = msgspec.json.decode(status.document)["records"]
+    assert records["problem"] == f"{reason}: {ADVICE}"
+    assert records["lost"] > 0
 
 
 def test_a_subscriber_that_is_gone_is_forgotten(shell):
@@ -215,7 +235,7 @@ def test_a_number_is_written_down_before_it_is_given_out(shell, monkeypatch):
         message = decode(frame)
         if isinstance(message, messages.Form):
             given.append(message.epoch)
-            written.append(shell.controller.memory.recall().snapshot.epochs[0])
+            written.append(shell.controller.records.memory.recall().snapshot.epochs[0])
         return send(peer, frame)
 
     monkeypatch.setattr(shell.hub, "send", look_first)

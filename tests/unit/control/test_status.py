@@ -62,3 +62,15 @@ def test_a_pipeline_that_waits_for_a_node_shows_how_long_still():
     console.print(render(status_document(world.cluster, main_pid=5)))
     (row,) = [line for line in console.export_text().splitlines() if "waiting, 30 s left" in line]
     assert "none" in row
+
+
+def test_a_disk_that_takes_nothing_is_shown():
+    world = ToyWorld(make_config())
+    document = status_document(world.cluster, main_pid=5)
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render(document | {"records": {"lost": 0, "problem": ""}}))
+    well = console.export_text()
+    console.print(render(document | {"records": {"lost": 3, "problem": "/run/it cannot be written"}}))
+    shown = console.export_text().splitlines()
+    shown.remove("/run/it cannot be written")
+    assert shown == well.splitlines()

@@ -15,10 +15,11 @@ from kevlarflow.wire.flight_record import FlightRecorder
 
 MEMBER = Member(NodeId("node-0-1"), 3)
 NODE = """
-import pathlib, sys, time
+import pathlib, resource, sys, time
 from kevlarflow.types import Member, NodeId
 from kevlarflow.wire.flight_record import FlightRecorder
 
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 recorder = FlightRecorder(pathlib.Path(sys.argv[1]), Member(NodeId("node-0-1"), 3))
 with recorder.computing(0, 7, 1_760_000_000_000_001):
     pass
@@ -30,9 +31,13 @@ STEP = "with recorder.computing(1, 8, 1_760_000_000_000_002):\n    stay()"
 CHUNK = "with recorder.computing(0, 9, -4):\n    stay()"
 
 
-def killed(folder, moment):
-    """A node that is killed at the moment at which it says that it is there."""
-    process = subprocess.Popen([sys.executable, "-c", f"{NODE}{moment}", str(folder)], stdout=subprocess.PIPE)
+WHOLE = flight_record.FORMAT.size
+
+
+def killed(folder, moment, room=WHOLE):
+    """A node that is killed at the moment at which it says that it is there. Its files may take `room` bytes."""
+    command = [sys.executable, "-c", f"{NODE}{moment}", str(folder), str(room)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
     with process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"there\n"
@@ -65,3 +70,8 @@ def test_the_record_of_another_life_is_not_taken_for_it(tmp_path):
     with FlightRecorder(tmp_path, MEMBER).computing(0, 1, 5):
         assert flight_record.read(tmp_path, Member(MEMBER.node, 2)) is None
         assert flight_record.read(tmp_path, MEMBER) == Computing(0, 1, 5)
+
+
+@pytest.mark.parametrize("room", [0, WHOLE - 1])
+def test_where_the_disk_has_no_room_for_a_record_the_node_computes_without(tmp_path, room):
+    assert killed(tmp_path, STEP, room) is None

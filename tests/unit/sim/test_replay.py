@@ -61,3 +61,16 @@ def test_what_is_no_journal_is_refused_in_one_line(tmp_path: Path, capsys: pytes
     path.write_text("{}\n")
     assert main(["--journal", str(path)]) == 1
     assert f"{UsageError.__name__}: line 1 is no line of a journal" in capsys.readouterr().err
+
+
+def test_lines_that_the_disk_did_not_take_are_told_and_what_follows_waits_for_the_next_start(
+    journal: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lost = [1, 2, 3]
+    whole = [line for number, line in enumerate(lines) if number not in lost]
+    journal.write_bytes(b"".join([whole[0], b'{"at":1.0,"lost":3}\n', *whole[1:]]))
+    assert main(["--journal", str(journal)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "3 lines are missing" in told[1]
+    assert told[2].endswith("the controller starts"), "nothing is made of what is only half known"
