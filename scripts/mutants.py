@@ -74,7 +74,7 @@ MUTANTS = (
     ),
     Mutant(
         "a lost Formed is not asked for again",
-        "recovery/formation.py",
+        "recovery/engines.py",
         "if behind or unanswered:",
         "if behind:",
         "tests/unit/recovery/test_engines.py",
@@ -405,7 +405,7 @@ MUTANTS = (
     ),
     Mutant(
         "an engine that is introduced twice is taken over twice",
-        "recovery/formation.py",
+        "recovery/engines.py",
         "    if again and pipeline.formed and engine.claim is None:",
         "    if False:",
     ),

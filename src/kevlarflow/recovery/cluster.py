@@ -4,7 +4,7 @@ No socket, clock, thread or process is known here. The controller's shell turns 
 and the passing of time into events, and carries the commands out; the simulator does the same with a toy
 world. Both run this code.
 
-Handling an event has two halves. First the fact is noted by the handler of its type (`nodes`, `formation`). Then
+Handling an event has two halves. First the fact is noted by the handler of its type (`nodes`, `engines`). Then
 every pipeline is reconciled with the facts, in order. After `Abort` nothing is decided any more.
 """
 
@@ -16,7 +16,18 @@ from collections.abc import Callable
 from typing import Any
 
 from kevlarflow.config import ServeConfig
-from kevlarflow.recovery import drain, events, formation, moves, nodes, slowness, standbys, standstill
+from kevlarflow.recovery import (
+    complaints,
+    drain,
+    engines,
+    events,
+    formation,
+    moves,
+    nodes,
+    slowness,
+    standbys,
+    standstill,
+)
 from kevlarflow.recovery.events import AnyCommand, AnyEvent, KillNode, Snapshot
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import subject
@@ -78,7 +89,10 @@ def _resume(grid: Grid, event: events.ControllerResumed) -> None:
 
 def _tick(grid: Grid, event: events.Tick) -> None:
     nodes.on_tick(grid, event)
-    formation.on_tick(grid, event)
+    pause, grid.ticked_at = grid.now - grid.ticked_at, grid.now
+    for pipeline in grid.pipelines:
+        engines.look_after(grid, pipeline, pause)
+        complaints.settle(grid, pipeline)
 
 
 _HANDLERS: dict[type, Callable[[Grid, Any], None]] = {
@@ -95,13 +109,13 @@ _HANDLERS: dict[type, Callable[[Grid, Any], None]] = {
     events.NodeCleared: nodes.on_cleared,
     events.NodeSilent: nodes.on_silent,
     events.NodeSlow: slowness.on_slow,
-    events.EngineAttached: formation.on_attached,
-    events.EngineReady: formation.on_engine_ready,
-    events.EngineReport: formation.on_report,
-    events.EngineLost: formation.on_engine_lost,
+    events.EngineAttached: engines.on_attached,
+    events.EngineReady: engines.on_ready,
+    events.EngineReport: engines.on_report,
+    events.EngineLost: engines.on_lost,
     events.PipelineStill: standstill.on_still,
     events.Formed: formation.on_formed,
-    events.MemberFailed: formation.on_member_failed,
+    events.MemberFailed: complaints.on_member_failed,
     events.DrainRequested: drain.on_drain_requested,
     events.JoinRequested: drain.on_join_requested,
 }

@@ -12,149 +12,20 @@ from __future__ import annotations
 import msgspec
 
 from kevlarflow.recovery import drain, events, records, shares, standstill, waiting
-from kevlarflow.recovery.events import Form, KillEngine, KillNode
+from kevlarflow.recovery.events import Form
 from kevlarflow.recovery.grid import Grid
-from kevlarflow.recovery.members import NO_EPOCH, Pipeline, subject
+from kevlarflow.recovery.members import Pipeline, subject
 from kevlarflow.recovery.planner import Candidate, choose
 from kevlarflow.recovery.transitions import PipelineStep
 from kevlarflow.types import (
     Cause,
     EngineState,
-    Epoch,
     Member,
     NodeInfo,
     NodeState,
     PipelineState,
-    RecoveryState,
     Stage,
 )
-
-AVOID_SECONDS = 5.0
-"""How long a donor that an engine could not use is left out of its plans."""
-RESEND_SECONDS = 1.0
-"""How long an order may take to reach its engine before it is sent again."""
-DEAF_SECONDS = 1.0
-"""A pause between two ticks that is longer was the controller's own: nobody is blamed for it."""
-COMPLAINT_SECONDS = 0.1
-"""How long a member that an engine could not use has to be seen to die, before something is done about it."""
-
-
-# ---- events
-
-
-def on_attached(grid: Grid, event: events.EngineAttached) -> None:
-    """An engine is there: fresh, or still at work, or the same one again."""
-    pipeline = grid.pipeline(event.pipeline)
-    if pipeline is None:
-        return
-    pipeline.epoch = Epoch(max(pipeline.epoch, event.epoch))
-    engine = pipeline.engine
-    engine.heard_at = grid.now
-    again = engine.attached and engine.pid == event.pid
-    if again and pipeline.order is not None:
-        if event.epoch < pipeline.order.epoch:
-            # The order has not reached it. It knows by the epoch should it come twice.
-            grid.command(pipeline.order)
-        pipeline.reform = pipeline.reform or event.epoch > pipeline.order.epoch
-        return
-    if again and pipeline.formed and engine.claim is None:
-        # Taken over already: asked twice for an introduction, it answers twice.
-        return
-    if not again:
-        detach(grid, pipeline)
-        engine.pid = event.pid
-        engine.kv_blocks = 0
-        engine.state = EngineState.STARTING
-        engine.attached = True
-        grid.tell(subject(pipeline.id), f"engine {event.pid} attaches in epoch {event.epoch}")
-    for member in event.members:
-        slot = grid.slots.get(member.node)
-        if slot is not None:
-            slot.incarnation_floor = max(slot.incarnation_floor, member.incarnation)
-    if event.epoch > 0 and len(event.members) == len(pipeline.members):
-        engine.claim = event
-    else:
-        pipeline.cause = Cause.ATTACH if pipeline.served or grid.served else Cause.START
-
-
-def detach(grid: Grid, pipeline: Pipeline) -> None:
-    """Forget an engine that is gone. Its lanes stay where they are until the next engine can give them up."""
-    if not pipeline.engine.attached:
-        return
-    grid.step_pipeline(pipeline, PipelineStep.DETACH)
-    for stage in list(pipeline.recoveries):
-        grid.close_recovery(pipeline, stage, RecoveryState.FAILED)
-    pipeline.leaving |= {member for member in pipeline.members if member is not None}
-    pipeline.members = [None] * len(pipeline.members)
-    pipeline.forming = pipeline.formed = pipeline.reform = False
-    pipeline.relink_at = None
-    pipeline.order = None
-    pipeline.wait_until = None
-    pipeline.given_back.clear()
-    pipeline.unrestored.clear()
-    pipeline.losses.clear()
-    pipeline.avoided.clear()
-    pipeline.struck.clear()
-    pipeline.complaints.clear()
-    pipeline.moves.clear()
-    engine = pipeline.engine
-    engine.attached = False
-    engine.claim = engine.report = None
-    engine.report_is_new = False
-    engine.state = EngineState.DEAD
-
-
-def on_engine_ready(grid: Grid, event: events.EngineReady) -> None:
-    """The engine has its scheduler."""
-    pipeline = grid.pipeline(event.pipeline)
-    if pipeline is not None and pipeline.engine.attached:
-        pipeline.engine.kv_blocks = event.kv_blocks
-        pipeline.engine.state = EngineState.READY
-
-
-def on_report(grid: Grid, event: events.EngineReport) -> None:
-    """The engine's load. One that counts KV blocks has its scheduler, even if its saying so was missed."""
-    pipeline = grid.pipeline(event.pipeline)
-    if pipeline is None or not pipeline.engine.attached:
-        return
-    pipeline.engine.report = event
-    # It may have been under way when the last order left.
-    ordered = pipeline.order.epoch if pipeline.order is not None else event.epoch
-    pipeline.engine.report_is_new = event.epoch in (NO_EPOCH, ordered)
-    _hear(grid, pipeline, event)
-    waiting.note_report(pipeline, event)
-    if event.kv_blocks > 0:
-        pipeline.engine.kv_blocks = event.kv_blocks
-        pipeline.engine.state = EngineState.READY
-
-
-def _hear(grid: Grid, pipeline: Pipeline, report: events.EngineReport) -> None:
-    """The engine speaks. If an order has not reached it after a while, or its answer us, send the order again.
-
-    It knows by the epoch that it comes again, and answers again.
-    """
-    pipeline.engine.heard_at = grid.now
-    if pipeline.engine.state is EngineState.SILENT:
-        pipeline.engine.state = EngineState.READY
-        grid.narrate(f"the engine of {subject(pipeline.id)} reports again")
-    order = pipeline.order
-    if order is None or grid.now - pipeline.sent_at < RESEND_SECONDS:
-        return
-    behind = NO_EPOCH < report.epoch < order.epoch
-    unanswered = pipeline.forming and report.epoch == order.epoch and not report.forming
-    if behind or unanswered:
-        pipeline.sent_at = grid.now
-        grid.command(order)
-
-
-def on_engine_lost(grid: Grid, event: events.EngineLost) -> None:
-    """The process is gone. A later one will attach."""
-    pipeline = grid.pipeline(event.pipeline)
-    if pipeline is None or pipeline.engine.pid != event.pid or not pipeline.engine.living:
-        return
-    detach(grid, pipeline)
-    pipeline.engine.state = EngineState.DEAD
-    grid.narrate(f"the engine of {subject(pipeline.id)} ended (pid {event.pid}): its requests are lost")
 
 
 def on_formed(grid: Grid, event: events.Formed) -> None:
@@ -175,81 +46,6 @@ def on_formed(grid: Grid, event: events.Formed) -> None:
     pipeline.complaints.clear()
     grid.tell(subject(pipeline.id), f"formed in epoch {event.epoch}")
     records.finish(grid, pipeline, event)
-
-
-def on_member_failed(grid: Grid, event: events.MemberFailed) -> None:
-    """An engine could not use a member. If it has crashed we shall see that; so wait for a moment."""
-    pipeline = grid.pipeline(event.pipeline)
-    if pipeline is None or event.epoch not in (0, pipeline.epoch):
-        return
-    claim = pipeline.engine.claim
-    if claim is not None and event.member in claim.members:
-        # It is not known yet whether all of them live; but what they serve has to be formed anew in any case.
-        pipeline.reform = True
-    if event.member not in pipeline.members:
-        return
-    if event.unlinked:
-        standstill.on_unlinked(grid, event)
-        return
-    grid.tell(event.member.node, f"{subject(pipeline.id)} could not use it: {event.reason}")
-    pipeline.complaints.setdefault(event.member, grid.now + COMPLAINT_SECONDS)
-
-
-def on_tick(grid: Grid, event: events.Tick) -> None:
-    """Act on complaints about members that turn out to be alive, and on engines that do not report."""
-    pause = grid.now - grid.ticked_at
-    grid.ticked_at = grid.now
-    for pipeline in grid.pipelines:
-        if pause > DEAF_SECONDS:
-            pipeline.engine.heard_at += pause
-        _look_after_engine(grid, pipeline)
-        pipeline.avoided = {each: until for each, until in pipeline.avoided.items() if grid.now < until}
-        for member, due in list(pipeline.complaints.items()):
-            if grid.now >= due:
-                del pipeline.complaints[member]
-                _settle_complaint(grid, pipeline, member)
-
-
-def _look_after_engine(grid: Grid, pipeline: Pipeline) -> None:
-    """Show an engine that does not report; kill it when that lasts, so that it is started again."""
-    engine, timeouts = pipeline.engine, grid.config.timeouts
-    if not engine.living or engine.pid is None:
-        return
-    silence_ms = (grid.now - engine.heard_at) * 1_000
-    if silence_ms >= timeouts.engine_silent_after_ms and engine.state is EngineState.READY:
-        engine.state = EngineState.SILENT
-        grid.narrate(f"the engine of {subject(pipeline.id)} does not report (pid {engine.pid})")
-    starting = engine.state is EngineState.STARTING
-    if silence_ms >= (1_000 * timeouts.startup_timeout_s if starting else timeouts.engine_lost_after_ms):
-        engine.heard_at = grid.now
-        grid.narrate(f"the engine of {subject(pipeline.id)} is killed, since it does not report (pid {engine.pid})")
-        grid.command(KillEngine(pipeline.id, engine.pid))
-
-
-def _settle_complaint(grid: Grid, pipeline: Pipeline, member: Member) -> None:
-    """The first time try it again under a new epoch; then do without it, and if it is its own, replace it."""
-    slot = grid.slot_of(member)
-    if slot is None or member not in pipeline.members:
-        return
-    if member not in pipeline.struck:
-        pipeline.struck.add(member)
-        pipeline.reform = True
-        pipeline.news = f"{subject(pipeline.id)} could not use {slot.node}"
-        return
-    pipeline.struck.discard(member)
-    if slot.pipeline == pipeline.id:
-        slot.silent_since = grid.now
-        slot.fenced_by = grid.now + grid.config.timeouts.suspect_after_ms / 1_000
-        grid.command(KillNode(member, slot.pids))
-        return
-    pipeline.avoided[member] = grid.now + AVOID_SECONDS
-    pipeline.members[slot.stage] = None
-    pipeline.leaving.add(member)
-    pipeline.forming = pipeline.formed = False
-    pipeline.news = f"{slot.node} could not help {subject(pipeline.id)}"
-    if pipeline.state is not PipelineState.STARTING:
-        pipeline.cause = Cause.CRASH
-        records.begin(grid, pipeline, slot.stage, Cause.CRASH, slot)
 
 
 # ---- comparing what is with what could be

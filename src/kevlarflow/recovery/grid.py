@@ -1,7 +1,7 @@
 """The state of the cluster: all slots and pipelines, and the few ways in which everybody changes them.
 
-`kevlarflow.recovery.cluster` is the door; `kevlarflow.recovery.nodes` and `kevlarflow.recovery.formation` hold the
-rules. They share this: who exists, what was decided so far in this event, and the story of it all.
+`recovery.cluster` is the door; `recovery.nodes`, `recovery.engines` and `recovery.formation` hold the rules, and others
+that these name. They share this: who exists, what was decided so far in this event, and the story of it all.
 """
 
 from __future__ import annotations

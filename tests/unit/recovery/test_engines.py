@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from cluster_driver import Driver, lines, orders
 from kevlarflow.recovery import events
+from kevlarflow.recovery.engines import RESEND_SECONDS
 from kevlarflow.recovery.events import AssignStandbys, KillEngine
-from kevlarflow.recovery.formation import RESEND_SECONDS
 from kevlarflow.types import EngineState, PipelineId
 
 TIMES = Driver().config.timeouts
