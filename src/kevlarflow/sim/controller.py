@@ -116,9 +116,9 @@ class Controller(Process):
         if commands or not isinstance(event, (events.Tick, events.EngineReport)):
             self.fleet.tell("controller", event, commands)
             self.invariants.check(commands)
-            self.fleet.check_orders(commands)
+            self.fleet.checks.orders(commands)
             self.snapshot = self.cluster.snapshot()
-        self.fleet.note_served(self.cluster.pipelines)
+        self.fleet.checks.note_served(self.cluster.pipelines)
         doom, done = self._doom, len(commands)
         if doom is not None and commands:
             done = self.fleet.rng.randint(0, done)
@@ -141,7 +141,7 @@ class Controller(Process):
         self.detector.stopped({node.member: node.frozen_since for node in frozen}, now)
         for verdict in self.detector.check(now):
             if isinstance(verdict, events.NodeSilent):
-                self.fleet.check_verdict(verdict)
+                self.fleet.checks.verdict(verdict)
             self.handle(verdict)
         self.handle(events.Tick())
 
@@ -171,7 +171,7 @@ class Controller(Process):
         for node in self._heard_nodes():
             if node in self._known and self.cluster.member_is_current(node.member):
                 for slow in self.paces.hear(node.member, node.stage, node.speed.report(), now):
-                    self.fleet.check_slow(node, slow)
+                    self.fleet.checks.slow(node, slow)
                     self.handle(slow)
 
     def starved_seconds(self, member: Member) -> float | None:

@@ -100,7 +100,7 @@ class Engine(Process):
 
     def report(self) -> None:
         """Tell its load."""
-        self.fleet.check_left(self)
+        self.fleet.checks.left(self)
         self._handle(TimePassed())
         scheduler = self.scheduler
         running, waiting = len(scheduler.running), len(scheduler.waiting) + len(scheduler.held) + len(self._inputs)
@@ -230,7 +230,7 @@ class Engine(Process):
                 self.fleet.counts["requests ended for what they cost"] += 1
             elif request.error != DRAWN_ERROR:
                 raise NoReason(f"{self} ends {request.name}: {request.error}")
-            self.fleet.end(request, request.error)
+            self.fleet.clients.end(request, request.error)
         self.scheduler.ended.clear()
 
     def _issue(self, step: Step) -> None:
@@ -252,9 +252,9 @@ class Engine(Process):
         self.scheduler.update(step, result)
         for request in [*self.scheduler.unfinished, *self.scheduler.ended]:
             if request.name in step.scheduled:
-                self.fleet.check_tokens(request)
+                self.fleet.clients.check_tokens(request)
         for request in self.scheduler.ended:
-            self.fleet.end(request, "")
+            self.fleet.clients.end(request, "")
         self.scheduler.ended.clear()
         return True
 
@@ -264,7 +264,7 @@ class Engine(Process):
             if not reason or request.name not in self._may_end:
                 raise NoReason(f"{self} ends {request.name}, which no suspension concerns: {reason}")
             scheduler.abort(request)
-            self.fleet.end(request, reason)
+            self.fleet.clients.end(request, reason)
         scheduler.ended.clear()
 
     def _everybody(self) -> list[Request]:

@@ -3,7 +3,7 @@
 The controller's core, the engines' cores, the lanes of the nodes, their replication queues and standby stores run as in
 production; what is simulated is time, the network, vLLM's scheduler and a model whose KV and tokens can be checked
 exactly. First comes the load with all its faults; then the world heals, and everything has to end well within a bound.
-What must hold is checked whenever something happens that could break it.
+What must hold (`sim.checks`) is checked whenever something happens that could break it.
 """
 
 from __future__ import annotations
@@ -12,27 +12,23 @@ import collections
 import functools
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from kevlarflow.config import ServeConfig, Timeouts
-from kevlarflow.node.lanes import Header, Lane
-from kevlarflow.recovery import events
-from kevlarflow.recovery.coverage import Replica
-from kevlarflow.recovery.events import AnyCommand, KnownNode, Snapshot
-from kevlarflow.recovery.forming import Standing
-from kevlarflow.recovery.members import Pipeline
+from kevlarflow.node.lanes import Header
+from kevlarflow.recovery.events import KnownNode, Snapshot
 from kevlarflow.recovery.suspicion import MAX_COST
 from kevlarflow.sim.blame import Blame
+from kevlarflow.sim.checks import Checks
+from kevlarflow.sim.clients import Clients
 from kevlarflow.sim.controller import REPORT_SECONDS, Controller
 from kevlarflow.sim.engine import Engine
-from kevlarflow.sim.errors import FalseAlarm, Hoarded, NoReason, NotFenced, Stuck, Unbounded, WrongCopy, WrongTokens
+from kevlarflow.sim.errors import NotFenced, Stuck, Unbounded
 from kevlarflow.sim.mischief import Mischief
 from kevlarflow.sim.network import Network, Process, Timeline
 from kevlarflow.sim.node import Node
-from kevlarflow.sim.plan import Demand, Plan
-from kevlarflow.sim.scheduler import Request
+from kevlarflow.sim.plan import Plan
 from kevlarflow.sim.words import words
-from kevlarflow.types import Cause, Epoch, Member, NodeState, PipelineId, PipelineState, Stage
+from kevlarflow.types import Cause, Member, PipelineId, PipelineState, Stage
 from kevlarflow.wire import steps
 
 BOOTED_SECONDS = 100.0
@@ -41,27 +37,7 @@ START_SECONDS = 30.0
 """Within which a fleet without faults serves."""
 HEAL_SECONDS = 60.0
 """Within which everything ends well once the faults are over."""
-FRONT_RETRY_SECONDS = 0.05
-"""After which a client that found no engine asks again."""
-LEAVING_SECONDS = 0.4
-"""Within which a pipeline that waits has left all its lanes."""
 MAX_HELD_MESSAGES = 20_000
-AFTERWARDS_SECONDS = 2.0
-"""For so long what a node says of its steps may be about a time when it was slow."""
-ROUNDING_SECONDS = 1e-6
-
-Content = tuple[int | None, ...]
-
-
-@dataclass
-class Client:
-    """What became of a demand."""
-
-    demand: Demand
-    request: Request
-    engine: Engine | None = None
-    ended: bool = False
-    error: str = ""
 
 
 class Fleet:
@@ -81,10 +57,8 @@ class Fleet:
         self._living: dict[Member, Node] = {}
         self._addresses: dict[str, Node] = {}
         self.engines: list[Engine] = []
-        self.cancelled: set[str] = set()
-        """Requests that nobody wants any more: what they read does not matter."""
-        self.clients: dict[str, Client] = {}
-        self._open = 0
+        self.clients = Clients(self)
+        self.checks = Checks(self)
         self._costs: collections.Counter[tuple[str, str]] = collections.Counter()
         """Nodes that died of a request, in steps or while it was computed again."""
         self.blame = Blame()
@@ -92,14 +66,6 @@ class Fleet:
         self._pids = 1_000
         self.channels = 0
         """Channels for copies that were ever opened."""
-        self._truth: dict[tuple[PipelineId, Stage, int, int], Content] = {}
-        """What each (pipeline, stage, block, generation) holds."""
-        self._orders: dict[tuple[PipelineId, Epoch], AnyCommand] = {}
-        self._newest: collections.Counter[PipelineId] = collections.Counter()
-        self._bereft_at: dict[PipelineId, float] = {}
-        """Since when a pipeline has not served for want of a node."""
-        self._waits_since: dict[str, float] = {}
-        """Since when an engine reports that it waits."""
 
     def _config(self) -> ServeConfig:
         shape = self.plan.shape
@@ -133,9 +99,7 @@ class Fleet:
         """Load, faults, healing. Raises a `Violation` (or whatever the real code raises) when something is wrong."""
         self._start()
         begun = self.timeline.now
-        for demand in self.plan.demands:
-            self.timeline.after(demand.at, functools.partial(self._ask, demand))
-            self._open += 1
+        self.clients.come(self.plan.demands)
         for fault in self.plan.faults:
             self.timeline.after(fault.at, functools.partial(self.mischief.begin, fault))
         self.timeline.run(begun + self.plan.trouble_seconds, lambda: False)
@@ -156,15 +120,13 @@ class Fleet:
         return all(each.state is PipelineState.SERVING for each in self.controller.cluster.pipelines)
 
     def _is_well(self) -> bool:
-        if self._open or not self._all_serve():
+        if self.clients.open or not self._all_serve():
             return False
         return next(self._complaints(), None) is None
 
     def _complaints(self) -> Iterator[str]:
         """What is not as it should be in the end."""
-        yield from (f"{name} has not ended" for name, client in self.clients.items() if not client.ended)
-        if self._open > sum(not client.ended for client in self.clients.values()):
-            yield "some request found no engine"
+        yield from self.clients.complaints()
         for pipeline in self.controller.cluster.pipelines:
             own = [f"node-{pipeline.id}-{stage}" for stage in range(len(pipeline.members))]
             serving = [member.node if member else "nobody" for member in pipeline.members]
@@ -192,13 +154,13 @@ class Fleet:
         if self.network.held > MAX_HELD_MESSAGES:
             raise Unbounded(f"{self.network.held} messages wait")
         self.counts["events"] += self.timeline.events
-        self._check_rests()
+        self.checks.rests()
         recoveries = self.controller.cluster.recoveries
         self.counts["recoveries"] += len(recoveries)
         self.counts["lanes moved from slow nodes"] += sum(each.cause is Cause.SLOW for each in recoveries)
         self.counts["preemptions"] += sum(engine.scheduler.preemptions for engine in self.engines)
         self.counts["requests"] += len(self.clients)
-        self.counts["requests ended with an error"] += sum(bool(client.error) for client in self.clients.values())
+        self.counts["requests ended with an error"] += self.clients.errors
 
     def tell(self, who: object, what: object, more: object = ()) -> None:
         """Add to the story."""
@@ -249,6 +211,10 @@ class Fleet:
         """Who listens there; None at the end of a pipeline."""
         return self._addresses.get(address)
 
+    def living_node(self, member: Member) -> Node | None:
+        """The process of a member; None when it has died, or never was."""
+        return self._living.get(member)
+
     def living_nodes(self) -> list[Node]:
         """All node processes, the stopped ones included."""
         return list(self._living.values())
@@ -270,9 +236,7 @@ class Fleet:
             self._living.pop(process.member, None)
             self.blame.note_death(*process.record)
         if isinstance(process, Engine):
-            for client in self.clients.values():
-                if client.engine is process and not client.ended:
-                    self._end(client, "the engine died")
+            self.clients.lose(process)
             self.timeline.after(0.2 * self.rng.random(), functools.partial(self._restart_engine, process))
         self.controller.hear_of_death(process)
 
@@ -305,158 +269,9 @@ class Fleet:
         return True
 
     def _is_deadly(self, name: str, stage: Stage, end: int) -> bool:
-        client = self.clients.get(name)
-        poison = client.demand.poisons if client is not None else None
+        demand = self.clients.demand_of(name)
+        poison = demand.poisons if demand is not None else None
         return poison is not None and not self.mischief.over and poison[0] == stage and poison[1] < end
-
-    # ---- clients
-
-    def _ask(self, demand: Demand) -> None:
-        """A request arrives at the front, which gives it to an engine, or asks it to come again."""
-        count = len(self.engines)
-        order = [self.engines[(demand.pipeline + index) % count] for index in range(count)]
-        engine = next((each for each in order if each.alive and each.started), None)
-        if engine is None:
-            self.timeline.after(FRONT_RETRY_SECONDS, functools.partial(self._ask, demand))
-            return
-        prompt = list(demand.prompt)
-        request = Request(demand.name, prompt, len(prompt), len(demand.expected) - len(prompt))
-        client = self.clients[demand.name] = Client(demand, request, engine)
-        engine.add(request)
-        if demand.cancelled_after is not None:
-            self.timeline.after(demand.cancelled_after, functools.partial(self._cancel, client))
-
-    def _cancel(self, client: Client) -> None:
-        if not client.ended and client.engine is not None:
-            self.counts["requests cancelled"] += 1
-            self.cancelled.add(client.demand.name)
-            self._end(client, "")
-            client.engine.abort(client.request)
-
-    def end(self, request: Request, error: str) -> None:
-        """The engine has ended a request."""
-        client = self.clients[request.name]
-        if client.ended:
-            return
-        if not error and tuple(request.tokens) != client.demand.expected:
-            raise WrongTokens(f"{request.name}: {request.tokens} instead of {list(client.demand.expected)}")
-        self._end(client, error)
-
-    def _end(self, client: Client, error: str) -> None:
-        client.ended, client.error = True, error
-        self._open -= 1
-        self.tell(client.demand.name, f"ends {error}")
-
-    def check_tokens(self, request: Request) -> None:
-        """What a client has so far is what it would have without failure."""
-        expected = self.clients[request.name].demand.expected
-        if tuple(request.tokens) != expected[: len(request.tokens)]:
-            raise WrongTokens(f"{request.name}: {request.tokens} instead of {list(expected)}")
-
-    # ---- what must hold
-
-    def note_written(self, lane: Lane, stage: Stage, written: Iterable[Replica]) -> None:
-        """A step has given blocks their content."""
-        if self.plan.shape.replicates:
-            for replica in written:
-                key = (lane.pipeline, stage, replica.block, replica.generation)
-                content: Content = lane.runner.memory.read(replica.block)[: replica.filled]  # type: ignore[attr-defined]
-                # A node that was stopped may run old steps later than others.
-                if len(content) >= len(self._truth.get(key, ())):
-                    self._truth[key] = content
-
-    def check_copy(self, pipeline: PipelineId, stage: Stage, copy: Replica, content: Content) -> None:
-        """A copy that is put in place is what its tag says."""
-        self.counts["blocks restored"] += 1
-        truth = self._truth.get((pipeline, stage, copy.block, copy.generation))
-        if truth is None or content[: copy.filled] != truth[: copy.filled]:
-            raise WrongCopy(f"{copy} of pipeline {pipeline} at stage {stage} is {content}, not {truth}")
-
-    def check_verdict(self, verdict: events.NodeSilent) -> None:
-        """Nobody is declared dead without the reason that is given for it."""
-        node = self._living.get(verdict.member)
-        if node is None:
-            return
-        self.counts[f"times a node {verdict.what}"] += 1
-        # Who was cut off has to hear that it is to introduce itself again.
-        unheard = node.deaf and node.cut_at > 0.0
-        cut = unheard or self.timeline.now - node.cut_at < self.controller.config.timeouts.confirm_after_ms / 1_000
-        reasons = {
-            "did not answer": cut or not self.controller.hears(node),
-            "was stopped": node.frozen,
-            "was stuck in a step": node.thread.hangs,
-            "did not hear us": cut or node.deaf or self.network.stops(self.controller, node),
-        }
-        if not reasons[verdict.what]:
-            raise FalseAlarm(f"{node} is declared dead: it {verdict.what}")
-
-    def check_slow(self, node: Node, slow: events.NodeSlow) -> None:
-        """Nobody is taken for slow who is not, or was not just now."""
-        self.counts["reports of slow nodes"] += 1
-        if self.timeline.now > node.speed.slow_until + AFTERWARDS_SECONDS:
-            raise FalseAlarm(f"{node} is as fast as its peers: {words(slow)}")
-
-    def _check_rests(self) -> None:
-        """A run takes less time than a place is left alone, so its node is replaced for being slow once at most."""
-        moved = {
-            (each.pipeline, each.stage, each.origin): each
-            for each in self.controller.cluster.recoveries
-            if each.cause is Cause.SLOW
-        }
-        total = sum(each.cause is Cause.SLOW for each in self.controller.cluster.recoveries)
-        if total > len(moved):
-            raise FalseAlarm(f"lanes moved {total} times from slow nodes: {list(moved)}")
-
-    def check_orders(self, commands: Iterable[AnyCommand]) -> None:
-        """Over all lives of the controller, an epoch is given to one order, and none is older than one before."""
-        for command in commands:
-            if isinstance(command, (events.Form, events.Suspend)):
-                key = (command.pipeline, command.epoch)
-                if self._orders.setdefault(key, command) != command:
-                    raise NotFenced(f"epoch {command.epoch} of pipeline {command.pipeline} is given a second time")
-                if command.epoch < self._newest[command.pipeline]:
-                    raise NotFenced(f"pipeline {command.pipeline} goes back to epoch {command.epoch}")
-                self._newest[command.pipeline] = command.epoch
-            if isinstance(command, events.Suspend):
-                self._check_wait(command)
-                self._check_suspension(command)
-
-    def check_left(self, engine: Engine) -> None:
-        """No node that hears and works keeps a lane of a pipeline that has waited for a while."""
-        since = self._waits_since.setdefault(engine.name, self.timeline.now)
-        if engine.core.standing is not Standing.WAITING:
-            del self._waits_since[engine.name]
-        elif self.timeline.now > since + LEAVING_SECONDS and not self.network.cuts and self.network.slowness == 1.0:
-            # What was lost with a connection is said again a while later.
-            heard = (each for each in self._living.values() if not self.network.connection(engine, each))
-            keepers = [each for each in heard if each.is_well and each.lanes.current(engine.pipeline)]
-            if keepers:
-                raise Hoarded(f"{engine} waits in epoch {engine.core.epoch}, and has a lane on {keepers[0]}")
-
-    def note_served(self, pipelines: Iterable[Pipeline]) -> None:
-        """The controller sees these pipelines so after an event: who serves waits for nobody."""
-        for pipeline in pipelines:
-            if pipeline.state is PipelineState.SERVING:
-                self._bereft_at.pop(pipeline.id, None)
-
-    def _check_wait(self, order: events.Suspend) -> None:
-        """Requests end only after all of the bound has passed and no node that took over has led to service."""
-        waited = self.timeline.now - self._bereft_at.setdefault(order.pipeline, self.timeline.now)
-        if not order.waits and waited < self.plan.shape.wait - ROUNDING_SECONDS:
-            raise NoReason(f"pipeline {order.pipeline} gives up after {waited:.3f} s: {order.reason}")
-
-    def _check_suspension(self, order: events.Suspend) -> None:
-        """A pipeline is suspended only if no living node of the stage has room for it."""
-        cluster = self.controller.cluster
-        pipeline = cluster.pipelines[order.pipeline]
-        for slot in cluster.slots.values():
-            if slot.stage != order.stage or slot.state is not NodeState.READY or slot.fenced_by is not None:
-                continue
-            others = [each for each in cluster.pipelines if each.id not in (slot.pipeline, order.pipeline)]
-            foreign = sum(slot.member in each.lanes for each in others)
-            has_room = slot.pipeline == order.pipeline or foreign < self.plan.shape.lanes - 1
-            if has_room and slot.member not in pipeline.avoided:
-                raise NoReason(f"pipeline {order.pipeline} is suspended though {slot.member} has room: {order.reason}")
 
 
 def run(plan: Plan, *, telling: bool = False) -> Fleet:

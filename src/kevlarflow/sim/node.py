@@ -93,7 +93,9 @@ class Node(Process):
         )
         is_last = stage == shape.stages - 1
         memory = Memory(stage, shape.block_size)
-        runners: list[Any] = [ToyStage(LaneMemory(memory), is_last, fleet.cancelled) for _ in range(shape.lanes)]
+        runners: list[Any] = [
+            ToyStage(LaneMemory(memory), is_last, fleet.clients.cancelled) for _ in range(shape.lanes)
+        ]
         self.lanes = Lanes(runners, shape.blocks, is_first_stage=stage == 0)
         self.replicator: SimReplicator | None = None
         self.replicas: LaneReplicas | None = None
@@ -314,7 +316,7 @@ class Node(Process):
                 return self._place(lane, *payload, ahead=ahead)
             case steps.PlaceRest() if self.replicas is not None:
                 for replica, data in lane.rest:
-                    self.fleet.check_copy(lane.pipeline, self.stage, replica, content_of(data))
+                    self.fleet.checks.copy(lane.pipeline, self.stage, replica, content_of(data))
                 self.replicas.place_rest(lane)
             case steps.Execute():
                 return runner.execute(*payload)
@@ -341,7 +343,7 @@ class Node(Process):
             case steps.Recompute() | steps.Execute(has_tokens=True):
                 self._forward(lane, header.sequence)
         if written and self.replicas is not None:
-            self.fleet.note_written(lane, self.stage, written)
+            self.fleet.checks.note_written(lane, self.stage, written)
             self.replicas.end(lane, written)
 
     def _fail(self, engine: Line, lane: Lane, header: Header) -> None:
@@ -381,7 +383,7 @@ class Node(Process):
             missing, fuller = place.place_ahead(lane, now) if ahead else place.place(lane, now, later)
             found, _ = self.replicator.store.find(lane.pipeline, [*now, *later])
             for replica, data in found:
-                self.fleet.check_copy(lane.pipeline, self.stage, replica, content_of(data))
+                self.fleet.checks.copy(lane.pipeline, self.stage, replica, content_of(data))
         return tuple(
             tuple((replica.block, replica.generation, replica.filled) for replica in replicas)
             for replicas in (missing, fuller)
