@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 import zmq
 
-from kevlarflow.types import Member, NodeInfo, Stage
+from kevlarflow.types import Member, NodeInfo
 from kevlarflow.wire import steps
 
 log = logging.getLogger("kevlarflow.engine")
@@ -38,15 +38,13 @@ class NodeLinks:
         self._farewells: dict[Member, _Farewell] = {}
         """Channels to nodes that are not used any more, until they have answered that they have left. Those that have
         died never do: their channels go when the next one is opened and they have had their time."""
-        self._nodes: tuple[NodeInfo, ...] = ()
         self._bell = bell
         self._poller = zmq.Poller()
         self.dropped = 0
         """Messages that could not be sent or decoded."""
 
     def use(self, nodes: Sequence[NodeInfo]) -> None:
-        """Talk to these nodes, in stage order; channels to others are closed."""
-        self._nodes = tuple(nodes)
+        """Talk to these nodes; channels to others are closed."""
         wanted = {node.step_address for node in nodes}
         for address in self._sockets.keys() - wanted:
             self._sockets.pop(address).close(linger=0)
@@ -93,13 +91,13 @@ class NodeLinks:
         for member in list(self._farewells):
             self._part(member, FAREWELL_MS)
 
-    def send(self, stage: Stage, header: steps.AnyStepMessage, *payload: bytes) -> None:
-        """Send to the node of `stage`, without waiting."""
-        self._send(self._sockets[self._nodes[stage].step_address], header, payload)
+    def send(self, node: NodeInfo, header: steps.AnyStepMessage, *payload: bytes) -> None:
+        """Send to a node of the pipeline, without waiting."""
+        self._send(self._sockets[node.step_address], header, payload)
 
-    def send_ahead(self, address: str, header: steps.AnyStepMessage, *payload: bytes) -> None:
+    def send_ahead(self, node: NodeInfo, header: steps.AnyStepMessage, *payload: bytes) -> None:
         """Send to a node that may become part of the pipeline; its channel stays open until the nodes change."""
-        self._send(self._ensure(address), header, payload)
+        self._send(self._ensure(node.step_address), header, payload)
 
     def send_farewell(self, node: NodeInfo, header: steps.AnyStepMessage) -> None:
         """Send to a node that is not part of the pipeline any more; until `part` its answer may come."""

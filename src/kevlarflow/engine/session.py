@@ -26,13 +26,14 @@ from kevlarflow.engine.links import NodeLinks
 from kevlarflow.engine.orders import SchedulerOrders
 from kevlarflow.errors import StartupFailed
 from kevlarflow.recovery import pipeline_events as core
-from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.ledger import Step
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.recovery.watched import LaneLeft, TimePassed, WatchedPipeline
 from kevlarflow.types import LaneCoverage, Member, PipelineId, Stage
 from kevlarflow.wire import steps
+from kevlarflow.wire.answers import event_of
+from kevlarflow.wire.commands import NOTHING, execute_header, letters
 from kevlarflow.wire.messages import AnyMessage, Form, Formed, Hasten, MemberFailed, Standbys, Suspend
 from kevlarflow.wire.orders import formation_ordered, suspension_ordered
 
@@ -178,7 +179,7 @@ class Session:
                 if time.monotonic() >= due:
                     due = time.monotonic() + DESCRIBE_AGAIN_SECONDS
                     for stage in set(map(Stage, range(len(self._core.nodes)))) - self._descriptions.keys():
-                        self._links.send(stage, steps.Describe())
+                        self._links.send(self._core.nodes[stage], steps.Describe())
                 self._pump(100)
         if len(self._descriptions) < max(1, len(self._core.nodes)):
             raise StartupFailed(f"pipeline {self.pipeline} was not formed within {timeout:.0f} s: see the nodes' logs")
@@ -187,8 +188,8 @@ class Session:
     def close(self) -> None:
         """Give up the lanes and close all channels."""
         with self._door:
-            for stage in range(len(self._core.nodes)):
-                self._links.send(Stage(stage), steps.Leave(self.pipeline, self._core.epoch))
+            for node in self._core.nodes:
+                self._links.send(node, steps.Leave(self.pipeline, self._core.epoch))
             self._links.close()
 
     # ---- the attendant
@@ -251,7 +252,7 @@ class Session:
     def _hasten(self, order: Hasten) -> None:
         if order.epoch == self._core.epoch:
             for stage in order.stages:
-                self._links.send(stage, steps.Hasten(self.pipeline, order.epoch))
+                self._links.send(self._core.nodes[stage], steps.Hasten(self.pipeline, order.epoch))
 
     def _receive(self, header: steps.AnyStepMessage, payload: list[bytes]) -> None:
         match header:
@@ -261,51 +262,36 @@ class Session:
                     self._outputs[sequence] = output
                     result = translate.result_of(output, generators)
                     self._handle(core.StepExecuted(epoch, sequence, result))
-            case steps.StepFailed(epoch=epoch, sequence=sequence, stage=stage, reason=reason):
-                log.error("step %d failed at stage %d: %s", sequence, stage, reason)
-                self._handle(core.StepBroken(epoch, sequence, stage, reason))
-            case steps.Replicated():
-                self._replicated(header)
             case steps.Description(stage):
                 self._descriptions[stage] = payload[0]
-            case _:
-                self._receive_while_forming(header)
-
-    def _receive_while_forming(self, header: steps.AnyStepMessage) -> None:
-        match header:
-            case steps.Joined(epoch=epoch, stage=stage):
-                self._handle(core.StageJoined(epoch, stage))
-            case steps.Recomputed(epoch=epoch, sequence=sequence):
-                self._handle(core.ChunkRecomputed(epoch, -sequence))
-            case steps.Restored(epoch=epoch, stage=stage):
-                self._handle(core.StageRestored(epoch, stage))
-            case steps.Placed(epoch=epoch, stage=stage, missing=missing, fuller=fuller, ahead=ahead):
-                self._handle(core.ReplicasPlaced(epoch, stage, _replicas(missing), _replicas(fuller), ahead))
-            case steps.Flushed(epoch=epoch, stage=stage):
-                self._handle(core.StageFlushed(epoch, stage))
-            case steps.Left(epoch=epoch, member=member):
-                self._links.part(member)
-                self._handle(LaneLeft(epoch, member))
-            case _:
-                self._receive_complaint(header)
-
-    def _receive_complaint(self, header: steps.AnyStepMessage) -> None:
-        newest, _ = self._core.ordered
-        match header:
-            case steps.Refused(epoch=epoch, stage=stage, reason=reason) if epoch == newest:
-                self._member_failed(stage, reason)
-            case steps.Unlinked(epoch=epoch, stage=stage) if epoch == newest:
-                self._member_failed(stage, "the connection to it broke", unlinked=True)
             case steps.Refused() | steps.Unlinked():
-                pass
+                self._receive_complaint(header)
             case _:
-                self._links.dropped += 1
+                self._receive_answer(header)
 
-    def _replicated(self, header: steps.Replicated) -> None:
-        self._replicated_last[header.stage] = header
-        self._dropped_replicas[header.stage] += len(header.dropped)
-        stored, dropped = _replicas(header.stored), _replicas(header.dropped)
-        self._handle(core.ReplicasConfirmed(header.stage, header.source, header.standby, stored, dropped))
+    def _receive_answer(self, header: steps.AnyStepMessage) -> None:
+        event = event_of(header)
+        if event is None:
+            self._links.dropped += 1
+            return
+        match header:
+            case steps.StepFailed(sequence=sequence, stage=stage, reason=reason):
+                log.error("step %d failed at stage %d: %s", sequence, stage, reason)
+            case steps.Replicated(stage=stage, dropped=dropped):
+                self._replicated_last[stage] = header
+                self._dropped_replicas[stage] += len(dropped)
+            case steps.Left(member=member):
+                self._links.part(member)
+        self._handle(event)
+
+    def _receive_complaint(self, header: steps.Refused | steps.Unlinked) -> None:
+        newest, _ = self._core.ordered
+        if header.epoch != newest:
+            return
+        if isinstance(header, steps.Refused):
+            self._member_failed(header.stage, header.reason)
+        else:
+            self._member_failed(header.stage, "the connection to it broke", unlinked=True)
 
     def replication(self) -> tuple[LaneCoverage, ...]:
         """How far the replication of each stage is.
@@ -367,57 +353,24 @@ class Session:
                 self._form(command)
 
     def _form(self, command: core.FormingCommand) -> None:
-        pipeline, epoch, nodes = self.pipeline, self._core.epoch, self._core.nodes
-        match command:
-            case core.Join(stage, usable, orphans):
-                following = nodes[stage + 1].activation_address if stage + 1 < len(nodes) else ""
-                payload = pickle.dumps(usable, pickle.HIGHEST_PROTOCOL)
-                self._links.send(stage, steps.Join(pipeline, epoch, stage, following, orphans), payload)
-            case core.Prepare():
-                self._prepare(command)
-            case core.Flush(stage):
-                self._links.send(stage, steps.Flush(pipeline, epoch))
-            case core.Leave(node):
-                self._links.send_farewell(node, steps.Leave(pipeline, epoch))
-            case core.Recompute(sequence, chunk):
-                self._send_to_all(
-                    chunk.through + 1,
-                    steps.Recompute(pipeline, epoch, -sequence, chunk.through),
-                    pickle.dumps(chunk, pickle.HIGHEST_PROTOCOL),
-                )
-            case core.Restore(entries, held):
-                payload = pickle.dumps((entries, held), pickle.HIGHEST_PROTOCOL)
-                self._send_to_all(len(nodes), steps.Restore(pipeline, epoch), payload)
-            case core.AssignStandby(stage, standby, anew):
-                self._links.send(stage, steps.AssignStandby(pipeline, epoch, standby, anew))
-            case core.Place(stage, now, later):
-                payload = pickle.dumps((now, later), pickle.HIGHEST_PROTOCOL)
-                self._links.send(stage, steps.Place(pipeline, epoch), payload)
-            case core.PlaceRest(stage):
-                self._links.send(stage, steps.PlaceRest(pipeline, epoch))
-
-    def _prepare(self, command: core.Prepare) -> None:
-        stage, order = command.stage, command.order
-        following = order.nodes[stage + 1].activation_address if stage + 1 < len(order.nodes) else ""
-        address = order.nodes[stage].step_address
-        join = steps.Join(self.pipeline, order.epoch, stage, following, order.orphans)
-        self._links.send_ahead(address, join, pickle.dumps(None))
-        place = steps.Place(self.pipeline, order.epoch, ahead=True)
-        self._links.send_ahead(address, place, pickle.dumps((command.replicas, ()), pickle.HIGHEST_PROTOCOL))
-
-    def _send_to_all(self, stages: int, header: steps.AnyStepMessage, payload: bytes) -> None:
-        for stage in range(stages):
-            self._links.send(Stage(stage), header, payload)
+        for letter in letters(command, self.pipeline, self._core.epoch, self._core.nodes):
+            payload = [] if letter.content is NOTHING else [pickle.dumps(letter.content, pickle.HIGHEST_PROTOCOL)]
+            for node in letter.to:
+                match command:
+                    case core.Leave():
+                        self._links.send_farewell(node, letter.header)
+                    case core.Prepare():
+                        self._links.send_ahead(node, letter.header, *payload)
+                    case _:
+                        self._links.send(node, letter.header, *payload)
 
     def _execute(self, command: core.Execute) -> None:
         payload = self._payloads[command.sequence]
         scheduled, grammar = translate.leave_out(payload, command.left_out) if command.left_out else payload
-        writes = tuple((each.block, each.generation, each.filled, each.depth) for each in command.writes)
-        epoch, sequence = self._core.epoch, command.sequence
-        header = steps.Execute(self.pipeline, epoch, sequence, command.has_tokens, writes, command.use)
+        header = execute_header(command, self.pipeline, self._core.epoch)
         last = len(self._core.nodes) - 1
-        for stage in range(last + 1):
-            self._links.send(Stage(stage), header, scheduled, grammar if stage == last else _NONE)
+        for stage, node in enumerate(self._core.nodes):
+            self._links.send(node, header, scheduled, grammar if stage == last else _NONE)
 
     def _finish(self, sequence: int, value: Any) -> None:
         self._payloads.pop(sequence, None)
@@ -431,10 +384,6 @@ class Session:
     def _report(self, message: AnyMessage) -> None:
         self.reports.append(message)
         os.eventfd_write(self.report_bell, 1)
-
-
-def _replicas(tags: tuple[tuple[int, int, int], ...]) -> tuple[Replica, ...]:
-    return tuple(Replica(*tag) for tag in tags)
 
 
 _NONE = pickle.dumps(None)

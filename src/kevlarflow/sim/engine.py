@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from kevlarflow.recovery import pipeline_events as core
 from kevlarflow.recovery.capacity import without
-from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.ledger import LedgerEntry, Step, StepResult
 from kevlarflow.recovery.recompute import Limits
@@ -25,6 +24,8 @@ from kevlarflow.sim.network import Process
 from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler
 from kevlarflow.types import Epoch, LaneCoverage, Member, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import messages, steps
+from kevlarflow.wire.answers import event_of
+from kevlarflow.wire.commands import NOTHING, execute_header, letters
 from kevlarflow.wire.orders import formation_ordered, suspension_ordered
 
 if TYPE_CHECKING:
@@ -303,26 +304,9 @@ class Engine(Process):
 
     @staticmethod
     def _event_of(header: steps.AnyStepMessage, payload: Any) -> Any:
-        match header:
-            case steps.Executed(epoch=epoch, sequence=sequence):
-                return core.StepExecuted(epoch, sequence, StepResult(tokens=payload, generators={}))
-            case steps.StepFailed(epoch=epoch, sequence=sequence, stage=stage, reason=reason):
-                return core.StepBroken(epoch, sequence, stage, reason)
-            case steps.Replicated(stage=stage, source=source, standby=standby):
-                return core.ReplicasConfirmed(
-                    stage, source, standby, _replicas(header.stored), _replicas(header.dropped)
-                )
-            case steps.Joined(epoch=epoch, stage=stage):
-                return core.StageJoined(epoch, stage)
-            case steps.Recomputed(epoch=epoch, sequence=sequence):
-                return core.ChunkRecomputed(epoch, -sequence)
-            case steps.Restored(epoch=epoch, stage=stage):
-                return core.StageRestored(epoch, stage)
-            case steps.Placed(epoch=epoch, stage=stage, missing=missing, fuller=fuller, ahead=ahead):
-                return core.ReplicasPlaced(epoch, stage, _replicas(missing), _replicas(fuller), ahead)
-            case steps.Flushed(epoch=epoch, stage=stage):
-                return core.StageFlushed(epoch, stage)
-        return None
+        if isinstance(header, steps.Executed):
+            return core.StepExecuted(header.epoch, header.sequence, StepResult(tokens=payload, generators={}))
+        return event_of(header)
 
     def _take_answer(self, source: Node, event: Any) -> None:
         """Nothing of an old epoch may have an effect, nor anything of a member that does not serve in this one."""
@@ -355,13 +339,13 @@ class Engine(Process):
 
     def _carry_out(self, command: core.Command) -> None:
         match command:
-            case core.Execute(sequence, has_tokens, written, left_out, use):
-                writes = tuple((each.block, each.generation, each.filled, each.depth) for each in written)
-                header = steps.Execute(self.pipeline, self.core.epoch, sequence, has_tokens, writes, use)
+            case core.Execute(sequence=sequence, left_out=left_out):
+                header = execute_header(command, self.pipeline, self.core.epoch)
                 self.fleet.counts["steps sent"] += 1
                 step, known = self._steps[sequence]
                 payload = without(step, left_out, self.fleet.plan.shape.block_size), known
-                self._send_to(len(self.core.nodes), header, payload)
+                for node in self.core.nodes:
+                    self._send(node, header, payload)
             case core.Deliver(sequence, left_out):
                 outputs = self._outputs.pop(sequence, {})
                 self._finish(sequence, {r: tokens for r, tokens in outputs.items() if r not in left_out})
@@ -400,41 +384,16 @@ class Engine(Process):
         self.poke()
 
     def _form(self, command: core.FormingCommand) -> None:
-        pipeline, epoch, nodes = self.pipeline, self.core.epoch, self.core.nodes
-        match command:
-            case core.Join(stage, usable, orphans):
-                following = nodes[stage + 1].activation_address if stage + 1 < len(nodes) else ""
-                self._send(nodes[stage], steps.Join(pipeline, epoch, stage, following, orphans), usable)
-            case core.Prepare():
-                self._prepare(command)
-            case core.Flush(stage):
-                self._send(nodes[stage], steps.Flush(pipeline, epoch))
-            case core.Leave(node):
-                self._send(node, steps.Leave(pipeline, epoch), once=True)
-            case core.Recompute(sequence, chunk):
-                header = steps.Recompute(pipeline, epoch, -sequence, chunk.through)
-                self._send_to(chunk.through + 1, header, (chunk,))
-            case core.Restore(entries, held):
-                self._send_to(len(nodes), steps.Restore(pipeline, epoch), (_as_sent(entries), held))
-            case core.AssignStandby(stage, standby, anew):
-                self._send(nodes[stage], steps.AssignStandby(pipeline, epoch, standby, anew))
-            case core.Place(stage, now, later):
-                self._send(nodes[stage], steps.Place(pipeline, epoch), (now, later))
-            case core.PlaceRest(stage):
-                self._send(nodes[stage], steps.PlaceRest(pipeline, epoch))
-
-    def _prepare(self, command: core.Prepare) -> None:
-        stage, order = command.stage, command.order
-        node = order.nodes[stage]
-        following = order.nodes[stage + 1].activation_address if stage + 1 < len(order.nodes) else ""
-        self._lines.setdefault(node.member, f"{self.name} {self.fleet.network.sent} {node.member}")
-        self._send(node, steps.Join(self.pipeline, order.epoch, stage, following, order.orphans), None)
-        self._send(node, steps.Place(self.pipeline, order.epoch, ahead=True), (command.replicas, ()))
-        self.fleet.counts["lanes prepared"] += 1
-
-    def _send_to(self, stages: int, header: steps.AnyStepMessage, payload: Any) -> None:
-        for node in self.core.nodes[:stages]:
-            self._send(node, header, payload)
+        if isinstance(command, core.Prepare):
+            self.fleet.counts["lanes prepared"] += 1
+        for letter in letters(command, self.pipeline, self.core.epoch, self.core.nodes):
+            payload = () if letter.content is NOTHING else letter.content
+            if isinstance(command, core.Restore):
+                payload = (_as_sent(command.entries), command.held)
+            for node in letter.to:
+                if isinstance(command, core.Prepare):
+                    self._lines.setdefault(node.member, f"{self.name} {self.fleet.network.sent} {node.member}")
+                self._send(node, letter.header, payload, once=isinstance(command, core.Leave))
 
     def _send(self, info: NodeInfo, header: steps.AnyStepMessage, payload: Any = (), *, once: bool = False) -> None:
         """`once`: over a channel of its own, which keeps no order with others."""
@@ -445,10 +404,6 @@ class Engine(Process):
 
     def _member_failed(self, member: Member, reason: str, *, unlinked: bool = False) -> None:
         self._tell(messages.MemberFailed(self.pipeline, member, reason, self.core.ordered[0], unlinked))
-
-
-def _replicas(tags: tuple[tuple[int, int, int], ...]) -> tuple[Replica, ...]:
-    return tuple(Replica(*tag) for tag in tags)
 
 
 def _as_sent(entries: tuple[LedgerEntry, ...]) -> tuple[LedgerEntry, ...]:

@@ -308,7 +308,7 @@ class Node(Process):
                 if self.replicas is not None:
                     self.replicas.hold(lane, payload[1])
             case steps.Recompute():
-                runner.recompute(payload[0])
+                runner.recompute(payload)
             case steps.Flush() if self.replicas is not None:
                 self.replicas.flush(lane, self.timeline.now)
                 self.after(FLUSH_SECONDS, self.look)
@@ -400,7 +400,7 @@ def _requests(work: Work) -> frozenset[str]:
     """Those that take part in a step or a chunk."""
     payload: Any = work.payload
     if isinstance(work.header, steps.Recompute):
-        return frozenset(span.request for span in payload[0].spans)
+        return frozenset(span.request for span in payload.spans)
     return frozenset(payload[0].scheduled)
 
 
@@ -408,7 +408,7 @@ def _computed(work: Work, stage: Stage) -> Iterator[tuple[str, int]]:
     """(request, end) of whatever is computed for good at a stage: the request's tokens up to `end`."""
     payload: Any = work.payload
     if isinstance(work.header, steps.Recompute) and work.header.through == stage:
-        yield from ((span.request, span.end) for span in payload[0].spans)
+        yield from ((span.request, span.end) for span in payload.spans)
     elif isinstance(work.header, steps.Execute):
         step = payload[0]
         for each in (*step.admissions, *step.continuations):

@@ -12,7 +12,7 @@ import kevlarflow.engine.links
 from kevlarflow.engine.links import NodeLinks
 from kevlarflow.faults.cutting import cut
 from kevlarflow.faults.processes import identify
-from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
+from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId
 from kevlarflow.wire import steps
 
 DEAF_SECONDS = 1.5
@@ -83,7 +83,7 @@ def test_a_connection_that_was_broken_and_made_anew_has_another_name_at_the_node
     links.use([info])
 
     def name():
-        links.send(Stage(0), steps.Describe())
+        links.send(info, steps.Describe())
         assert node.poll(5_000)
         return node.recv_multipart()[0]
 
