@@ -4,8 +4,8 @@ Messages travel on queues that keep their order, as the real channels do, and ar
 queues. Faults are drawn: a node is lost (its successor has empty KV memory), again while the pipeline is still
 re-forming, or just between the scheduling of a step and its issue; a step raises on some stage; a node begins or ends
 to serve other lanes as well, so that the blocks that may be used become fewer or more; nobody is there in place of a
-lost node for a while, and requests wait. After each run every request
-must have ended with exactly the tokens of a run without failure, but for those of a step that raised.
+lost node for a while, and requests wait. After each run every request must have ended with exactly the tokens of a run
+without failure, but for those of a step that raised.
 """
 
 from __future__ import annotations
@@ -14,52 +14,22 @@ import functools
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from kevlarflow.recovery import pipeline_events as core
-from kevlarflow.recovery.capacity import without
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.forming import Standing
-from kevlarflow.recovery.ledger import Step, StepResult
+from kevlarflow.recovery.ledger import Step
 from kevlarflow.recovery.pipeline import Pipeline
-from kevlarflow.recovery.recompute import Chunk, Limits
+from kevlarflow.recovery.recompute import Limits
 from kevlarflow.recovery.suspicion import MAX_POSSIBLE_COST, POSSIBLE_REASON, REASON
 from kevlarflow.sim.errors import Stuck, Violation, WrongTokens
 from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler
 from kevlarflow.sim.shapes import Shape, draw
 from kevlarflow.sim.stage import VOCABULARY, Memory, ToyStage, next_token
+from kevlarflow.sim.world_lane import Lane, Standby
 from kevlarflow.types import Computing, Epoch, Loss, Member, NodeId, NodeInfo, Stage
 
 MAX_ACTIONS = 20_000
-
-Content = tuple[int | None, ...]
-
-
-@dataclass
-class Standby:
-    """Keeps replicas of one stage; may drop any of them, and tells so late."""
-
-    info: NodeInfo
-    store: dict[int, tuple[Replica, Content]] = field(default_factory=dict)
-
-
-@dataclass
-class Lane:
-    """A node's end of the pipeline: what was sent to it, in order, and what the stage before has passed on."""
-
-    info: NodeInfo
-    stage: ToyStage
-    epoch: int = 0
-    inbox: deque[tuple[int, core.Command]] = field(default_factory=deque)
-    activations: set[tuple[int, int]] = field(default_factory=set)
-    tags: dict[int, Replica] = field(default_factory=dict)
-    """What each block of the lane holds."""
-    store: dict[int, tuple[Replica, Content]] = field(default_factory=dict)
-    """Replicas that the node kept as the standby of the node before it."""
-    rest: dict[int, tuple[Replica, Content]] = field(default_factory=dict)
-    standby: Member | None = None
-    broken: bool = False
-    """A step has raised: the lane does nothing until it is opened again."""
 
 
 class World:
@@ -125,7 +95,7 @@ class World:
             member = Member(NodeId(f"n{stage}"), self.incarnations[stage])
             info = NodeInfo(member, stage, "sim", 1, (1,), "", "", 1, self.shape.blocks)
         toy = ToyStage(Memory(stage, self.shape.block_size), stage == self.shape.stages - 1, self.aborted)
-        return Lane(info, toy)
+        return Lane(self, info, toy)
 
     def _new_standby(self, stage: Stage) -> Standby:
         return Standby(self._new_lane(stage).info)
@@ -152,9 +122,7 @@ class World:
             raise Stuck(f"{len(self.scheduler.ended)} of {self.shape.requests} requests ended")
 
     def _possible(self) -> list[Callable[[], None]]:
-        actions: list[Callable[[], None]] = [
-            functools.partial(self._work, lane) for lane in self.lanes if self._can_work(lane)
-        ]
+        actions: list[Callable[[], None]] = [lane.work for lane in self.lanes if lane.can_work()]
         if self.answers:
             actions.append(self._answer)
         if self.waits_for and self.delivered and self.delivered[0] == self.waits_for[0]:
@@ -333,117 +301,3 @@ class World:
 
     def _answer(self) -> None:
         self._handle(self.answers.popleft())
-
-    # ---- nodes
-
-    def _can_work(self, lane: Lane) -> bool:
-        return bool(lane.inbox) and (self._head_can_run(lane) or self._joins(lane))
-
-    @staticmethod
-    def _joins(lane: Lane) -> bool:
-        """A node takes a `Join` when it arrives, whatever is queued before it."""
-        return any(isinstance(command, core.Join) for _, command in lane.inbox)
-
-    def _head_can_run(self, lane: Lane) -> bool:
-        epoch, command = lane.inbox[0]
-        needs = lane.info.stage > 0 and epoch >= lane.epoch
-        match command:
-            case core.Recompute(sequence, _):
-                return not needs or lane.broken or (epoch, -sequence) in lane.activations
-            case core.Execute(sequence, has_tokens):
-                return not needs or lane.broken or not has_tokens or (epoch, sequence) in lane.activations
-            case _:
-                return True
-
-    def _work(self, lane: Lane) -> None:
-        if not self._head_can_run(lane):
-            while not isinstance(lane.inbox[0][1], core.Join):
-                lane.inbox.popleft()
-        epoch, command = lane.inbox.popleft()
-        if epoch < lane.epoch or (lane.broken and epoch == lane.epoch):
-            return
-        match command:
-            case core.Join(stage, usable):
-                lane.epoch = epoch
-                lane.broken = False
-                lane.stage.memory.restrict(usable)
-                lane.stage.reset()
-                lane.tags = {}
-                lane.rest = {}
-                lane.activations = {key for key in lane.activations if key[0] >= epoch}
-                self.answers.append(core.StageJoined(Epoch(epoch), stage))
-            case core.AssignStandby() | core.Place() | core.PlaceRest():
-                self._work_on_replicas(lane, epoch, command)
-            case core.Restore(entries, held):
-                lane.stage.restore(entries)
-                lane.tags = {replica.block: replica for replica in held if replica.block not in lane.rest}
-                self.answers.append(core.StageRestored(Epoch(epoch), lane.info.stage))
-            case core.Recompute(sequence, chunk):
-                self._recompute(lane, epoch, sequence, chunk)
-            case core.Execute():
-                self._execute(lane, epoch, command)
-
-    def _work_on_replicas(
-        self, lane: Lane, epoch: int, command: core.AssignStandby | core.Place | core.PlaceRest
-    ) -> None:
-        match command:
-            case core.AssignStandby(_, standby):
-                lane.standby = standby.member if standby else None
-            case core.Place(_, now, later):
-                self._place(lane, epoch, now, later)
-            case core.PlaceRest():
-                for block, (replica, content) in lane.rest.items():
-                    lane.stage.memory.place(block, content)
-                    lane.tags[block] = replica
-                lane.rest = {}
-                self.answers.append(core.ReplicasPlaced(Epoch(epoch), lane.info.stage, ()))
-
-    def _place(self, lane: Lane, epoch: int, now: tuple[Replica, ...], later: tuple[Replica, ...]) -> None:
-        missing = tuple(r for r in (*now, *later) if lane.store.get(r.block, (None,))[0] != r)
-        for replica in now:
-            if replica not in missing:
-                lane.stage.memory.place(replica.block, lane.store[replica.block][1])
-                self.resumed += 1
-        lane.rest = {r.block: lane.store[r.block] for r in later if r not in missing}
-        self.answers.append(core.ReplicasPlaced(Epoch(epoch), lane.info.stage, missing))
-
-    def _recompute(self, lane: Lane, epoch: int, sequence: int, chunk: Chunk) -> None:
-        lane.stage.recompute(chunk)
-        if lane.info.stage == chunk.through:
-            self.answers.append(core.ChunkRecomputed(Epoch(epoch), sequence))
-        else:
-            self._pass_on(lane, (epoch, -sequence))
-
-    def _execute(self, lane: Lane, epoch: int, command: core.Execute) -> None:
-        sequence, written = command.sequence, command.writes
-        scheduled, known = self.steps[sequence]
-        step = without(scheduled, command.left_out, self.shape.block_size)
-        if step.scheduled and self.rng.random() < self.shape.raise_rate:
-            self._break(lane, epoch, step)
-            return
-        lane.tags.update((replica.block, Replica(replica.block, replica.generation, 0)) for replica in written)
-        sampled = lane.stage.execute(step, known)
-        lane.tags.update((replica.block, replica) for replica in written)
-        if not step.scheduled:
-            return
-        if lane.stage.is_last:
-            if epoch == self.pipeline.epoch:
-                self.outputs.setdefault(sequence, sampled)
-            result = StepResult(tokens=sampled, generators={})
-            self.answers.append(core.StepExecuted(Epoch(epoch), sequence, result))
-        else:
-            self._pass_on(lane, (epoch, sequence))
-
-    def _break(self, lane: Lane, epoch: int, step: Step) -> None:
-        """The step raises: the lane is of no use in this epoch any more."""
-        lane.broken = True
-        reason = f"step {step.sequence} raised"
-        if epoch == self.pipeline.epoch:
-            for request in step.scheduled:
-                self.blamed.setdefault(request, set()).add(reason)
-        self.answers.append(core.StepBroken(Epoch(epoch), step.sequence, lane.info.stage, reason))
-
-    def _pass_on(self, lane: Lane, key: tuple[int, int]) -> None:
-        following = self.lanes[lane.info.stage + 1]
-        if key[0] >= following.epoch:
-            following.activations.add(key)
