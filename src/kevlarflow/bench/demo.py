@@ -11,18 +11,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from kevlarflow.bench.contestants import Recipe
+from kevlarflow.bench.experiment import POLL_SECONDS, until
 from kevlarflow.bench.measure import gaps
 from kevlarflow.bench.scene import Line, Scene, Story, Tone
 from kevlarflow.bench.screen import announce
 from kevlarflow.bench.streams import Request, Stream, chat, send
-from kevlarflow.bench.systems import START_TIMEOUT_SECONDS, ServerProcess, is_healthy
+from kevlarflow.bench.systems import START_TIMEOUT_SECONDS, ServerProcess, SystemFailed, is_healthy
 from kevlarflow.bench.watch import Watcher, is_settled, recovery_after
 from kevlarflow.errors import KevlarFlowError
 from kevlarflow.faults import KillServing, strike, verify
@@ -38,13 +39,10 @@ STORIES = (
 STORY_TOKENS = 160
 KILL_AFTER_TOKENS = 40
 FAULT = KillServing(pipeline=0, stage=1)
-POLL_SECONDS = 0.02
 FRAME_SECONDS = 0.05
 STREAM_TIMEOUT_SECONDS = 120.0
 RECOVERY_TIMEOUT_SECONDS = 30.0
 REJOIN_TIMEOUT_SECONDS = 20.0
-
-T = TypeVar("T")
 
 
 class DemoFailed(KevlarFlowError):
@@ -163,7 +161,7 @@ class Demo:
             if telling.done():
                 raise DemoFailed("the streams ended before a node could be killed")
             await asyncio.sleep(POLL_SECONDS)
-        target = FAULT.aim(await self._until("a status of the cluster", lambda: self._watcher.latest, 5.0))
+        target = FAULT.aim(await until("a status of the cluster", lambda: self._watcher.latest, 5.0))
         self._fault_unix_time = time.time()
         struck = strike(target)
         self._scene.fault_at, self._scene.fault_pipeline = struck.at, FAULT.pipeline
@@ -175,15 +173,15 @@ class Demo:
             status = self._watcher.latest or {"recoveries": []}
             return recovery_after(status, self._fault_unix_time, FAULT.pipeline, FAULT.stage)
 
-        record = await self._until("a record of the recovery", ended, RECOVERY_TIMEOUT_SECONDS)
+        record = await until("a record of the recovery", ended, RECOVERY_TIMEOUT_SECONDS)
         if record["state"] != "done":
             raise DemoFailed(f"the cluster records the recovery as {record['state']}")
         return record
 
     async def _replacement(self) -> None:
         """Wait a little for the replacement; it is not what the demo is about."""
-        with contextlib.suppress(DemoFailed):
-            await self._until("everybody at home", self._is_settled, REJOIN_TIMEOUT_SECONDS)
+        with contextlib.suppress(SystemFailed):
+            await until("everybody at home", self._is_settled, REJOIN_TIMEOUT_SECONDS)
 
     def _is_settled(self) -> bool:
         return self._watcher.latest is not None and is_settled(self._watcher.latest)
@@ -247,11 +245,3 @@ class Demo:
         else:
             mark = f"+{(now - fault_at) * 1e3:,.0f} ms"
         announce(self._console, self._scene, Line(mark, text, tone))
-
-    async def _until(self, what: str, ask: Callable[[], T | None], timeout_seconds: float) -> T:
-        deadline = time.monotonic() + timeout_seconds
-        while not (answer := ask()):
-            if time.monotonic() > deadline:
-                raise DemoFailed(f"after {timeout_seconds:.0f} s still not: {what}")
-            await asyncio.sleep(POLL_SECONDS)
-        return answer

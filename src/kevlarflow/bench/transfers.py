@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 
 import msgspec
-import psutil
 
 from kevlarflow.bench.experiment import Say
+from kevlarflow.bench.machine import cpu_seconds
 from kevlarflow.bench.measure import percentile
 from kevlarflow.bench.memory_copy import copy_seconds, fill
 from kevlarflow.bench.nixl_transfer import Nixl, nixl_version
@@ -65,9 +66,9 @@ def _add(result: Transfers, each: TransferTime, say: Say) -> None:
 
 
 @contextlib.contextmanager
-def _peer(target: object, *arguments: object) -> Iterator[BaseProcess]:
+def _peer(target: Callable[..., None], *arguments: object) -> Iterator[BaseProcess]:
     """Another process, for the length of a block."""
-    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=True)  # type: ignore[arg-type]
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=True)
     process.start()
     try:
         yield process
@@ -116,18 +117,18 @@ def _measure_nixl(size: int, copies: int) -> TransferTime:
         return _times(NIXL, size, copies, nixl.exchange, nixl.peer_pid)
 
 
-def _times(name: str, size: int, copies: int, exchange: object, peer: int | None) -> TransferTime:
+def _times(name: str, size: int, copies: int, exchange: Callable[[int], None], peer: int | None) -> TransferTime:
     """`exchange(n)` sends n copies at a time and returns when all are answered."""
-    assert callable(exchange)
     for _ in range(10):
         exchange(1)
-    cpu = _cpu_seconds(peer)
+    both = [os.getpid(), *([peer] if peer else ())]
+    cpu = sum(map(cpu_seconds, both))
     trips = []
     for _ in range(copies):
         began = time.perf_counter()
         exchange(1)
         trips.append(time.perf_counter() - began)
-    cpu = _cpu_seconds(peer) - cpu
+    cpu = sum(map(cpu_seconds, both)) - cpu
     rounds = []
     for _ in range(max(5, copies // CHANNEL_PLACES // 2)):
         began = time.perf_counter()
@@ -141,12 +142,3 @@ def _times(name: str, size: int, copies: int, exchange: object, peer: int | None
         bytes_per_second=statistics.median(rounds),
         cpu_seconds=cpu / copies,
     )
-
-
-def _cpu_seconds(peer: int | None) -> float:
-    total = 0.0
-    for process in (psutil.Process(), psutil.Process(peer) if peer else None):
-        if process is not None:
-            times = process.cpu_times()
-            total += times.user + times.system
-    return total

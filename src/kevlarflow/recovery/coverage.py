@@ -68,10 +68,6 @@ class Generations:
         """Some stages may not have these, whatever others have copied of them."""
         self._generation.update(dict.fromkeys(blocks, self.mark))
 
-    def of(self, blocks: Iterable[int]) -> dict[int, int]:
-        """Generations of these blocks."""
-        return {block: self[block] for block in blocks}
-
 
 def tables(step: Step) -> Iterable[tuple[str, Sequence[int], int]]:
     """(request, block table, tokens of the prefix hit) of what the step admits or resumes."""
@@ -185,9 +181,6 @@ class Coverage:
     def __init__(self) -> None:
         self._replicas: dict[int, Replica] = {}
 
-    def __len__(self) -> int:
-        return len(self._replicas)
-
     def confirm(self, replicas: Iterable[Replica]) -> None:
         """The standby has stored these."""
         for replica in replicas:
@@ -198,10 +191,6 @@ class Coverage:
         for replica in replicas:
             if self._replicas.get(replica.block) == replica:
                 del self._replicas[replica.block]
-
-    def clear(self) -> None:
-        """The standby is gone."""
-        self._replicas.clear()
 
     def valid(self, generations: Generations) -> dict[int, Replica]:
         """Replicas of the blocks' current content."""

@@ -80,7 +80,7 @@ class Contender(Protocol):
         """Stop it; returns what it left running. Safe at any time, again too."""
 
 
-class Kevlar:
+class KevlarFlow:
     """KevlarFlow, watched through its controller."""
 
     pins = True
@@ -220,7 +220,7 @@ def make(system: str, setting: Setting, folder: Path) -> Contender:
         environment |= emulation(setting.profile, folder)
     match system:
         case "kevlarflow" | "replay":
-            return Kevlar(contestants.kevlarflow(recipe, environment, folder, _own_flags(system, setting)))
+            return KevlarFlow(contestants.kevlarflow(recipe, environment, folder, _own_flags(system, setting)))
         case "stock-dp":
             return Stock([contestants.stock_vllm(recipe, environment, folder, free_port(), STOCK_DP)], None)
         case "stock":

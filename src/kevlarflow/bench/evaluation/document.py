@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kevlarflow.bench import machine
 from kevlarflow.bench.contestants import REMEDY_NOTE
-from kevlarflow.bench.evaluation import figures, suite
+from kevlarflow.bench.evaluation import figures
 from kevlarflow.bench.evaluation.cells import NO_FAULT, RATES, SETTINGS, SYSTEMS, Cell
 from kevlarflow.bench.evaluation.claims import claims
 from kevlarflow.bench.evaluation.comparison import (
@@ -25,6 +25,7 @@ from kevlarflow.bench.evaluation.comparison import (
 )
 from kevlarflow.bench.evaluation.outcome import GOODPUT_WINDOW_SECONDS, CellResult
 from kevlarflow.bench.evaluation.prose import FORMULAS, WHY_DIFFERENT
+from kevlarflow.bench.evaluation.saved import load_all
 from kevlarflow.bench.evaluation.spread import THROUGHPUT, half_width, spreads
 
 NOTHING = "-"
@@ -35,9 +36,9 @@ def write(folder: Path, again: Sequence[Path] = ()) -> Path:
 
     `again` holds other runs of the same cells, which tell how far runs lie apart.
     """
-    results = suite.load_all(folder)
+    results = load_all(folder)
     found = rows(results)
-    others = [row for other in again for row in rows(suite.load_all(other))]
+    others = [row for other in again for row in rows(load_all(other))]
     drawn = figures.draw(results, found, folder / "figures")
     _write_csv(found, folder / "cells.csv")
     path = folder / "README.md"

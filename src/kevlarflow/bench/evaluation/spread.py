@@ -12,7 +12,7 @@ from kevlarflow.bench.evaluation.comparison import PAPER, Row, measures
 THROUGHPUT = "tokens/s"
 
 
-class Spread(msgspec.Struct, frozen=True):
+class SceneSpread(msgspec.Struct, frozen=True):
     """Runs of one system in one setting, at one rate, under one fault script."""
 
     scene: str
@@ -22,7 +22,7 @@ class Spread(msgspec.Struct, frozen=True):
     """Least and most, by the paper's names and `THROUGHPUT`; those that every run has."""
 
 
-def spreads(found: Sequence[Row]) -> Iterator[Spread]:
+def spreads(found: Sequence[Row]) -> Iterator[SceneSpread]:
     """Every scene that was run more than once."""
     scenes: dict[str, list[Row]] = {}
     for row in found:
@@ -30,7 +30,7 @@ def spreads(found: Sequence[Row]) -> Iterator[Spread]:
             scenes.setdefault(row.cell.name.rpartition(".")[0], []).append(row)
     for scene, rows in sorted(scenes.items()):
         if len(rows) > 1:
-            yield Spread(scene, len(rows), dict(_ranges(rows)))
+            yield SceneSpread(scene, len(rows), dict(_ranges(rows)))
 
 
 def _ranges(rows: Sequence[Row]) -> Iterator[tuple[str, tuple[float, float]]]:

@@ -12,15 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import msgspec
-
-from kevlarflow.bench.evaluation.cells import SETTINGS, STOCK, STOCK_DP, Cell, conditions, is_of_today
+from kevlarflow.bench.evaluation.cells import SETTINGS, STOCK, STOCK_DP, Cell, conditions
 from kevlarflow.bench.evaluation.outcome import CellResult, window
+from kevlarflow.bench.evaluation.saved import load, logs_of, save
 from kevlarflow.bench.evaluation.workload import Workload
 from kevlarflow.bench.experiment import Say
-from kevlarflow.errors import UsageError
 
-CHANGED = "its setting has changed since: run it again"
 RunCell = Callable[[Cell, Path], CellResult]
 SECONDS_TO_START = {STOCK: 120.0, STOCK_DP: 100.0}
 OTHERS_START_SECONDS = 30.0
@@ -91,50 +88,6 @@ def told(result: CellResult) -> str:
         f"{seen.requests} requests, {seen.lost} lost; latency {seen.latency_mean:.2f} s (p99 {seen.latency_p99:.2f}), "
         f"TTFT {seen.ttft_mean:.2f} s (p99 {seen.ttft_p99:.2f})" + f"; first token after the fault: {back}" * bool(back)
     )
-
-
-def path_of(output: Path, cell: Cell) -> Path:
-    """Where a cell is saved."""
-    return output / "cells" / f"{cell.name}.json"
-
-
-def logs_of(output: Path, cell: Cell) -> Path:
-    """Where the logs of a cell's system are."""
-    return output / "logs" / cell.name
-
-
-def save(output: Path, result: CellResult) -> None:
-    """Save a cell, whole or not at all."""
-    path = path_of(output, result.cell)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".new")
-    unfinished.write_bytes(msgspec.json.encode(result) + b"\n")
-    unfinished.replace(path)
-
-
-def load(output: Path, cell: Cell) -> CellResult | None:
-    """A saved cell; None when there is none."""
-    path = path_of(output, cell)
-    return read(path) if path.exists() else None
-
-
-def load_all(output: Path) -> list[CellResult]:
-    """All saved cells; those whose setting has changed since are void. Raises `UsageError` when there is none."""
-    found = [read(path) for path in sorted((output / "cells").glob("*.json"))]
-    if not found:
-        raise UsageError(f"{output} holds no cells: run kevlarflow bench run SUITE --output {output} first")
-    for each in found:
-        if not is_of_today(each.cell, each.conditions):
-            each.void = each.void or CHANGED
-    return found
-
-
-def read(path: Path) -> CellResult:
-    """One saved cell. Raises `UsageError` when the file is something else."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=CellResult)
-    except msgspec.DecodeError as error:
-        raise UsageError(f"{path} is no cell of this KevlarFlow ({error}): remove it") from error
 
 
 def _minutes(seconds: float) -> str:

@@ -6,7 +6,7 @@ import math
 import msgspec
 import pytest
 
-from kevlarflow.bench.evaluation import cells, comparison, document, suite
+from kevlarflow.bench.evaluation import cells, comparison, document, saved
 from kevlarflow.bench.evaluation.cells import SUITES, Cell
 from kevlarflow.bench.evaluation.claims import claims
 from kevlarflow.bench.evaluation.outcome import CellResult, LifeRecord, RequestRecord, StrikeRecord
@@ -51,12 +51,12 @@ def folder(tmp_path):
         each.strikes = []
     void = under_conditions(CellResult(cell("replay"), "2026-01-01T00:00:00", void="it was never ready"))
     for each in (ours, theirs, void, *calm):
-        suite.save(tmp_path, each)
+        saved.save(tmp_path, each)
     return tmp_path
 
 
 def test_ratios_are_the_other_by_ours(folder):
-    found = comparison.rows(suite.load_all(folder))
+    found = comparison.rows(saved.load_all(folder))
     (only,) = comparison.ratios(found)
     assert only.cell.system == "stock"
     assert only.values["MTTR"] == pytest.approx(120)
@@ -65,39 +65,39 @@ def test_ratios_are_the_other_by_ours(folder):
 
 
 def test_overhead_is_ours_by_one_stock_server(folder):
-    (only,) = comparison.overheads(comparison.rows(suite.load_all(folder)))
+    (only,) = comparison.overheads(comparison.rows(saved.load_all(folder)))
     assert only.latency_mean == pytest.approx(1.01)
 
 
 def test_wrong_output_is_found_by_the_calm_run(folder):
     bad = result("kevlarflow", 0.5, 0.2, 2.0, digest=2)
-    suite.save(folder, bad)
-    row = next(r for r in comparison.rows(suite.load_all(folder)) if r.cell == bad.cell)
+    saved.save(folder, bad)
+    row = next(r for r in comparison.rows(saved.load_all(folder)) if r.cell == bad.cell)
     assert row.wrong == 160
 
 
 def test_claims_hold_or_not(folder):
-    found = {each.text: each.holds for each in claims(comparison.rows(suite.load_all(folder)))}
+    found = {each.text: each.holds for each in claims(comparison.rows(saved.load_all(folder)))}
     assert found["MTTR at least 100x lower than stock's"] is True
     assert found["no request lost or wrong"] is True
     assert found["the paper's 378.9x in average TTFT is reached somewhere"] is False
     assert found["goodput after a loss at least 0.50 of what it was"] is True
-    suite.save(folder, result("kevlarflow", 0.9, 0.2, 2.0, defect="gone"))
-    found = {each.text: each.holds for each in claims(comparison.rows(suite.load_all(folder)))}
+    saved.save(folder, result("kevlarflow", 0.9, 0.2, 2.0, defect="gone"))
+    found = {each.text: each.holds for each in claims(comparison.rows(saved.load_all(folder)))}
     assert found["MTTR at least 100x lower than stock's"] is False
     assert found["no request lost or wrong"] is False
 
 
 def test_a_claim_without_cells_is_left_open(tmp_path):
-    suite.save(tmp_path, result("stock", 60.0, 2.0, 6.0))
-    holds = {each.holds for each in claims(comparison.rows(suite.load_all(tmp_path)))}
+    saved.save(tmp_path, result("stock", 60.0, 2.0, 6.0))
+    holds = {each.holds for each in claims(comparison.rows(saved.load_all(tmp_path)))}
     assert holds == {None}
-    assert len(claims(comparison.rows(suite.load_all(tmp_path)))) == 10
+    assert len(claims(comparison.rows(saved.load_all(tmp_path)))) == 10
 
 
 def test_output_that_cannot_be_compared_is_not_called_right(tmp_path):
-    suite.save(tmp_path, result("kevlarflow", 0.5, 0.2, 2.0))
-    (claim,) = [c for c in claims(comparison.rows(suite.load_all(tmp_path))) if c.text == "no request lost or wrong"]
+    saved.save(tmp_path, result("kevlarflow", 0.5, 0.2, 2.0))
+    (claim,) = [c for c in claims(comparison.rows(saved.load_all(tmp_path))) if c.text == "no request lost or wrong"]
     assert claim.holds is None
     assert "0 wrong in the 0 that can be compared" in claim.found
 
@@ -105,23 +105,23 @@ def test_output_that_cannot_be_compared_is_not_called_right(tmp_path):
 def test_goodput_below_the_share_of_nodes_that_is_left_breaks_the_claim(tmp_path):
     low = result("kevlarflow", 0.5, 0.2, 2.0)
     low.good_tokens_per_second = [10] * 40 + [4] * 120
-    suite.save(tmp_path, low)
-    found = {each.text: each.holds for each in claims(comparison.rows(suite.load_all(tmp_path)))}
+    saved.save(tmp_path, low)
+    found = {each.text: each.holds for each in claims(comparison.rows(saved.load_all(tmp_path)))}
     assert found["goodput after a loss at least 0.50 of what it was"] is False
 
 
 @pytest.mark.parametrize(("seconds", "holds"), [(200.0, True), (301.0, False)])
 def test_the_quick_suite_is_timed(tmp_path, seconds, holds):
     for each in SUITES["quick"]:
-        suite.save(tmp_path, under_conditions(CellResult(each, "2026-01-01T00:00:00", seconds=seconds)))
-    found = {each.text: each.holds for each in claims(comparison.rows(suite.load_all(tmp_path)))}
+        saved.save(tmp_path, under_conditions(CellResult(each, "2026-01-01T00:00:00", seconds=seconds)))
+    found = {each.text: each.holds for each in claims(comparison.rows(saved.load_all(tmp_path)))}
     assert found["the quick suite takes less than 10 minutes"] is holds
 
 
 def test_a_cell_whose_setting_has_changed_since_is_void(folder):
     old = result("kevlarflow", 0.5, 0.2, 2.0)
     old.conditions = "0" + old.conditions[1:] if old.conditions[0] != "0" else "1" + old.conditions[1:]
-    suite.save(folder, old)
+    saved.save(folder, old)
     assert "| **void**: its setting has changed since: run it again" in document.write(folder).read_text()
 
 
@@ -129,16 +129,16 @@ def test_cells_under_another_load_are_not_compared(folder):
     other = result("kevlarflow", 0.5, 0.2, 2.0)
     slower = msgspec.structs.replace(cells.workload(other.cell), length_scale=0.5)
     other.conditions = cells.conditions(other.cell, slower)
-    suite.save(folder, other)
-    found = comparison.rows(suite.load_all(folder))
+    saved.save(folder, other)
+    found = comparison.rows(saved.load_all(folder))
     assert list(comparison.ratios(found)) == []
     assert next(row.wrong for row in found if row.cell == other.cell) is None
 
 
 def test_runs_of_one_cell_are_put_side_by_side(folder, tmp_path_factory):
     again = tmp_path_factory.mktemp("again")
-    suite.save(again, result("kevlarflow", 0.7, 0.2, 2.0))
-    rows = [*comparison.rows(suite.load_all(folder)), *comparison.rows(suite.load_all(again))]
+    saved.save(again, result("kevlarflow", 0.7, 0.2, 2.0))
+    rows = [*comparison.rows(saved.load_all(folder)), *comparison.rows(saved.load_all(again))]
     (only,) = spreads(rows)
     assert (only.scene, only.runs) == ("a10-2x4-1g.kevlarflow.near.one-middle", 2)
     assert only.ranges["MTTR"] == (0.5, 0.7)
@@ -162,7 +162,7 @@ def test_the_report_names_void_cells_and_says_what_is_emulated(folder):
 def test_a_system_that_died_of_a_fault_is_not_void(folder):
     dead = result("kevlarflow", None, 0.2, 2.0, defect="gone")
     dead.died = "it ended with exit status 1"
-    suite.save(folder, dead)
+    saved.save(folder, dead)
     # Two were under way at the fault, and 120 came after it.
     lost = "| a10-2x4-1g.kevlarflow.near.one-middle.0 (e) | 122 | 122 (0 tokens), and it died |"
     assert lost in document.write(folder).read_text()
@@ -174,6 +174,6 @@ def test_a_folder_without_cells_says_what_to_do(tmp_path):
 
 
 def test_a_system_that_never_came_back_has_no_ratio(folder):
-    suite.save(folder, result("stock", None, 2.0, 6.0))
-    (only,) = comparison.ratios(comparison.rows(suite.load_all(folder)))
+    saved.save(folder, result("stock", None, 2.0, 6.0))
+    (only,) = comparison.ratios(comparison.rows(saved.load_all(folder)))
     assert math.isnan(only.values["MTTR"])
