@@ -2,7 +2,8 @@
 
 Four ideas, each in modules of its own, so that a new experiment or a new system is an addition:
 
-* a **system under test** (`systems`) is started, is ready or is not, has a base URL, and leaves nothing behind;
+* a **system under test** (`systems`; how each is started: `recipes`) is ready or is not, has a base URL, and leaves
+  nothing behind;
 * the **load** (`streams`, `load`, `prompts`) records when each token of each stream arrives, and judges nothing;
 * a **measurement** (`measure`) is a pure function of those records;
 * an **experiment** (`throughput`, `startup`, `failover`, `detection`, and about replication `resume`,

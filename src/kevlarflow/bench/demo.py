@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from kevlarflow.bench.contestants import Recipe
 from kevlarflow.bench.experiment import POLL_SECONDS, until
 from kevlarflow.bench.measure import gaps
+from kevlarflow.bench.recipes import Recipe
 from kevlarflow.bench.scene import Line, Scene, Story, Tone
 from kevlarflow.bench.screen import announce
 from kevlarflow.bench.streams import Request, Stream, chat, send

@@ -27,13 +27,13 @@ from kevlarflow.bench import alarms
 from kevlarflow.bench.alarms import JournalIncomplete
 from kevlarflow.bench.chaos import places, scenario
 from kevlarflow.bench.chaos.strikes import Strike
-from kevlarflow.bench.contestants import KEVLARFLOW, Recipe, make, own_caches
 from kevlarflow.bench.detection_results import Detection, Fault, Kind, Life, Stretch
 from kevlarflow.bench.experiment import Say, running, until
 from kevlarflow.bench.hogs import Hogs
 from kevlarflow.bench.load import endless_loop
 from kevlarflow.bench.machine import CpuMeter
 from kevlarflow.bench.prompts import passage, token_prompt
+from kevlarflow.bench.recipes import KEVLARFLOW, Recipe, make, own_caches
 from kevlarflow.bench.streams import Request, Stream, completion
 from kevlarflow.bench.systems import System, SystemFailed
 from kevlarflow.bench.watch import StatusDocument, Watcher

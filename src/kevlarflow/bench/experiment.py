@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from contextlib import contextmanager
 from typing import TypeVar
 
-from kevlarflow.bench.contestants import NAMES
+from kevlarflow.bench.recipes import NAMES
 from kevlarflow.bench.streams import Stream
 from kevlarflow.bench.systems import System, SystemFailed
 

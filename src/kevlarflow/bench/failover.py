@@ -17,12 +17,12 @@ from typing import Any
 
 import msgspec
 
-from kevlarflow.bench.contestants import KEVLARFLOW, Recipe, make, own_caches
 from kevlarflow.bench.experiment import Say, Void, require_whole, running, until
 from kevlarflow.bench.load import closed_loop
 from kevlarflow.bench.machine import CpuMeter, wait_quiet
 from kevlarflow.bench.measure import Pause, longest_gap_during, longest_gap_within, pause_after
 from kevlarflow.bench.prompts import clients
+from kevlarflow.bench.recipes import KEVLARFLOW, Recipe, make, own_caches
 from kevlarflow.bench.results import Failover, Kill
 from kevlarflow.bench.streams import Stream
 from kevlarflow.bench.systems import System, SystemFailed

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import msgspec
 
-from kevlarflow.bench.contestants import KEVLARFLOW, Recipe, make, own_caches
 from kevlarflow.bench.experiment import Say, Void, require_whole, running, until
 from kevlarflow.bench.kv_cache import Sent, counted, kv_cache, read_page, sent
 from kevlarflow.bench.load import closed_loop
 from kevlarflow.bench.machine import CpuMeter, wait_quiet
 from kevlarflow.bench.measure import summarize
 from kevlarflow.bench.prompts import clients
+from kevlarflow.bench.recipes import KEVLARFLOW, Recipe, make, own_caches
 from kevlarflow.bench.replication_results import CostLoad, ReplicationCost
 from kevlarflow.bench.resume import without_replication
 from kevlarflow.bench.systems import System, SystemFailed

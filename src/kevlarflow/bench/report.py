@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from kevlarflow.bench.contestants import KEVLARFLOW, STOCK
 from kevlarflow.bench.detection_report import alarms_table, detection_table, faults_table
 from kevlarflow.bench.measure import Pause, percentile, ratios, spread
+from kevlarflow.bench.recipes import KEVLARFLOW, STOCK
 from kevlarflow.bench.replication_report import cost_table, draw_resume, memory_table, resume_table, transfer_table
 from kevlarflow.bench.results import Failover, Kill, Report, Startup, Throughput
 from kevlarflow.bench.table import NOTHING, Table, milliseconds

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import msgspec
 
-from kevlarflow.bench.contestants import Recipe
 from kevlarflow.bench.detection_results import Detection
 from kevlarflow.bench.machine import Machine
 from kevlarflow.bench.measure import LoadSummary, Pause
+from kevlarflow.bench.recipes import Recipe
 from kevlarflow.bench.replication_results import ReplicationCost, Resume, StandbyMemory, Transfers
 
 

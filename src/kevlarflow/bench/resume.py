@@ -19,12 +19,12 @@ from typing import Any
 
 import msgspec
 
-from kevlarflow.bench.contestants import KEVLARFLOW, Recipe, make, own_caches
 from kevlarflow.bench.experiment import Say, Void, running, until
 from kevlarflow.bench.kv_cache import KvCache, kv_cache, lag_tokens, read_page
 from kevlarflow.bench.measure import gaps, pause_after
 from kevlarflow.bench.memory_copy import copy_seconds
 from kevlarflow.bench.prompts import token_prompt
+from kevlarflow.bench.recipes import KEVLARFLOW, Recipe, make, own_caches
 from kevlarflow.bench.replication_results import Resume, Resumption
 from kevlarflow.bench.streams import Request, Stream, completion, send
 from kevlarflow.bench.systems import System, SystemFailed

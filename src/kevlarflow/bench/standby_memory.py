@@ -14,11 +14,11 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from kevlarflow.bench.contestants import KEVLARFLOW, STOCK, Recipe, make, own_caches
 from kevlarflow.bench.experiment import Say, Void, require_whole, running
 from kevlarflow.bench.kv_cache import fullest_standby, kv_cache, read_page
 from kevlarflow.bench.load import closed_loop
 from kevlarflow.bench.prompts import clients
+from kevlarflow.bench.recipes import KEVLARFLOW, STOCK, Recipe, make, own_caches
 from kevlarflow.bench.replication_results import MemorySample, StandbyMemory
 from kevlarflow.bench.systems import System, SystemFailed
 from kevlarflow.bench.watch import StatusDocument, Watcher

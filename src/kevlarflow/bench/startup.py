@@ -13,11 +13,11 @@ from pathlib import Path
 
 import msgspec
 
-from kevlarflow.bench.contestants import NAMES, Recipe, make, own_caches
 from kevlarflow.bench.experiment import Say, Void, require_whole, running, turns, whole_rounds
 from kevlarflow.bench.machine import CpuMeter, wait_quiet
 from kevlarflow.bench.measure import time_to_first_token
 from kevlarflow.bench.prompts import passage
+from kevlarflow.bench.recipes import NAMES, Recipe, make, own_caches
 from kevlarflow.bench.results import Start, Startup
 from kevlarflow.bench.streams import completion, send
 from kevlarflow.bench.systems import System, SystemFailed

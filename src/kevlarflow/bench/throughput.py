@@ -13,12 +13,12 @@ from pathlib import Path
 
 import msgspec
 
-from kevlarflow.bench.contestants import NAMES, Recipe, make, own_caches
 from kevlarflow.bench.experiment import Say, Void, require_whole, running, turns, whole_rounds
 from kevlarflow.bench.load import closed_loop
 from kevlarflow.bench.machine import CpuMeter, wait_quiet
 from kevlarflow.bench.measure import summarize
 from kevlarflow.bench.prompts import clients
+from kevlarflow.bench.recipes import NAMES, Recipe, make, own_caches
 from kevlarflow.bench.results import Load, Round, Throughput
 from kevlarflow.bench.systems import System, SystemFailed
 

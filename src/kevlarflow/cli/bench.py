@@ -172,10 +172,10 @@ def _earlier_report(options: argparse.Namespace) -> Report | None:
 
 
 def _empty_report(arguments: list[str], options: argparse.Namespace) -> Report:
-    from kevlarflow.bench import contestants, machine
+    from kevlarflow.bench import machine, recipes
     from kevlarflow.bench.results import Report
 
-    recipe = contestants.Recipe(
+    recipe = recipes.Recipe(
         model=options.model,
         stages=options.stages,
         pipelines=options.pipelines,
@@ -190,7 +190,7 @@ def _empty_report(arguments: list[str], options: argparse.Namespace) -> Report:
         begun=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         machine=machine.describe(),
         recipe=recipe,
-        notes=[contestants.REMEDY_NOTE] * needs_remedy,
+        notes=[recipes.REMEDY_NOTE] * needs_remedy,
     )
 
 

@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
 
 def _perform(console: Console, folder: Path) -> int:
     from kevlarflow.bench import demo, screen
-    from kevlarflow.bench.contestants import KEVLARFLOW, make
+    from kevlarflow.bench.recipes import KEVLARFLOW, make
     from kevlarflow.bench.watch import Watcher
     from kevlarflow.config import run_folder_of
 

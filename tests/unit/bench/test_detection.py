@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from kevlarflow.bench import detection, load
-from kevlarflow.bench.contestants import Recipe
 from kevlarflow.bench.detection import TOKENS, Answers, Plan, requests_of
 from kevlarflow.bench.detection_report import alarms_table, detection_table, faults_table
 from kevlarflow.bench.detection_results import Detection, Fault, Kind, Life, Stretch
 from kevlarflow.bench.hogs import Hogs
+from kevlarflow.bench.recipes import Recipe
 from kevlarflow.bench.streams import Address, Request, Stream
 from kevlarflow.faults.processes import identify, is_alive
 

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from kevlarflow.bench import startup, throughput
-from kevlarflow.bench.contestants import NAMES, Recipe
 from kevlarflow.bench.measure import LoadSummary
+from kevlarflow.bench.recipes import NAMES, Recipe
 from kevlarflow.bench.results import Load, Round, Start, Startup, Throughput
 
 RECIPE = Recipe(model=None, stages=2, pipelines=2)

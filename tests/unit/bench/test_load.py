@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from kevlarflow.bench import load, throughput
-from kevlarflow.bench.contestants import Recipe
 from kevlarflow.bench.experiment import Void, require_whole, turns
 from kevlarflow.bench.prompts import clients, passage
+from kevlarflow.bench.recipes import Recipe
 from kevlarflow.bench.streams import Address, Request, Stream
 from kevlarflow.bench.throughput import requests_each
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from kevlarflow.bench.contestants import Recipe
 from kevlarflow.bench.kv_cache import Sent, counted, fullest_standby, kv_cache, lag_tokens, sent
 from kevlarflow.bench.measure import LoadSummary
 from kevlarflow.bench.memory_copy import copy_seconds
+from kevlarflow.bench.recipes import Recipe
 from kevlarflow.bench.replication_report import above, cost_table, draw_resume, memory_table, resume_table
 from kevlarflow.bench.replication_results import (
     CostLoad,

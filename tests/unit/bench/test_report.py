@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from kevlarflow.bench.contestants import KEVLARFLOW, STOCK, Recipe
 from kevlarflow.bench.machine import Machine
 from kevlarflow.bench.measure import LoadSummary, Pause
+from kevlarflow.bench.recipes import KEVLARFLOW, STOCK, Recipe
 from kevlarflow.bench.report import (
     kills_table,
     markdown,

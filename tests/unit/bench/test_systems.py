@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kevlarflow.bench.contestants import KEVLARFLOW, STOCK, Recipe, make
 from kevlarflow.bench.experiment import running
+from kevlarflow.bench.recipes import KEVLARFLOW, STOCK, Recipe, make
 from kevlarflow.bench.systems import ServerProcess, SystemFailed
 
 SERVER = """

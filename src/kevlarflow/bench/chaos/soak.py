@@ -24,8 +24,8 @@ from kevlarflow.bench.chaos.perform import Performance, Say
 from kevlarflow.bench.chaos.scenario import Cluster, Load, Scenario
 from kevlarflow.bench.chaos.stage import recipe_of, shared_memory_of, stop_clean
 from kevlarflow.bench.chaos.trends import Sample, Trend, trends
-from kevlarflow.bench.contestants import KEVLARFLOW, make
 from kevlarflow.bench.machine import Machine
+from kevlarflow.bench.recipes import KEVLARFLOW, make
 from kevlarflow.bench.systems import ServerProcess
 from kevlarflow.bench.watch import StatusDocument, Watcher
 from kevlarflow.config import run_folder_of

@@ -10,7 +10,7 @@ from kevlarflow.bench.chaos.judge import Observed
 from kevlarflow.bench.chaos.perform import Performance
 from kevlarflow.bench.chaos.scenario import Cluster, Scenario
 from kevlarflow.bench.chaos.show import Screen
-from kevlarflow.bench.contestants import KEVLARFLOW, Recipe, make
+from kevlarflow.bench.recipes import KEVLARFLOW, Recipe, make
 from kevlarflow.bench.streams import Address
 from kevlarflow.bench.systems import HOST, ServerProcess
 from kevlarflow.bench.watch import Watcher

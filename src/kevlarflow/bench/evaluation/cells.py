@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from kevlarflow.bench.contestants import Recipe
 from kevlarflow.bench.evaluation.workload import Workload
+from kevlarflow.bench.recipes import Recipe
 from kevlarflow.emulation.profile import GIGABIT, Profile
 
 STOCK, STOCK_DP, REPLAY, KEVLARFLOW = "stock", "stock-dp", "replay", "kevlarflow"

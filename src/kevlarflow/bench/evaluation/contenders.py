@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import msgspec
 import psutil
 
-from kevlarflow.bench import contestants
-from kevlarflow.bench.contestants import Recipe
+from kevlarflow.bench import recipes
 from kevlarflow.bench.evaluation import tiny_model
 from kevlarflow.bench.evaluation.cells import KEVLARFLOW, REPLAY, STOCK, STOCK_DP, Setting
 from kevlarflow.bench.evaluation.emulating import emulation
 from kevlarflow.bench.evaluation.restarting import Life, Restarting
+from kevlarflow.bench.recipes import Recipe
 from kevlarflow.bench.streams import Address
 from kevlarflow.bench.systems import HOST, SAME_FOR_ALL, ServerProcess, SystemFailed, free_port
 from kevlarflow.bench.watch import Watcher
@@ -220,9 +220,9 @@ def make(system: str, setting: Setting, folder: Path) -> Contender:
         environment |= emulation(setting.profile, folder)
     match system:
         case "kevlarflow" | "replay":
-            return KevlarFlow(contestants.kevlarflow(recipe, environment, folder, _own_flags(system, setting)))
+            return KevlarFlow(recipes.kevlarflow(recipe, environment, folder, _own_flags(system, setting)))
         case "stock-dp":
-            return Stock([contestants.stock_vllm(recipe, environment, folder, free_port(), STOCK_DP)], None)
+            return Stock([recipes.stock_vllm(recipe, environment, folder, free_port(), STOCK_DP)], None)
         case "stock":
             return _behind_router(recipe, environment, folder)
     raise ValueError(f"there is no system {system!r}: use {', '.join((STOCK, STOCK_DP, REPLAY, KEVLARFLOW))}")
@@ -238,7 +238,7 @@ def _own_flags(system: str, setting: Setting) -> list[str]:
 def _behind_router(recipe: Recipe, environment: dict[str, str], folder: Path) -> Stock:
     one = msgspec.structs.replace(recipe, pipelines=1)
     names = [f"stock-{number}" for number in range(recipe.pipelines)]
-    servers = [contestants.stock_vllm(one, environment, folder, free_port(), name) for name in names]
+    servers = [recipes.stock_vllm(one, environment, folder, free_port(), name) for name in names]
     return Stock(servers, router(servers, recipe.served_name, folder))
 
 

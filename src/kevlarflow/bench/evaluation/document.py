@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from kevlarflow.bench import machine
-from kevlarflow.bench.contestants import REMEDY_NOTE
 from kevlarflow.bench.evaluation import figures
 from kevlarflow.bench.evaluation.cells import NO_FAULT, RATES, SETTINGS, SYSTEMS, Cell
 from kevlarflow.bench.evaluation.claims import claims
@@ -27,6 +26,7 @@ from kevlarflow.bench.evaluation.outcome import GOODPUT_WINDOW_SECONDS, CellResu
 from kevlarflow.bench.evaluation.prose import FORMULAS, WHY_DIFFERENT
 from kevlarflow.bench.evaluation.saved import load_all
 from kevlarflow.bench.evaluation.spread import THROUGHPUT, half_width, spreads
+from kevlarflow.bench.recipes import REMEDY_NOTE
 
 NOTHING = "-"
 
