@@ -67,12 +67,7 @@ def _detach(grid: Grid, pipeline: Pipeline) -> None:
     pipeline.relink_at = None
     pipeline.order = None
     pipeline.wait_until = None
-    pipeline.given_back.clear()
-    pipeline.unrestored.clear()
-    pipeline.losses.clear()
-    pipeline.avoided.clear()
-    pipeline.struck.clear()
-    pipeline.complaints.clear()
+    pipeline.forget_losses()
     pipeline.moves.clear()
     engine = pipeline.engine
     engine.attached = False

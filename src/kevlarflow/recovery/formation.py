@@ -38,12 +38,7 @@ def on_formed(grid: Grid, event: events.Formed) -> None:
     pipeline.wait_until = None
     if isinstance(pipeline.order, Form):
         pipeline.leaving -= {info.member for info in pipeline.order.released}
-    pipeline.given_back.clear()
-    pipeline.unrestored.clear()
-    pipeline.losses.clear()
-    pipeline.avoided.clear()
-    pipeline.struck.clear()
-    pipeline.complaints.clear()
+    pipeline.forget_losses()
     grid.tell(subject(pipeline.id), f"formed in epoch {event.epoch}")
     records.finish(grid, pipeline, event)
 

@@ -226,6 +226,15 @@ class Pipeline:
         """Members on which it has a lane, used or not yet given up."""
         return self.leaving | {member for member in self.members if member is not None}
 
+    def forget_losses(self) -> None:
+        """What was lost, given back, or could not be used is made good, or concerns nobody any more."""
+        self.given_back.clear()
+        self.unrestored.clear()
+        self.losses.clear()
+        self.avoided.clear()
+        self.struck.clear()
+        self.complaints.clear()
+
     def has_lane_on(self, member: Member) -> bool:
         """Whether `member` is among its `lanes`: this is asked often."""
         return member in self.members or member in self.leaving
