@@ -34,7 +34,7 @@ ROUNDING_SECONDS = 1e-6
 Content = tuple[int | None, ...]
 
 
-class Checks:
+class FleetChecks:
     """See the module's text. Each raises a `Violation` that says what is wrong."""
 
     def __init__(self, fleet: Fleet) -> None:

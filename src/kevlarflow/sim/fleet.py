@@ -18,7 +18,7 @@ from kevlarflow.node.lanes import Header
 from kevlarflow.recovery.events import KnownNode, Snapshot
 from kevlarflow.recovery.suspicion import MAX_COST
 from kevlarflow.sim.blame import Blame
-from kevlarflow.sim.checks import Checks
+from kevlarflow.sim.checks import FleetChecks
 from kevlarflow.sim.clients import Clients
 from kevlarflow.sim.controller import REPORT_SECONDS, Controller
 from kevlarflow.sim.engine import Engine
@@ -58,7 +58,7 @@ class Fleet:
         self._addresses: dict[str, Node] = {}
         self.engines: list[Engine] = []
         self.clients = Clients(self)
-        self.checks = Checks(self)
+        self.checks = FleetChecks(self)
         self._costs: collections.Counter[tuple[str, str]] = collections.Counter()
         """Nodes that died of a request, in steps or while it was computed again."""
         self.blame = Blame()
