@@ -42,3 +42,12 @@ def test_modules_that_the_architecture_names_exist() -> None:
     named = set(re.findall(r"`(?:[a-z]+/)*([a-z_0-9]+\.py)`", (ROOT / "ARCHITECTURE.md").read_text()))
     assert named
     assert named <= modules, named - modules
+
+
+def test_the_architecture_names_every_module() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    named = set(re.findall(r"\b([a-z_0-9]+\.py)\b", page))
+    # Those of commands are named as a whole, and what an experiment yields and tells by its ending.
+    modules = [path for path in (ROOT / "src").rglob("[a-z]*.py") if path.parent.name != "cli"]
+    unnamed = {path.name for path in modules} - named
+    assert not {name for name in unnamed if not name.endswith(("_results.py", "_report.py"))}
