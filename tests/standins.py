@@ -103,6 +103,11 @@ def _zygote(behaviour: str, report_fd: int) -> int:
         if behaviour == "refuses":
             json.dump({"error": "--enable-lora is not supported yet", "exit_status": 2}, pipe)
             return 1
+        if behaviour == "refuses-once-again" and os.path.exists(config.launcher_path):
+            # Its predecessor has left that.
+            os.unlink(config.launcher_path)
+            json.dump({"error": "no usable temporary folder", "exit_status": 1}, pipe)
+            return 1
         if behaviour == "dies":
             raise RuntimeError("the zygote had a bad day")
         target = _dying_api_server if behaviour == "api-server-dies" else _api_server

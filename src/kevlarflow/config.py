@@ -126,6 +126,11 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
         return "ipc://" + self.path("controller.sock")
 
     @property
+    def scratch_folder(self) -> str:
+        """Where temporary files are put; gone when the cluster is gone."""
+        return self.path("tmp")
+
+    @property
     def log_folder(self) -> str:
         """Where each process has its log; stands beside the run folder, and outlives it when something went wrong."""
         return self.run_folder + ".logs"

@@ -145,6 +145,17 @@ def test_a_unit_that_dies_is_started_again_alone(cluster: Cluster, word: str) ->
     assert set(before) - set(members(cluster.folder)) == {victim}
 
 
+def test_a_zygote_that_cannot_start_again_at_once_is_given_time(base: Path) -> None:
+    cluster = Cluster(base, zygote="refuses-once-again")
+    cluster.wait_for("^ready")
+    os.kill(cluster.the("standins.py zygote"), signal.SIGKILL)
+    for _ in range(2):
+        cluster.wait_for(r"the zygote \(process \d+\) died: starting it again")
+    wait_until((cluster.folder / "launcher.sock").exists)
+    cluster.supervisor.terminate()
+    assert cluster.end() == 0
+
+
 def test_the_api_server_takes_its_engines_along(cluster: Cluster) -> None:
     servers = cluster.pids("kevlarflow: api-server")
     assert len(servers) == 2  # The server and its engine.

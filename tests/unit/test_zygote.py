@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -208,6 +209,17 @@ def test_a_predecessors_socket_is_replaced(config: ServeConfig) -> None:
             finally:
                 os._exit(1)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+
+def test_temporary_files_have_their_folder_while_the_disk_is_full(config: ServeConfig) -> None:
+    Path(config.scratch_folder).mkdir()
+    program = (
+        "import resource, sys, tempfile, types; from kevlarflow.node.zygote import use_scratch_folder;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY));"
+        "use_scratch_folder(types.SimpleNamespace(scratch_folder=sys.argv[1])); print(tempfile.gettempdir())"
+    )
+    command = [sys.executable, "-c", program, config.scratch_folder]
+    assert subprocess.check_output(command, text=True).strip() == config.scratch_folder
 
 
 def test_a_process_with_threads_is_refused() -> None:

@@ -243,7 +243,7 @@ def child_environment(config: ServeConfig) -> dict[str, str]:
     environment = dict(os.environ)
     # What it said is in the configuration now, and vLLM would let it win over the flag.
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    scratch = config.path("tmp")
+    scratch = config.scratch_folder
     inductor = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.environ.get('USER') or os.getuid()}")
     defaults = {
         # Nodes share the cores as the kernel sees fit, with one computing thread each.

@@ -230,6 +230,8 @@ class Supervisor:
         if not text:
             return  # The zygote died; its pidfd tells.
         told = json.loads(text)
+        if "model" not in told and self.ready:
+            return  # What was right at the start cannot be wrong now: its exit is seen, and it is started again.
         if "model" not in told:
             failure = StartupFailed(told["error"])
             failure.exit_status = told["exit_status"]

@@ -15,7 +15,14 @@ from setproctitle import setproctitle
 from kevlarflow import config as configuration
 from kevlarflow.kinship import TITLE
 from kevlarflow.log_output import lose_what_cannot_be_written
-from kevlarflow.node.zygote import REGISTER_KERNELS, RUN_NODE, STAGE_CONFIG, load, redirect_output
+from kevlarflow.node.zygote import (
+    REGISTER_KERNELS,
+    RUN_NODE,
+    STAGE_CONFIG,
+    load,
+    redirect_output,
+    use_scratch_folder,
+)
 from kevlarflow.types import Member, NodeId, Stage
 
 
@@ -27,6 +34,7 @@ def main(arguments: list[str]) -> int:
     # As for all others: a node that ends has died, whatever ended it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     lose_what_cannot_be_written()
+    use_scratch_folder(config)
     redirect_output(os.path.join(config.log_folder, f"{member.node}-{member.incarnation}.log"))
     setproctitle(f"{TITLE}{member.node}-{member.incarnation}")
     load(REGISTER_KERNELS)()

@@ -27,6 +27,7 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -189,6 +190,11 @@ def redirect_output(path: str) -> None:
     os.close(log)
 
 
+def use_scratch_folder(config: ServeConfig) -> None:
+    """Have temporary files in our own folder without a try: Python's own choice finds none while the disk is full."""
+    tempfile.tempdir = config.scratch_folder
+
+
 def load(target: str) -> Any:
     """Return the object that ``module:name`` stands for."""
     module, _, name = target.partition(":")
@@ -233,6 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     with os.fdopen(options.report_fd, "w") as supervisor:
         try:
             config = configuration.load()
+            use_scratch_folder(config)
             facts = prepare(config)
             zygote = Zygote(
                 config, Targets(functools.partial(load(RUN_NODE), configure=load(STAGE_CONFIG)), load(RUN_API_SERVER))
