@@ -294,6 +294,13 @@ MUTANTS = (
         "tests/unit/recovery/test_suspicion.py",
     ),
     Mutant(
+        "a loss counts only in an order that is about it",
+        "recovery/pipeline.py",
+        "if order.lost or self.nodes[stage].member in told}",
+        "if order.lost}",
+        "tests/unit/recovery/test_suspicion.py",
+    ),
+    Mutant(
         "a node of two pipelines is held against both",
         "recovery/nodes.py",
         "        ours = slot.computing.pipeline == pipeline.id\n",

@@ -173,7 +173,7 @@ class Pipeline:
         self._disagrees = False
         changed = {after.stage for before, after in zip(self.nodes, order.nodes, strict=False) if before != after}
         stages = {Stage(index) for index in range(len(order.nodes))}
-        bereft = last_words(self.nodes, changed if order.lost else (), order.losses)
+        bereft = last_words(self.nodes, self._bereft(order, changed), order.losses)
         doomed = self._in_flight.recall(order.epoch, stages - changed, bereft, self._forming)
         # Whether or not the controller knows of them: one that has lost its memory may not.
         left = {*order.released, *self.nodes, *self._plans.opened} - {*order.nodes}
@@ -200,6 +200,14 @@ class Pipeline:
         ]
         commands += self._restoring.place(self._forming, self.nodes, ahead.placed) or self._resume(self._forming)
         return commands + self._assign_next_standbys()
+
+    def _bereft(self, order: FormationOrdered, changed: set[Stage]) -> set[Stage]:
+        """Of the stages that an order gives to others, those whose nodes were lost.
+
+        It may be about something else and tell of a loss along: a controller that was started again does so.
+        """
+        told = {loss.member for loss in order.losses}
+        return {stage for stage in changed if order.lost or self.nodes[stage].member in told}
 
     def _replicas_placed(self, event: ReplicasPlaced, now: float) -> list[Command]:
         if event.ahead:

@@ -131,7 +131,8 @@ class Engine(Process):
             order = self._mailbox.popleft()
             if isinstance(order, messages.Form):
                 formation, self._shares = formation_ordered(order, self._shares), order.shares
-                if formation.lost and order.epoch > self.core.epoch:
+                told = {each.member for each in order.losses} & {each.member for each in self.core.nodes}
+                if (formation.lost or told) and order.epoch > self.core.epoch:
                     self.fleet.blame.note_order(order, self.core.nodes)
                 self._handle(formation)
             elif isinstance(order, messages.Hasten):

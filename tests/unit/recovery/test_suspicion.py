@@ -94,6 +94,21 @@ def test_a_loss_that_is_told_of_again_with_the_next_order_counts_once():
     assert ended(pipeline.handle(p.FormationOrdered(3, (A0, A1), lost=True, losses=second), 3.0)) == {}
 
 
+def test_a_loss_counts_that_is_told_of_in_an_order_for_another_reason():
+    """A controller that was started again does not know yet why the pipeline has to be formed anew."""
+    pipeline = in_flight("a")
+    prepared(pipeline, 2, lose(pipeline, 2, (A0, B1), last=step(1, 1)))
+    told = (Loss(B1.member, step(1, 2)),)
+    assert ended(pipeline.handle(p.FormationOrdered(3, (A0, A1), losses=told), 3.0)) == {"a": REASON}
+
+
+def test_a_node_that_is_replaced_alive_is_held_against_nobody():
+    pipeline = in_flight("a")
+    prepared(pipeline, 2, lose(pipeline, 2, (A0, B1), last=step(1, 1)))
+    told = (Loss(A1.member, step(1, 1)),)
+    assert ended(pipeline.handle(p.FormationOrdered(3, (B0, B1), losses=told), 3.0)) == {}
+
+
 def test_a_node_that_still_ran_a_step_as_it_was_is_held_against_whom_has_left_it_since():
     """The first node dies of "deadly" while the order to do without the last one is on its way to it."""
     pipeline = serving()
