@@ -412,6 +412,12 @@ MUTANTS = (
         "[",
     ),
     Mutant(
+        "a node that hangs between two steps is left alone",
+        "recovery/detector.py",
+        "(beat.pipeline is not None and self._is_at_work(",
+        "(beat.pipeline is None or self._is_at_work(",
+    ),
+    Mutant(
         "nodes that hang excuse one another",
         "recovery/detector.py",
         "not beat.is_overdue or beat.running_seconds > mine.running_seconds for beat",

@@ -155,13 +155,17 @@ class NodeServer:
         poller.register(self._upstream, zmq.POLLIN)
         if self._replicas:
             poller.register(self._replicas.answered, zmq.POLLIN)
+        self._progress.wake()
         while True:
             self._pass_on_outcomes()
             self._take_from_engines()
             self._take_activations()
             ready = self._lanes.next_work()
             if ready is None:
-                poller.poll(self._say_flushed())
+                due_ms = self._say_flushed()
+                self._progress.rest()
+                poller.poll(due_ms)
+                self._progress.wake()
             else:
                 self._run(*ready)
 
@@ -186,7 +190,6 @@ class NodeServer:
             case steps.Describe():
                 self._answer(engine, steps.Description(self._stage), self._description)
             case steps.Join() | steps.Leave() | steps.AssignStandby() | steps.Hasten():
-                # Should this never end, no work would ever begin again.
                 self._progress.begin(header.pipeline)
                 try:
                     self._take_about_lane(engine, header, payload)

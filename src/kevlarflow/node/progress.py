@@ -1,12 +1,13 @@
-"""What the main loop is doing, and whether its step takes longer than such a step can.
+"""What the main loop is doing, and whether that takes longer than it can.
 
-The main thread says when a step begins and ends; the heartbeat thread looks. The kernel tells how a thread's time is
-spent: computing, waiting for a CPU, or asleep. A step is overdue in two cases. Either its thread *sleeps* for long, as
-after a deadlock: a crowded machine makes no thread sleep. Or it *computes* far longer than any step of its size ever
-has: CPU time, too, does not depend on who else computes. What is long is learnt from the steps before, and never less
-than a floor.
+The main thread says when a step begins and ends, and when it rests, which may last; the heartbeat thread looks. The
+kernel tells how a thread's time is spent: computing, waiting for a CPU, or asleep. A step is overdue in two cases.
+Either its thread *sleeps* for long, as after a deadlock: a crowded machine makes no thread sleep. Or it *computes* far
+longer than any step of its size ever has: CPU time, too, does not depend on who else computes. What is long is learnt
+from the steps before, and never less than a floor.
 
-Sizes count in powers of two of the scheduled tokens, and each keeps the longest that was seen.
+Sizes count in powers of two of the scheduled tokens, and each keeps the longest that was seen. All else has no size:
+other work, and what the loop does in between until it rests or the next work begins. It has far more time.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ class Step(NamedTuple):
 
     running_seconds: float = 0.0
     pipeline: PipelineId | None = None
+    """Whose step it is; None: the loop rests, or is between two steps."""
     is_overdue: bool = False
 
 
 class _Running(NamedTuple):
-    pipeline: PipelineId
+    pipeline: PipelineId | None
     size: int | None
     began: Spent
 
@@ -60,6 +62,14 @@ class Progress:
 
     # ---- the main thread
 
+    def wake(self) -> None:
+        """The loop looks for what has arrived; should it never rest or begin something again, nobody else would."""
+        self._running = _Running(None, None, self._clock.spent())
+
+    def rest(self) -> None:
+        """There is nothing to do until something arrives."""
+        self._running = None
+
     def begin(self, pipeline: PipelineId) -> None:
         """A step goes onto the device."""
         self._running = _Running(pipeline, None, self._clock.spent())
@@ -70,20 +80,22 @@ class Progress:
             self._running = self._running._replace(size=tokens.bit_length())
 
     def end(self) -> None:
-        """The step is done."""
-        running, self._running = self._running, None
-        if running is not None:
-            self.done[running.pipeline] = self.done.get(running.pipeline, 0) + 1
-        if running is None or running.size is None:
+        """The step is done, and the loop goes on."""
+        running, now = self._running, self._clock.spent()
+        self._running = _Running(None, None, now)
+        if running is None or running.pipeline is None:
             return
-        computing, sleeping = _since(running.began, self._clock.spent())
+        self.done[running.pipeline] = self.done.get(running.pipeline, 0) + 1
+        if running.size is None:
+            return
+        computing, sleeping = _since(running.began, now)
         longest = self._longest.get(running.size, Longest(0.0, 0.0))
         self._longest[running.size] = Longest(max(longest.computing, computing), max(longest.sleeping, sleeping))
 
     # ---- the heartbeat thread
 
     def look(self) -> Step:
-        """The step that runs now."""
+        """The step that runs now, or what the loop does between two."""
         running = self._running
         if running is None:
             return Step()

@@ -1,4 +1,4 @@
-"""Who is alive in name only: nodes that are silent, stopped, stuck in a step, or deaf.
+"""Who is alive in name only: nodes that are silent, stopped, stuck, or deaf.
 
 A process that crashes is seen to die by those who watch processes. This is about all others. There are four kinds of
 evidence, and each has two thresholds: a *suspect* is passed over when a donor is sought, and nothing else happens;
@@ -10,7 +10,7 @@ a *confirmed* one is fenced (killed), and its lanes move. Evidence that goes awa
   in a node that still loads and does not beat yet.
 * *stuck*: the node itself says that a step is past its deadline (`kevlarflow.node.progress`), and no other node of
   that pipeline is at work, whose slowness could explain it. Of several that are all past their deadlines, the one that
-  has been at it longest is explained by no other.
+  has been at it longest is explained by no other. A thread that is stuck between two steps waits for no other node.
 * *deaf*: it beats, but does not acknowledge what the controller answers: the channel to it is cut.
 
 The detector may itself be starved or stopped. A gap between two checks that is longer than a few beats says nothing
@@ -36,9 +36,9 @@ class Beat(NamedTuple):
     """What a beat says besides that the node lives."""
 
     running_seconds: float = 0.0
-    """How long the step that runs has been running; 0.0: none runs."""
+    """How long the step that runs has been running, or the loop between two; 0.0: it waits for something to do."""
     pipeline: PipelineId | None = None
-    """Whose step it is."""
+    """Whose step it is; None: nobody's."""
     is_overdue: bool = False
     """Whether it is past the deadline that steps of its size have set."""
     heard: int = 0
@@ -197,13 +197,14 @@ class Detector:
 
     def _stuck(self, member: Member, listener: _Listener, now: float) -> Evidence | None:
         beat = listener.beat
-        if not beat.is_overdue or beat.pipeline is None or self._is_at_work(member, beat.pipeline):
+        if not beat.is_overdue or (beat.pipeline is not None and self._is_at_work(member, beat.pipeline)):
             listener.overdue_since = None
             return None
         if listener.overdue_since is None:
             listener.overdue_since = now
         confirmed = (listener.beat_at - listener.overdue_since) * 1_000 >= self._timeouts.stuck_after_ms
-        return Evidence("was stuck in a step", listener.beat_at - beat.running_seconds, confirmed)
+        where = "in a step" if beat.pipeline is not None else "between two steps"
+        return Evidence(f"was stuck {where}", listener.beat_at - beat.running_seconds, confirmed)
 
     def _is_at_work(self, member: Member, pipeline: PipelineId) -> bool:
         """Whether another node of the pipeline runs one of its steps, and does not hang as well, for less long."""

@@ -79,6 +79,7 @@ class FleetChecks:
             "did not answer": cut or not controller.hears(node),
             "was stopped": node.frozen,
             "was stuck in a step": node.thread.hangs,
+            "was stuck between two steps": node.thread.hangs,
             "did not hear us": cut or node.deaf or fleet.network.stops(controller, node),
         }
         if not reasons[verdict.what]:

@@ -21,7 +21,7 @@ from kevlarflow.sim.errors import NotFenced, Unbounded
 from kevlarflow.sim.network import Process
 from kevlarflow.sim.speed import Speed
 from kevlarflow.sim.stage import LaneMemory, Memory, ToyStage
-from kevlarflow.sim.thread import ASLEEP, COMPUTING, IN_A_MESSAGE, Thread
+from kevlarflow.sim.thread import ASLEEP, BETWEEN_WORK, COMPUTING, IN_A_MESSAGE, Thread
 from kevlarflow.types import Computing, Epoch, Member, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import messages, steps
 
@@ -171,6 +171,9 @@ class Node(Process):
         """Take what has arrived, then run what can run; nothing of it in the middle of other work."""
         if self._busy or self.thread.hangs:
             return
+        self.thread.wake()
+        if self.thread.hangs_in((BETWEEN_WORK,)):
+            return
         for outcome in self.replicas.outcomes() if self.replicas is not None else ():
             lane = self.lanes.current(outcome.pipeline)
             if lane is not None:
@@ -182,6 +185,8 @@ class Node(Process):
         ready = self.lanes.next_work() if self.alive and not self.thread.hangs else None
         if ready is not None:
             self._begin(*ready)
+        elif not self.thread.hangs:
+            self.thread.rest()
 
     def _take(self, engine: Line, header: steps.AnyStepMessage, payload: Any) -> None:
         if self.fleet.trigger(header, self):

@@ -12,9 +12,10 @@ from kevlarflow.node.thread_clock import Spent
 from kevlarflow.sim.network import Timeline
 from kevlarflow.types import PipelineId
 
-ASLEEP, COMPUTING, IN_A_MESSAGE = "asleep", "computing", "in a message"
-"""Ways to hang: in some piece of work, in an endless loop of a step, or while it takes a message about a lane."""
-WAYS = (ASLEEP, COMPUTING, IN_A_MESSAGE)
+ASLEEP, COMPUTING, IN_A_MESSAGE, BETWEEN_WORK = "asleep", "computing", "in a message", "between two pieces of work"
+"""Ways to hang: in some piece of work, in an endless loop of a step, while it takes a message about a lane, or while it
+looks for what has arrived and what can run."""
+WAYS = (ASLEEP, COMPUTING, IN_A_MESSAGE, BETWEEN_WORK)
 
 
 class Thread:
@@ -47,6 +48,16 @@ class Thread:
         return self._since is not None
 
     # ---- what it does
+
+    def wake(self) -> None:
+        """Something has arrived, or has ended: it looks what there is to do."""
+        self._since = self._timeline.now
+        self._progress.wake()
+
+    def rest(self) -> None:
+        """There is nothing to do until something arrives."""
+        self._progress.rest()
+        self._stop()
 
     def begin(self, pipeline: PipelineId, tokens: int | None = None) -> None:
         """Something begins; `tokens` is the size of a step."""

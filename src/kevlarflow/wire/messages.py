@@ -72,9 +72,9 @@ class Heartbeat(Message, frozen=True):
 
     member: Member
     step_running_seconds: float
-    """How long the step now on the device has been running; 0.0 when idle."""
+    """How long the step now on the device has been running, or the loop between two; 0.0 when it waits for messages."""
     step_pipeline: PipelineId | None = None
-    """Whose step it is."""
+    """Whose step it is; None: nobody's."""
     step_overdue: bool = False
     """Whether it is past the deadline that steps of its size have set."""
     number: int = 0

@@ -7,6 +7,8 @@ import subprocess
 import threading
 import time
 
+import pytest
+
 from kevlarflow.node.progress import OVERRUN_FACTOR, UNKNOWN_FACTOR, UNSEEN_FACTOR, Progress
 from kevlarflow.node.thread_clock import Spent
 from kevlarflow.types import PipelineId
@@ -33,6 +35,7 @@ def run_step(progress: Progress, tokens: int, seconds: float) -> None:
 def test_an_idle_loop_is_not_overdue():
     progress = Progress(FLOOR)
     run_step(progress, 4, 0.0)
+    progress.rest()
     time.sleep(2 * FLOOR)
     step = progress.look()
     assert (step.running_seconds, step.pipeline, step.is_overdue) == (0.0, None, False)
@@ -107,6 +110,36 @@ def test_work_without_a_size_and_a_first_step_end_some_time():
         assert not progress.look().is_overdue
         clock.computing = 1.1 * UNKNOWN_FACTOR * FLOOR
         assert progress.look().is_overdue
+
+
+class Asleep(Endless):
+    """The clock of a thread that has slept since it was made."""
+
+    asleep = 0.0
+
+    def spent(self) -> Spent:
+        return Spent(self.asleep, 0.0, 0.0)
+
+    def wants_to_run(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("before", ["a message", "a step"])
+def test_a_loop_that_neither_rests_nor_works_for_long_is_overdue(before):
+    clock = Asleep()
+    progress = Progress(FLOOR, clock)
+    progress.wake()
+    if before == "a step":
+        progress.begin(P)
+        progress.measure(4)
+        progress.end()
+    clock.asleep = 0.9 * UNSEEN_FACTOR * FLOOR
+    assert progress.look() == (clock.asleep, None, False)
+    clock.asleep = 1.1 * UNSEEN_FACTOR * FLOOR
+    assert progress.look() == (clock.asleep, None, True)
+    progress.rest()
+    assert progress.look() == (0.0, None, False)
+    assert progress.done == ({P: 1} if before == "a step" else {}), "what it does in between is nobody's work"
 
 
 def test_larger_steps_may_take_longer():

@@ -166,6 +166,13 @@ def test_a_step_that_is_overdue_while_a_peer_is_at_work_on_it_is_not(watched):
     assert watched.until(9.0, a=STUCK, b=Beat(running_seconds=0.1, pipeline=P)) == []
 
 
+def test_a_thread_that_is_stuck_between_two_steps_waits_for_no_peer(watched):
+    between = STUCK._replace(pipeline=None)
+    assert whom(watched.until(0.05, a=between, b=Beat(running_seconds=0.1, pipeline=P))) == [(NodeSuspected, A)]
+    (verdict,) = watched.until(0.25, a=between, b=Beat(running_seconds=0.1, pipeline=P))
+    assert verdict == NodeSilent(A, pytest.approx(watched.now - 0.9, abs=0.2), "was stuck between two steps")
+
+
 def test_of_peers_that_are_all_stuck_the_first_is_found_first_and_then_the_other(watched):
     later = STUCK._replace(running_seconds=0.5)
     assert whom(watched.until(1.0, a=STUCK, b=later)) == [(NodeSuspected, A), (NodeSilent, A)]

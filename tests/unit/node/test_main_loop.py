@@ -1,0 +1,84 @@
+"""The node's main loop as its heartbeats see it: at rest it may be for ever, stuck between two steps it may not."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+
+from kevlarflow.node.main import NodeServer
+from kevlarflow.node.pace import PaceMeter
+from kevlarflow.node.progress import UNSEEN_FACTOR, Progress, Step
+from kevlarflow.node.sockets import Sockets
+from kevlarflow.types import Member, NodeId, Stage
+from toy_world import make_config
+
+MEMBER = Member(NodeId("node-0-0"), 1)
+FLOOR = 0.02
+DEADLINE_SECONDS = 60.0
+
+
+class Ended(Exception):
+    """The loop is to end."""
+
+
+class Loop(threading.Thread):
+    """Runs the loop of a node without lanes, until it is told to end."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(daemon=True)
+        self._config = msgspec.structs.replace(make_config(), run_folder=str(folder))
+        self._made = threading.Event()
+        self.server: NodeServer
+        self.progress: Progress
+
+    def run(self) -> None:
+        self.progress = Progress(FLOOR)
+        self.server = NodeServer(self._config, MEMBER, Stage(0), self.progress, PaceMeter())
+        self._made.set()
+        with contextlib.suppress(Ended):
+            self.server.serve()
+
+    def begin(self) -> None:
+        self.start()
+        assert self._made.wait(DEADLINE_SECONDS)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def test_a_loop_that_rests_is_not_overdue_and_one_that_is_stuck_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop(tmp_path)
+    loop.begin()
+    wait_for(lambda: loop.progress.look() == Step())
+    time.sleep(2 * UNSEEN_FACTOR * FLOOR)
+    assert loop.progress.look() == Step()
+
+    released = threading.Event()
+
+    def deadlock() -> None:
+        released.wait(DEADLINE_SECONDS)
+        raise Ended
+
+    monkeypatch.setattr(loop.server, "_take_activations", deadlock)
+    upstream: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+    upstream.connect(f"ipc://{Sockets.of(tmp_path, MEMBER).activations}")
+    upstream.send(b"wake up")
+    wait_for(lambda: loop.progress.look().is_overdue)
+    assert loop.progress.look().pipeline is None
+    released.set()
+    loop.join(DEADLINE_SECONDS)
+    upstream.close(linger=0)
+    assert not loop.is_alive()
