@@ -159,6 +159,13 @@ MUTANTS = (
         "tests/unit/replication/test_store.py",
     ),
     Mutant(
+        "a copy that was replaced while it was put in place ahead counts",
+        "node/lane_replicas.py",
+        " if before.get(replica.block) != after.get(replica.block)}",
+        " if False}",
+        "tests/unit/node/test_lane_replicas.py",
+    ),
+    Mutant(
         "preempted requests keep their blocks in the ledger",
         "recovery/ledger.py",
         "        self.preempt(step.preempted)\n",
