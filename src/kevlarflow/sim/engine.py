@@ -292,6 +292,10 @@ class Engine(Process):
             return
         if source.member not in self._lines:
             return
+        if isinstance(header, steps.Flushed):
+            self.fleet.trigger(header, source)
+            if not self.alive:
+                return
         event = self._event_of(header, payload)
         if event is None:
             assert isinstance(header, steps.Refused | steps.Unlinked)

@@ -24,7 +24,11 @@ PHASE_OF: dict[type, str] = {
     steps.Recompute: "recompute",
     steps.Restore: "restore",
     steps.Execute: "reissue",
+    steps.Flush: "flush",
+    steps.Flushed: "flushed",
 }
+"""By what a node takes, or an engine."""
+PLANNED = ("prepare", "flush", "flushed")
 UNRECEIVED_SECONDS = 0.01
 """What a process sent so shortly before its death may be lost."""
 NOTICED_SECONDS = 3.0
@@ -203,11 +207,12 @@ class Mischief:
         self._fleet.timeline.after(JOIN_SECONDS, self._fill_vacant_places)
 
     def trigger(self, header: steps.AnyStepMessage, node: Node) -> bool:
-        """A node takes a message: the phase of a recovery in which something was to happen may have come.
+        """A node takes a message, or its engine takes one of it: the phase in which something was to happen may have
+        come.
 
         Returns whether the node is gone before it could do anything about the message.
         """
-        phase = PHASE_OF.get(type(header), "")
+        phase = _phase_of(header)
         if phase not in self._armed:
             return False
         pipeline: PipelineId = header.pipeline  # type: ignore[union-attr]
@@ -226,8 +231,9 @@ class Mischief:
             return False
         elif fault.strength > 0.5 and others:
             victim = self._fleet.rng.choice(others)
-        self._fleet.tell(fault.name, f"{victim} dies as {node} takes {type(header).__name__}")
+        self._fleet.tell(fault.name, f"{victim} dies in {type(header).__name__} of {node}")
         self._fleet.counts["crashes in a phase"] += 1
+        self._fleet.counts["crashes while lanes are prepared"] += phase in PLANNED
         if self._fleet.rng.random() < 0.5:
             self._fleet.timeline.after(
                 self._fleet.plan.shape.step * self._fleet.rng.random(), functools.partial(self._crash, victim)
@@ -335,3 +341,9 @@ class Mischief:
         if cut in self._fleet.network.cuts:
             self._fleet.network.cuts.remove(cut)
             self._fleet.network.release()
+
+
+def _phase_of(header: steps.AnyStepMessage) -> str:
+    if isinstance(header, steps.Place) and header.ahead:
+        return "prepare"
+    return PHASE_OF.get(type(header), "")

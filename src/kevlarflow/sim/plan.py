@@ -23,7 +23,8 @@ STEADY_SECONDS, STEADY_REQUESTS = 5.0, 25
 SLOW_PLACE_SECONDS, SLOW_PLACE_REQUESTS = 9.0, 80
 """The same where a place is slow: a second judgement on it has to be possible."""
 FOR_GOOD, AS_IT_LOADS = "for good", "the next that loads, for good"
-PHASES = ("join", "place", "recompute", "restore", "reissue")
+PHASES = ("join", "place", "recompute", "restore", "reissue", "prepare", "flush", "flushed")
+"""Of a recovery; the last three are of a change of nodes that is planned."""
 POISONOUS = 0.04
 """How many of the requests are deadly for the nodes that compute them."""
 KINDS = {

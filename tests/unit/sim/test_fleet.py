@@ -41,6 +41,7 @@ def test_what_is_drawn_happens() -> None:
     for what in (
         "recoveries",
         "crashes in a phase",
+        "crashes while lanes are prepared",
         "controller crashes",
         "deaths of a engine",
         "preemptions",
