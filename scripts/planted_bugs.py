@@ -49,6 +49,12 @@ MUTANTS = (
         "if True:",
     ),
     Mutant(
+        "a link that stays broken is tried for ever",
+        "recovery/relinking.py",
+        "    if len(pipeline.relinked) >= MOST_RELINKS:\n",
+        "    if False:\n",
+    ),
+    Mutant(
         "a lost Leave is not said again",
         "recovery/watched.py",
         "return [Leave(each.node) for each in due]",

@@ -59,6 +59,9 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     still_after_ms: int = 1_000
     """A pipeline whose engine waits while no node works for it is formed anew after this long; twice as long after each
     time within half a minute."""
+    parted_ms: int = 60_000
+    """How long a pipeline does without a node whose links to or from it broke again and again; twice as long after each
+    further time within an hour."""
     engine_silent_after_ms: int = 2_000
     """An engine that has not reported for this long is shown as silent."""
     engine_lost_after_ms: int = 10_000
@@ -184,6 +187,7 @@ def check_timeouts(times: Timeouts) -> None:
         ("4 x report_interval_ms < engine_silent_after_ms", 4 * times.report_interval_ms, times.engine_silent_after_ms),
         ("4 x report_interval_ms < still_after_ms", 4 * times.report_interval_ms, times.still_after_ms),
         ("4 x heartbeat_interval_ms < still_after_ms", 4 * times.heartbeat_interval_ms, times.still_after_ms),
+        ("still_after_ms < parted_ms", times.still_after_ms, times.parted_ms),
         ("step_floor_ms < still_after_ms", times.step_floor_ms, times.still_after_ms),
         ("engine_silent_after_ms < engine_lost_after_ms", times.engine_silent_after_ms, times.engine_lost_after_ms),
         ("settle_ms < engine_lost_after_ms", times.settle_ms, times.engine_lost_after_ms),

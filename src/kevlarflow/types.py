@@ -72,7 +72,7 @@ class Cause(enum.StrEnum):
     """A node was far slower than its peers for long."""
     SHARE = "share"
     LINK = "link"
-    """A connection broke, and what was on its way in it is lost; every node may be well."""
+    """A connection broke, and what was on its way in it is lost; every node may be well, and go on."""
 
     @property
     def is_planned(self) -> bool:

@@ -43,6 +43,7 @@ def event_of(message: FromPeer) -> events.AnyEvent:
                 epoch=message.epoch,
                 forming=message.forming,
                 still_seconds=message.still_seconds,
+                awaited=message.awaited,
             )
         case messages.Formed():
             return events.Formed(

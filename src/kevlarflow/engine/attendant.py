@@ -124,6 +124,7 @@ class Attendant(threading.Thread):
             epoch,
             session.forming,
             session.still_seconds,
+            session.awaited,
         )
         self._send(controller, report)
 

@@ -159,6 +159,11 @@ class Session:
         return self._core.standing is Standing.FORMING
 
     @property
+    def awaited(self) -> tuple[Stage, ...]:
+        """Stages whose nodes have yet to answer in the current epoch."""
+        return self._core.awaited
+
+    @property
     def still_seconds(self) -> float:
         """How long it has waited for its nodes without an answer, as of when all messages were read."""
         return self._core.still_seconds(self._read_all_at)

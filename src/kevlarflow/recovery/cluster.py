@@ -24,6 +24,7 @@ from kevlarflow.recovery import (
     formation,
     moves,
     nodes,
+    relinking,
     slowness,
     standbys,
     standstill,
@@ -139,6 +140,7 @@ class Cluster(Grid):
         drain.reconcile(self)
         for pipeline in self.pipelines:
             if self.aborted is None:
+                relinking.reconcile(self, pipeline)
                 formation.reconcile(self, pipeline)
                 moves.reconcile(self, pipeline)
                 standbys.assign(self, pipeline)

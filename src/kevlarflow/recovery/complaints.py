@@ -39,6 +39,7 @@ def on_member_failed(grid: Grid, event: events.MemberFailed) -> None:
 def settle(grid: Grid, pipeline: Pipeline) -> None:
     """Act on complaints about members that turn out to be alive."""
     pipeline.avoided = {each: until for each, until in pipeline.avoided.items() if grid.now < until}
+    pipeline.parted = {each: until for each, until in pipeline.parted.items() if grid.now < until}
     for member, due in list(pipeline.complaints.items()):
         if grid.now >= due:
             del pipeline.complaints[member]

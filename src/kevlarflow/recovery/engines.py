@@ -68,6 +68,8 @@ def _detach(grid: Grid, pipeline: Pipeline) -> None:
     pipeline.order = None
     pipeline.wait_until = None
     pipeline.forget_losses()
+    pipeline.parted.clear()
+    pipeline.relinked.clear()
     pipeline.moves.clear()
     engine = pipeline.engine
     engine.attached = False

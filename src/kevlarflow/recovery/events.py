@@ -29,7 +29,10 @@ from kevlarflow.types import (
 
 
 class Recovery(msgspec.Struct):
-    """How one stage of one pipeline came by another node. The only value here that grows: it is a record."""
+    """How one stage of one pipeline came by another node, or its links were made anew.
+
+    The only value here that grows: it is a record.
+    """
 
     id: RecoveryId
     pipeline: PipelineId
@@ -217,6 +220,8 @@ class EngineReport(Event, frozen=True):
     """Whether it has yet to say `Formed` in that epoch."""
     still_seconds: float = 0.0
     """How long it has waited for its nodes without any answer."""
+    awaited: tuple[Stage, ...] = ()
+    """Stages whose nodes have yet to answer to `Form`."""
 
 
 class PipelineStill(Event, frozen=True):
@@ -225,6 +230,8 @@ class PipelineStill(Event, frozen=True):
     pipeline: PipelineId
     epoch: Epoch
     seconds: float
+    awaited: tuple[Stage, ...] = ()
+    """Stages whose nodes have yet to answer to `Form`; none when all have."""
 
 
 class EngineLost(Event, frozen=True):

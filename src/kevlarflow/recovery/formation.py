@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import msgspec
 
-from kevlarflow.recovery import drain, events, records, shares, standstill, waiting
+from kevlarflow.recovery import drain, events, records, shares, waiting
 from kevlarflow.recovery.events import Form
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import Pipeline, subject
@@ -56,8 +56,6 @@ def reconcile(grid: Grid, pipeline: Pipeline) -> None:
     holes = pipeline.holes
     if holes:
         _fill(grid, pipeline, holes)
-    elif standstill.is_due(grid, pipeline):
-        form(grid, pipeline, {}, Cause.LINK)
     elif pipeline.reform or (pipeline.formed and _living(grid, pipeline.leaving)):
         form(grid, pipeline, {}, Cause.ATTACH if pipeline.state is PipelineState.STARTING else Cause.CRASH)
 
@@ -144,27 +142,34 @@ def _fill(grid: Grid, pipeline: Pipeline, holes: list[Stage]) -> None:
 
 def _choose(grid: Grid, pipeline: Pipeline, stage: Stage) -> NodeInfo | None:
     """Who is to serve a stage that has lost its node. One that is being emptied stays if there is nobody else."""
-    info = choose(candidates(grid, pipeline, stage), pipeline.id, len(grid.pipelines))
+    count = len(grid.pipelines)
+    info = choose(candidates(grid, pipeline, stage), pipeline.id, count)
+    info = info or choose(candidates(grid, pipeline, stage, parted=True), pipeline.id, count)
     if info is None:
         for slot in grid.slots.values():
             if slot.stage == stage and slot.state is NodeState.DRAINING and slot.leave_by is None and slot.living:
                 drain.keep(grid, slot, "it is needed")
-        info = choose(candidates(grid, pipeline, stage), pipeline.id, len(grid.pipelines))
+        info = choose(candidates(grid, pipeline, stage), pipeline.id, count)
     return info
 
 
 def stages_without_candidates(grid: Grid, pipeline: Pipeline) -> list[Stage]:
     """Those of its holes that nobody could fill now."""
     count = len(grid.pipelines)
-    return [each for each in pipeline.holes if choose(candidates(grid, pipeline, each), pipeline.id, count) is None]
+    return [
+        each
+        for each in pipeline.holes
+        if choose(candidates(grid, pipeline, each, parted=True), pipeline.id, count) is None
+    ]
 
 
-def candidates(grid: Grid, pipeline: Pipeline, stage: Stage) -> list[Candidate]:
-    """The ready nodes of a stage that the pipeline has no reason to avoid."""
+def candidates(grid: Grid, pipeline: Pipeline, stage: Stage, *, parted: bool = False) -> list[Candidate]:
+    """The ready nodes of a stage that the pipeline has no reason to avoid; `parted`: with those whose links broke."""
+    avoided = pipeline.avoided if parted else pipeline.avoided | pipeline.parted
     return [
         Candidate(slot.info, slot.pipeline, grid.foreign_lanes(slot, pipeline.id))
         for slot in grid.slots.values()
-        if slot.stage == stage and slot.usable and slot.info is not None and slot.member not in pipeline.avoided
+        if slot.stage == stage and slot.usable and slot.info is not None and slot.member not in avoided
     ]
 
 

@@ -55,6 +55,11 @@ class Forming:
         """Whether every node has done all that comes before the steps in flight."""
         return not (self.to_place or self.to_join or self.to_restore or self.chunks)
 
+    @property
+    def awaited(self) -> tuple[Stage, ...]:
+        """Stages whose nodes have yet to answer: those that have not even opened the lane, if there are any."""
+        return tuple(sorted(self.to_join or self.to_place or self.to_restore))
+
     def may_run(self, stage: Stage) -> bool:
         """Whether the node of a stage may be running steps: it and all before it are prepared."""
         return all(each > stage for each in self.to_restore)

@@ -191,8 +191,14 @@ class Pipeline:
     """When it must be formed once more, since something was lost on its way."""
     relink_news: str = ""
     """Why."""
+    relink_since: float = 0.0
+    """Since when it stood still."""
+    relink_stages: tuple[Stage, ...] = ()
+    """Whose nodes have not answered."""
     relinked: list[float] = dataclasses.field(default_factory=list)
-    """When that was done in the last half minute."""
+    """When that was done in the last half minute, with the members that it has."""
+    parted: dict[Member, float] = dataclasses.field(default_factory=dict)
+    """Members that it was formed without since links to or from them broke again and again, and until when it is."""
     leaving: set[Member] = dataclasses.field(default_factory=set)
     """Living members that may still hold a lane of this pipeline, though it is not used any more."""
     given_back: set[Member] = dataclasses.field(default_factory=set)

@@ -232,6 +232,7 @@ def _bereave(grid: Grid, pipeline: Pipeline, slot: Slot, member: Member, cause: 
         pipeline.reform = pipeline.reform or (isinstance(pipeline.order, Form) and pipeline.order.cause.is_planned)
     pipeline.leaving.discard(member)
     pipeline.avoided.pop(member, None)
+    pipeline.parted.pop(member, None)
     pipeline.struck.discard(member)
     pipeline.complaints.pop(member, None)
     if member not in pipeline.members:

@@ -118,6 +118,12 @@ class Pipeline:
         waiting = self._plans.waiting
         return (waiting.order.epoch, waiting.order.nodes) if waiting is not None else (self.epoch, self.nodes)
 
+    @property
+    def awaited(self) -> tuple[Stage, ...]:
+        """Stages whose nodes have yet to answer to the order that is being carried out."""
+        forming = self._forming
+        return forming.awaited if forming is not None else ()
+
     def handle(self, event: Event, now: float) -> list[Command]:
         """Take one event at monotonic time `now` (seconds); returns what to do, in order.
 

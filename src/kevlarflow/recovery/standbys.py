@@ -48,7 +48,14 @@ def _standby(grid: Grid, pipeline: Pipeline, stage: Stage) -> NodeInfo | None:
     if now and slot and slot.state is NodeState.SUSPECT and slot.living and now.member != serving:
         # It is likely to be only busy, and another one would have to be sent everything again.
         return now
+    return _choose(grid, pipeline, stage, parted=False) or _choose(grid, pipeline, stage, parted=True)
+
+
+def _choose(grid: Grid, pipeline: Pipeline, stage: Stage, *, parted: bool) -> NodeInfo | None:
+    serving = pipeline.members[stage]
     others = [
-        each for each in candidates(grid, pipeline, stage) if each.info.member != serving and each.info.replica_address
+        each
+        for each in candidates(grid, pipeline, stage, parted=parted)
+        if each.info.member != serving and each.info.replica_address
     ]
     return choose(others, pipeline.id, len(grid.pipelines))

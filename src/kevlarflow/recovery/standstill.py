@@ -5,7 +5,8 @@ message it was does not matter: the pipeline is formed anew with the same member
 everything again that could have been lost. It may be a false alarm (messages may be slow without bound): that costs a
 pause and nothing else, so each further time within `RECENT_SECONDS` has to wait for twice as long.
 
-Nobody is blamed for it. A node that nobody can reach any more is silent or deaf, and is found by `recovery.detector`.
+Nobody is blamed for it, as long as it helps; `recovery.relinking` says what is done, and what when it does not help. A
+node that nobody can reach any more is silent or deaf, and is found by `recovery.detector`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kevlarflow.config import Timeouts
 from kevlarflow.recovery import events
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import Pipeline, subject
-from kevlarflow.types import Cause, Member, PipelineId
+from kevlarflow.types import Cause, Member, PipelineId, Stage
 
 RECENT_SECONDS = 30.0
 """For so long it counts that a pipeline was formed anew because it stood still."""
@@ -83,7 +84,7 @@ class Stillness:
             return None
         if not all(member is not None and self._rests(member, report.pipeline, now) for member in members):
             return None
-        return events.PipelineStill(report.pipeline, report.epoch, report.still_seconds)
+        return events.PipelineStill(report.pipeline, report.epoch, report.still_seconds, report.awaited)
 
     def _rests(self, member: Member, pipeline: PipelineId, now: float) -> bool:
         """Whether a node is heard, and would have worked for the pipeline by now if it had anything to do for it."""
@@ -96,7 +97,7 @@ class Stillness:
         return node.work.pipeline is None or sum(node.work.done.values()) - rest.total >= FAIR_STEPS
 
 
-# ---- what the cluster does about it
+# ---- what the cluster notes of it
 
 
 def on_still(grid: Grid, event: events.PipelineStill) -> None:
@@ -110,18 +111,20 @@ def on_still(grid: Grid, event: events.PipelineStill) -> None:
     if order is not None and event.epoch < order.epoch and not waits:
         # It has yet to take an order that makes it form anew in any case.
         return
-    _relink(grid, pipeline, f"{subject(pipeline.id)} stood still for {event.seconds:.1f} s with no node at work")
+    news = f"{subject(pipeline.id)} stood still for {event.seconds:.1f} s with no node at work"
+    _relink(grid, pipeline, news, event.awaited, grid.now - event.seconds)
 
 
 def on_unlinked(grid: Grid, event: events.MemberFailed) -> None:
     """A node has noticed that the connection to its engine broke."""
     pipeline = grid.pipelines[event.pipeline]
     if event.epoch == pipeline.epoch:
-        _relink(grid, pipeline, f"the connection from {subject(pipeline.id)} to {event.member.node} broke")
+        news = f"the connection from {subject(pipeline.id)} to {event.member.node} broke"
+        _relink(grid, pipeline, news, (grid.slots[event.member.node].stage,), grid.now)
 
 
-def _relink(grid: Grid, pipeline: Pipeline, news: str) -> None:
-    """Have the pipeline formed anew, at once or when it may be again."""
+def _relink(grid: Grid, pipeline: Pipeline, news: str, stages: tuple[Stage, ...], since: float) -> None:
+    """Have the pipeline formed anew, at once or when it may be again; `stages` are those that have not answered."""
     if pipeline.relink_at is not None:
         return
     pipeline.relinked = [at for at in pipeline.relinked if grid.now - at < RECENT_SECONDS]
@@ -131,12 +134,5 @@ def _relink(grid: Grid, pipeline: Pipeline, news: str) -> None:
         due = max(due, pipeline.relinked[-1] + pause)
     pipeline.relink_at = due
     pipeline.relink_news = news
-
-
-def is_due(grid: Grid, pipeline: Pipeline) -> bool:
-    """Whether the pipeline is to be formed anew now; to be asked by who will do it."""
-    if pipeline.relink_at is None or grid.now < pipeline.relink_at:
-        return False
-    pipeline.relinked.append(grid.now)
-    pipeline.news = pipeline.relink_news
-    return True
+    pipeline.relink_stages = stages
+    pipeline.relink_since = since

@@ -109,7 +109,8 @@ class Engine(Process):
         load = (running, waiting, blocks, len(self.core.in_flight))
         forming, still = self.core.standing is Standing.FORMING, self.core.still_seconds(self.timeline.now)
         epoch, replication = Epoch(self.core.epoch), self._replication()
-        self._tell(messages.EngineReport(self.pipeline, *load, replication, epoch, forming, still))
+        awaited = self.core.awaited
+        self._tell(messages.EngineReport(self.pipeline, *load, replication, epoch, forming, still, awaited))
 
     def _replication(self) -> tuple[LaneCoverage, ...]:
         reports = []

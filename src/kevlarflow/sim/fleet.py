@@ -85,6 +85,7 @@ class Fleet:
                 step_floor_ms=201,
                 report_interval_ms=100,
                 still_after_ms=500,
+                parted_ms=9_000,
                 pace_interval_ms=200,
                 slow_after_ms=1_200,
                 deaf_after_ms=1_000,

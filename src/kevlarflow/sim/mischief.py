@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import TYPE_CHECKING
 
 from kevlarflow.recovery.forming import Standing
+from kevlarflow.recovery.members import Pipeline
 from kevlarflow.sim.engine import Engine
 from kevlarflow.sim.errors import Overlooked
 from kevlarflow.sim.network import Cut, Process
@@ -41,6 +43,10 @@ CUT_SECONDS = 0.1
 """Between two breaks of connections that break again and again, at most."""
 CUT_ONCE = 0.5
 """Cuts of no more strength than this come once."""
+LINK_SECONDS = 12.0
+"""How long a link between two stays broken, or twice as long: beyond the end of all other faults."""
+AVOIDED_SECONDS = 8.0
+"""Within which, after that end, a pipeline that could do without such a link does."""
 CONTROL, STEPS = frozenset({"control", "orders"}), frozenset({"steps", "answers"})
 ACTIVATIONS, COPIES = frozenset({"activations"}), frozenset({"copy", "outcome"})
 MAX_FAILED_STARTS = 2
@@ -60,6 +66,8 @@ class Mischief:
         self._stops_as_it_loads = 0
         """How many of the nodes that begin next do not get far."""
         self.over = False
+        self._links: list[Cut] = []
+        """Broken links that outlast the other faults."""
         self._stopped: list[Engine] = []
         """Engines that go on some time."""
 
@@ -125,7 +133,7 @@ class Mischief:
             case "drain":
                 self._fleet.controller.drain(node.member.node)
                 self._later(fault, functools.partial(self._fleet.controller.join, node.member.node))
-            case "partition" | "cut":
+            case "partition" | "cut" | "link":
                 self._part(fault, node)
 
     def _freeze(self, fault: Fault, node: Node) -> None:
@@ -141,10 +149,54 @@ class Mischief:
         if fault.kind == "cut":
             self._cut(fault, node, self._fleet.timeline.now + fault.seconds)
             return
+        if fault.kind == "link":
+            self._break_link(fault, node)
+            return
         kinds = frozenset(fault.detail.split())
         cut = Cut(node, kinds, inward=fault.strength < 0.7, outward=fault.strength > 0.3)
         self._fleet.network.cuts.append(cut)
         self._later(fault, functools.partial(self._mend, cut))
+
+    def _break_link(self, fault: Fault, node: Node) -> None:
+        """Of the node with its engine, or with the stage behind it; for long."""
+        fleet = self._fleet
+        engine = fleet.engines[fault.pipeline]
+        serving = [fleet.nodes.get(each.member) for each in engine.core.nodes]
+        following = [peer for each, peer in itertools.pairwise(serving) if each is node]
+        peer: Process | None = engine if fault.detail == "engine" else next(iter(following), None)
+        if peer is None or not peer.alive or node not in serving:
+            return
+        fleet.counts["links that stay broken"] += 1
+        fleet.tell(fault.name, f"no more between {node} and {peer}")
+        cut = Cut(node, frozenset(), inward=fault.strength < 0.7, outward=fault.strength > 0.3, peer=peer)
+        fleet.network.cuts.append(cut)
+        self._links.append(cut)
+        seconds = LINK_SECONDS * (1 if fault.seconds < 0.2 else 2)
+        fleet.timeline.after(seconds, functools.partial(self._mend, cut))
+
+    def _expect_avoided(self, cut: Cut, life: int) -> None:
+        """Nobody's requests wait for a link for ever where another node could serve the stage at one of its ends."""
+        fleet, node, peer = self._fleet, cut.process, cut.peer
+        controller = fleet.controller
+        if cut not in fleet.network.cuts or controller.life != life or not (node.alive and peer and peer.alive):
+            return
+        for pipeline in controller.cluster.pipelines:
+            engine = fleet.engines[pipeline.id]
+            ends = [end for end in (node, peer) if isinstance(end, Node) and end.member in pipeline.members]
+            uses = len(ends) == 2 or (peer is engine and len(ends) == 1)
+            waits = engine.core.waits and not engine.frozen
+            if uses and waits and any(self._could_be_spared(pipeline, end) for end in ends):
+                raise Overlooked(f"pipeline {pipeline.id} waits for the link between {node} and {peer}")
+
+    def _could_be_spared(self, pipeline: Pipeline, node: Node) -> bool:
+        """Whether another node of the stage has room for the lane."""
+        grid = self._fleet.controller.cluster
+        others = (each for each in grid.slots.values() if each.stage == node.stage and each.node != node.member.node)
+        lanes = self._fleet.plan.shape.lanes
+        return any(
+            each.usable and (each.pipeline == pipeline.id or grid.foreign_lanes(each, pipeline.id) < lanes - 1)
+            for each in others
+        )
 
     def _cut(self, fault: Fault, node: Node, until: float) -> None:
         """Break connections of a node: once, or again and again."""
@@ -182,7 +234,7 @@ class Mischief:
         self._slow_places.clear()
         self._stops_as_it_loads = 0
         fleet.network.slowness, fleet.network.echo = 1.0, 0.0
-        fleet.network.cuts.clear()
+        fleet.network.cuts[:] = [cut for cut in fleet.network.cuts if cut in self._links]
         for node in fleet.living_nodes():
             self._speed_up(node)
             node.raises = False
@@ -198,6 +250,8 @@ class Mischief:
         self._fill_vacant_places()
         fleet.network.release()
         fleet.timeline.after(FOUND_SECONDS, self._expect_all_found)
+        for cut in fleet.network.cuts:
+            fleet.timeline.after(AVOIDED_SECONDS, functools.partial(self._expect_avoided, cut, fleet.controller.life))
 
     def _fill_vacant_places(self) -> None:
         """Somebody starts nodes by hand where others were drained."""

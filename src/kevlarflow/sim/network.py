@@ -102,12 +102,17 @@ class Cut:
     kinds: frozenset[str]
     inward: bool
     outward: bool
+    peer: Process | None = None
+    """The only one that it is cut off from; None: all of these kinds."""
 
     def stops(self, source: Process, target: Process) -> bool:
         """Whether a message on this way is held up."""
-        if self.inward and target is self.process and source.kind in self.kinds:
+        if self.inward and target is self.process and self._is_beyond(source):
             return True
-        return self.outward and source is self.process and target.kind in self.kinds
+        return self.outward and source is self.process and self._is_beyond(target)
+
+    def _is_beyond(self, other: Process) -> bool:
+        return other.kind in self.kinds if self.peer is None else other is self.peer
 
 
 @dataclass

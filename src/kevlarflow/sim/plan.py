@@ -34,6 +34,7 @@ KINDS = {
     "slow": 2,
     "partition": 4,
     "cut": 5,
+    "link": 1,
     "delay": 1,
     "echo": 1,
     "raise": 1,
@@ -102,8 +103,9 @@ class Fault:
     seconds: float
     """How long it lasts, or how long until the process is started again."""
     detail: str = ""
-    """The phase of a crash; the peers of a partition; what a cut breaks; whether a controller dies among its own deeds;
-    how a node hangs; whether one that is stopped can be killed, and goes on some time."""
+    """The phase of a crash; the peers of a partition; what a cut breaks; with whom a link stays broken; whether a
+    controller dies among its own deeds; how a node hangs; whether one that is stopped can be killed, and goes on some
+    time."""
     strength: float = 0.0
 
     def __str__(self) -> str:
@@ -267,6 +269,7 @@ def _fault(rng: random.Random, name: str, shape: Shape, moments: list[tuple[floa
         "crash in a phase": PHASES,
         "partition": ("controller", "engine", "node", "controller engine node"),
         "cut": ("controller", "engine", "activations", "copies", "engine controller", "all", "all"),
+        "link": ("engine", "next"),
         "freeze": ("", "", "hard to kill", FOR_GOOD, AS_IT_LOADS),
         "controller": ("", "as it acts"),
         "engine freeze": ("", "", FOR_GOOD),

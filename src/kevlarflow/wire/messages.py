@@ -139,6 +139,8 @@ class EngineReport(Message, frozen=True):
     """Whether `Formed` is still to come in this epoch."""
     still_seconds: float = 0.0
     """How long it has waited for its nodes without any answer; 0.0 when it waits for none."""
+    awaited: tuple[Stage, ...] = ()
+    """Stages whose nodes have yet to answer to `Form`; none of them opens the lane, or all have."""
 
 
 class EngineReady(Message, frozen=True):

@@ -7,9 +7,10 @@ from cluster_driver import Driver, member
 from kevlarflow.config import Timeouts
 from kevlarflow.recovery import events
 from kevlarflow.recovery.events import AssignStandbys, Form
+from kevlarflow.recovery.relinking import MOST_RELINKS
 from kevlarflow.recovery.standbys import TELL_AGAIN_SECONDS
 from kevlarflow.recovery.standstill import FAIR_STEPS, Stillness, Work
-from kevlarflow.types import Cause, Epoch, PipelineId
+from kevlarflow.types import Cause, Epoch, PipelineId, RecoveryState
 
 TIMES = Timeouts(heartbeat_interval_ms=100, still_after_ms=1_000)
 NODES = [member("node-0-0"), member("node-0-1")]
@@ -89,13 +90,16 @@ def test_it_is_formed_anew_with_the_same_members_and_nobody_is_blamed():
     assert (order.epoch, order.lost_stages, order.released) == (2, (), ())
     assert [info.member for info in order.nodes] == before
     driver.formed(0, 2)
-    assert not driver.cluster.recoveries, "no stage has changed its node"
+    (recovery,) = driver.cluster.recoveries
+    assert (recovery.cause, recovery.state) == (Cause.LINK, RecoveryState.DONE)
+    assert recovery.origin == recovery.target, "no stage has changed its node"
+    assert recovery.seconds.detect == pytest.approx(1.0)
 
 
 def test_each_further_time_has_to_wait_for_twice_as_long():
     driver = serving()
     pauses = []
-    for epoch in range(1, 5):
+    for epoch in range(1, MOST_RELINKS + 2):
         asked = driver.now
         orders = still(driver, epoch)
         while not orders:
