@@ -62,6 +62,13 @@ MUTANTS = (
         "tests/unit/recovery/test_watched.py",
     ),
     Mutant(
+        "a last answer that was lost is waited for without requests",
+        "recovery/ahead.py",
+        "            ahead.to_flush.clear()\n",
+        "            pass\n",
+        "tests/unit/recovery/test_ahead.py",
+    ),
+    Mutant(
         "a lost Formed is not asked for again",
         "recovery/engines.py",
         "if behind or unanswered:",

@@ -108,6 +108,9 @@ class Plans:
         ahead = self.waiting
         if ahead is None or now - ahead.came_at < PREPARE_SECONDS:
             return []
+        if not self._in_flight.running:
+            # Without requests nobody would ever notice that the answer was lost. What the standby lacks is computed.
+            ahead.to_flush.clear()
         return [
             RequestFormation(stage, "it was asked to take a lane and did not answer") for stage in sorted(ahead.asked)
         ]

@@ -165,7 +165,7 @@ class Pipeline:
         if order.epoch <= self.epoch:
             return []
         if order.epoch == self._plans.epoch:
-            return self._plans.overdue(now)
+            return self._plans.overdue(now) + self._form_as_planned(now)
         busy = self._in_flight.running or len(self.ledger) > 0
         # Steps that the nodes disagree on will not complete.
         if order.planned and busy and self.standing is Standing.SERVING and not self._disagrees:

@@ -3,6 +3,7 @@
 import pytest
 
 from kevlarflow.recovery import pipeline_events as p
+from kevlarflow.recovery.ahead import PREPARE_SECONDS
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.ledger import Admission, Step
 from unit.recovery.test_pipeline import A0, A1, B1, confirm, executed, go_on, kinds, node, replicating, sent
@@ -62,6 +63,14 @@ def test_the_nodes_change_once_the_steps_are_done_and_the_standby_has_been_sent_
     first, second = events if last == "flushed" else reversed(events)
     assert "Join" not in kinds(pipeline.handle(first, 2.2))
     assert "Join" in kinds(pipeline.handle(second, 2.3))
+
+
+def test_an_engine_without_requests_does_not_wait_for_ever_for_an_answer_that_was_lost():
+    pipeline, _ = preparing(*KEPT)
+    prepared(pipeline)
+    pipeline.handle(executed(1, 2), 2.2)
+    assert pipeline.handle(ORDER, 2.0 + PREPARE_SECONDS - 0.1) == []
+    assert "Join" in kinds(pipeline.handle(ORDER, 2.0 + PREPARE_SECONDS)), "the order has come again"
 
 
 def test_what_was_not_there_after_all_is_placed_or_computed_later():
