@@ -67,6 +67,8 @@ class _Listener:
         self.starved_before: float | None = None
         """What it had been starved when its silence was first looked at."""
         self.stopped_since: float | None = None
+        self.seen_from = 0.0
+        """Since when there was no pause of the detector's own."""
         self.overdue_since: float | None = None
         self.unheard: tuple[int, float] | None = None
         """The oldest answer that it has not acknowledged, and when it was sent."""
@@ -133,7 +135,8 @@ class Detector:
         for member in members:
             self._listeners.setdefault(member, _Listener(now, beats=False))
         for member, listener in self._listeners.items():
-            listener.stopped_since = members.get(member)
+            since = members.get(member)
+            listener.stopped_since = max(since, listener.seen_from) if since is not None else None
 
     def beat_at(self, member: Member) -> float:
         """When `member` last beat; 0.0 when it is not watched."""
@@ -230,5 +233,6 @@ class Detector:
             listener.excused += min(pause, now - listener.beat_at)
             if listener.unheard is not None:
                 listener.unheard = (listener.unheard[0], listener.unheard[1] + pause)
+            listener.seen_from = now - self._gap
             if listener.stopped_since is not None:
-                listener.stopped_since = max(listener.stopped_since, now - self._gap)
+                listener.stopped_since = max(listener.stopped_since, listener.seen_from)

@@ -84,6 +84,20 @@ def test_a_pause_of_its_own_is_nobodys_silence(watched):
     assert whom(watched.until(watched.now + 1.0)) == [(NodeSuspected, A)]
 
 
+def test_nor_does_anybody_count_as_stopped_meanwhile(watched):
+    watched.until(0.5, a=Beat())
+    watched.detector.stopped({A: 0.5}, watched.now)
+    watched.detector.check(watched.now)
+    watched.now += 60.0
+    verdicts = []
+    for _ in range(3):
+        # The kernel says so again each time, and still since then.
+        watched.detector.stopped({A: 0.5}, watched.now)
+        verdicts += watched.detector.check(watched.now)
+        watched.now += 0.02
+    assert whom(verdicts) in ([(NodeSuspected, A)], [])
+
+
 def test_strangers_and_the_forgotten_are_not_expected(watched):
     watched.detector.forget(A)
     assert watched.until(9.0) == []
