@@ -79,7 +79,7 @@ class Mischief:
         node = self._target(fault)
         fleet.tell(fault.name, f"{fault}: {node}")
         match fault.kind:
-            case "crash" | "crash in a phase":
+            case "crash" | "crash in a phase" | "cut in a phase":
                 if fault.detail:
                     self._armed.setdefault(fault.detail, []).append(fault)
                 self._crash(node)
@@ -276,6 +276,15 @@ class Mischief:
         fault = self._armed[phase].pop()
         if not self._armed[phase]:
             del self._armed[phase]
+        self._fleet.counts["faults while lanes are prepared"] += phase in PLANNED
+        if fault.kind == "cut in a phase":
+            self._fleet.tell(fault.name, f"the connection breaks in {type(header).__name__} of {node}")
+            self._fleet.counts["cuts in a phase"] += 1
+            self._soon(functools.partial(self._sever, engine, node, STEPS))
+            return False
+        return self._kill_in_phase(fault, header, node, engine)
+
+    def _kill_in_phase(self, fault: Fault, header: steps.AnyStepMessage, node: Node, engine: Engine) -> bool:
         victim: Process = node
         others = [each for each in self._fleet.living_nodes() if each is not node]
         if fault.strength > 0.9:
@@ -287,16 +296,17 @@ class Mischief:
             victim = self._fleet.rng.choice(others)
         self._fleet.tell(fault.name, f"{victim} dies in {type(header).__name__} of {node}")
         self._fleet.counts["crashes in a phase"] += 1
-        self._fleet.counts["crashes while lanes are prepared"] += phase in PLANNED
-        if self._fleet.rng.random() < 0.5:
-            self._fleet.timeline.after(
-                self._fleet.plan.shape.step * self._fleet.rng.random(), functools.partial(self._crash, victim)
-            )
-            return False
-        self._crash(victim)
+        self._soon(functools.partial(self._crash, victim))
         return not node.alive
 
     # ---- deeds
+
+    def _soon(self, action: functools.partial[None]) -> None:
+        """At once, or within a step."""
+        if self._fleet.rng.random() < 0.5:
+            self._fleet.timeline.after(self._fleet.plan.shape.step * self._fleet.rng.random(), action)
+        else:
+            action()
 
     def _target(self, fault: Fault) -> Node | None:
         fleet = self._fleet

@@ -30,6 +30,7 @@ POISONOUS = 0.04
 KINDS = {
     "crash": 10,
     "crash in a phase": 8,
+    "cut in a phase": 2,
     "freeze": 4,
     "slow": 2,
     "partition": 4,
@@ -103,9 +104,9 @@ class Fault:
     seconds: float
     """How long it lasts, or how long until the process is started again."""
     detail: str = ""
-    """The phase of a crash; the peers of a partition; what a cut breaks; with whom a link stays broken; whether a
-    controller dies among its own deeds; how a node hangs; whether one that is stopped can be killed, and goes on some
-    time."""
+    """The phase of a crash or a cut; the peers of a partition; what a cut breaks; with whom a link stays broken;
+    whether a controller dies among its own deeds; how a node hangs; whether one that is stopped can be killed, and goes
+    on some time."""
     strength: float = 0.0
 
     def __str__(self) -> str:
@@ -267,6 +268,7 @@ def _fault(rng: random.Random, name: str, shape: Shape, moments: list[tuple[floa
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     details = {
         "crash in a phase": PHASES,
+        "cut in a phase": PHASES,
         "partition": ("controller", "engine", "node", "controller engine node"),
         "cut": ("controller", "engine", "activations", "copies", "engine controller", "all", "all"),
         "link": ("engine", "next"),

@@ -41,7 +41,8 @@ def test_what_is_drawn_happens() -> None:
     for what in (
         "recoveries",
         "crashes in a phase",
-        "crashes while lanes are prepared",
+        "cuts in a phase",
+        "faults while lanes are prepared",
         "controller crashes",
         "deaths of a engine",
         "preemptions",
