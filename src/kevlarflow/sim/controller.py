@@ -287,12 +287,12 @@ class Controller(Process):
 
     def drain(self, node: NodeId) -> None:
         """Somebody wants a node to be emptied."""
-        if self.alive:
+        if self.alive and not self.frozen:
             self.handle(events.DrainRequested(node, TICKET))
 
     def join(self, node: NodeId) -> None:
         """Somebody has started a process that is to fill a place; it ends if it may not, or hears nothing."""
-        if self.alive:
+        if self.alive and not self.frozen:
             self.handle(events.JoinRequested(node, self.fleet.next_pid(), TICKET))
 
     # ---- commands
@@ -324,8 +324,11 @@ class Controller(Process):
     def _fork(self, member: Member, stage: int, life: int) -> None:
         node = self.fleet.fork(member, stage)
         if self.alive and self.life == life:
-            self.handle(events.NodeLaunched(member, node.pid))
-            self._watch_member(node, member)
+            self._later(0.0, functools.partial(self._hear_of_fork, node))
+
+    def _hear_of_fork(self, node: Node) -> None:
+        self.handle(events.NodeLaunched(node.member, node.pid))
+        self._watch_member(node, node.member)
 
     def _kill(self, member: Member) -> None:
         """SIGKILL, again and again until it is gone; it does not reach what is cut off."""

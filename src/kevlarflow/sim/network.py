@@ -57,6 +57,8 @@ class Process:
         self.alive = True
         self.frozen = False
         self.frozen_since = 0.0
+        self.longest_pause = 0.0
+        """For how long it was stopped and then went on, at most."""
         self.died_at = 0.0
         self.loses_after = 0.0
         """What it sent later than this and has not arrived when it dies is lost."""
@@ -89,6 +91,7 @@ class Process:
     def thaw(self) -> None:
         """Go on with what came due meanwhile."""
         self.frozen = False
+        self.longest_pause = max(self.longest_pause, self.timeline.now - self.frozen_since)
         asleep, self._asleep = self._asleep, []
         for action in asleep:
             self._do(action)

@@ -46,6 +46,7 @@ KINDS = {
     "engine freeze": 2,
     "controller": 3,
     "forgetful controller": 1,
+    "controller freeze": 1,
 }
 """Kinds of faults, with how often each is drawn."""
 

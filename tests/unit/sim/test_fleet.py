@@ -44,6 +44,7 @@ def test_what_is_drawn_happens() -> None:
         "cuts in a phase",
         "faults while lanes are prepared",
         "controller crashes",
+        "controllers that were stopped",
         "deaths of a engine",
         "preemptions",
         "blocks restored",
