@@ -25,14 +25,18 @@ LONGEST_PARTED_SECONDS = 3_600.0
 
 def reconcile(grid: Grid, pipeline: Pipeline) -> None:
     """Form the pipeline anew if the time for that has come."""
-    if pipeline.relink_at is None or grid.now < pipeline.relink_at:
+    if pipeline.relink_at is None or pipeline.holes:
         return
-    if pipeline.holes or not pipeline.engine.attached or pipeline.engine.claim is not None:
+    if not pipeline.engine.attached or pipeline.engine.claim is not None:
         return
-    pipeline.news = pipeline.relink_news
     stage, instead = _suspects(pipeline)[0], None
     if len(pipeline.relinked) >= MOST_RELINKS:
         stage, instead = _find_another_way(grid, pipeline) or (stage, None)
+    # Where there was no other node before, one that comes is not kept waiting.
+    has_come = instead is not None and len(pipeline.relinked) > MOST_RELINKS
+    if grid.now < pipeline.relink_at and not has_come:
+        return
+    pipeline.news = pipeline.relink_news
     if instead is None:
         # What runs already is the same trouble.
         if not pipeline.recoveries:

@@ -122,6 +122,18 @@ def test_without_another_node_it_is_tried_again_with_the_same(options):
     form(driver)
 
 
+def test_another_node_that_comes_later_takes_over_as_soon_as_the_pipeline_stands_still_again():
+    driver = serving()
+    driver.exited("node-1-1")
+    pass_time(driver, 2.0)
+    until_parted(driver, 1)
+    assert members(driver) == ["node-0-0", "node-0-1"]
+    epoch = driver.cluster.pipelines[0].epoch
+    assert not orders(driver.do(events.PipelineStill(OURS, Epoch(epoch), 1.0, (Stage(1),)))), "it would wait for long"
+    driver.ready("node-1-1", 2)
+    assert members(driver) == ["node-0-0", "node-1-1"]
+
+
 def test_who_was_left_out_is_taken_again_when_there_is_nobody_else():
     driver = serving()
     until_parted(driver, 1)
