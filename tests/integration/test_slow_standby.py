@@ -30,10 +30,10 @@ ROUNDS = 3
 CALM_SECONDS = 1.5
 FAULT_SECONDS = UNANSWERED_SECONDS + 0.5
 """Longer than copies may be unanswered."""
-CATCHING_UP_SECONDS = 30.0
+PATIENCE_SECONDS = 30.0
 TOKENS_BEHIND = 16
-"""At least so many of a request's tokens are not on the standby at the end of each fault."""
-MOST_TIMES_SLOWER = 1.6
+"""So many tokens at least are not on a standby that does not answer, before it may go on."""
+MOST_TIMES_SLOWER = 1.8
 """A step that waits for the standby takes many times as long."""
 STILL_SECONDS = 0.25
 COVERED = 0.8
@@ -77,6 +77,9 @@ def test_decoding_does_not_wait_for_a_standby_that(answers: bool, grid: Cluster)
     standby = lane(grid, PIPELINE, STAGE)["standby"]
     (pid,) = (node["pid"] for node in before["nodes"] if node["id"] == standby)
 
+    def has_fallen_behind() -> bool:
+        return bool(lane(grid, PIPELINE, STAGE)["lag_tokens"] >= TOKENS_BEHIND)
+
     def has_caught_up() -> Row | None:
         status = grid.status()
         row = lane(grid, PIPELINE, STAGE)
@@ -86,19 +89,17 @@ def test_decoding_does_not_wait_for_a_standby_that(answers: bool, grid: Cluster)
         return all(engine["running"] == len(PROMPTS) / 2 for engine in grid.status()["engines"])
 
     def calm_and_fault() -> tuple[list[Span], list[Span]]:
-        until("every stream to be under way", is_busy, CATCHING_UP_SECONDS)
+        until("every stream to be under way", is_busy, PATIENCE_SECONDS)
         calm, faulty = [for_a_while(CALM_SECONDS)], []
         for _ in range(ROUNDS):
             with HeldThread(pid, REPLICATION_THREAD, STILL_SECONDS, STILL_SECONDS / 20 if answers else 0.0) as held:
                 faulty.append(for_a_while(FAULT_SECONDS))
-                row = lane(grid, PIPELINE, STAGE)
-                assert answers or held.is_held
-            print(f"held {held.times} times; at the end: {row}")
-            if answers:
-                assert held.times > FAULT_SECONDS / STILL_SECONDS / 4, "the standby was to be held most of the time"
-            else:
-                assert row["lag_tokens"] >= TOKENS_BEHIND, "the standby was to fall behind"
-            until("replication to catch up while streams go on", has_caught_up, CATCHING_UP_SECONDS, poll=0.05)
+                if answers:
+                    assert held.times > FAULT_SECONDS / STILL_SECONDS / 4, "it was to be held most of the time"
+                else:
+                    until("the standby to fall behind", has_fallen_behind, PATIENCE_SECONDS)
+                    assert held.is_held
+            until("replication to catch up while streams go on", has_caught_up, PATIENCE_SECONDS, poll=0.05)
             calm.append(for_a_while(CALM_SECONDS))
         return calm, faulty
 
@@ -106,9 +107,10 @@ def test_decoding_does_not_wait_for_a_standby_that(answers: bool, grid: Cluster)
     load.require_whole()
     ratios = slowdowns(load, calm, faulty)
     print("tokens/s:", [f"{tokens_per_second(load, span):.0f}" for spans in (calm, faulty) for span in spans])
-    gap = max(load.longest_gap(*span) for span in faulty)
-    print(f"a token took {', '.join(f'{ratio:.2f}' for ratio in ratios)} times as long; longest gap {gap:.2f} s")
+    usual_gap, gap = (max(load.longest_gap(*span) for span in spans) for spans in (calm, faulty))
+    times = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    print(f"a token took {times} times as long; longest gap {gap:.2f} s, else {usual_gap:.2f} s")
     assert statistics.median(ratios) < MOST_TIMES_SLOWER
-    assert gap < UNANSWERED_SECONDS
+    assert gap < max(UNANSWERED_SECONDS, 3 * usual_gap)
     after = grid.wait_settled()
     assert after["recoveries"] == before["recoveries"], "nobody was to be blamed for it"
