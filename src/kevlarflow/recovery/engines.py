@@ -70,6 +70,7 @@ def _detach(grid: Grid, pipeline: Pipeline) -> None:
     pipeline.forget_losses()
     pipeline.parted.clear()
     pipeline.relinked.clear()
+    pipeline.relinked_in_vain = 0
     pipeline.moves.clear()
     engine = pipeline.engine
     engine.attached = False

@@ -35,6 +35,7 @@ def on_formed(grid: Grid, event: events.Formed) -> None:
         return
     pipeline.forming = False
     pipeline.formed = True
+    pipeline.formed_at = grid.now
     pipeline.wait_until = None
     if isinstance(pipeline.order, Form):
         pipeline.leaving -= {info.member for info in pipeline.order.released}

@@ -173,6 +173,8 @@ class Pipeline:
     """Whether a `Form` is unanswered."""
     formed: bool = False
     """Whether the last `Form` was answered and nothing has happened since."""
+    formed_at: float = 0.0
+    """When it was."""
     served: bool = False
     """Whether it has ever served."""
     engine: Engine = dataclasses.field(default_factory=Engine)
@@ -197,6 +199,8 @@ class Pipeline:
     """Whose nodes have not answered."""
     relinked: list[float] = dataclasses.field(default_factory=list)
     """When that was done in the last half minute, with the members that it has."""
+    relinked_in_vain: int = 0
+    """How often, since it was last well for a while."""
     parted: dict[Member, float] = dataclasses.field(default_factory=dict)
     """Members that it was formed without since links to or from them broke again and again, and until when it is."""
     leaving: set[Member] = dataclasses.field(default_factory=set)

@@ -1,7 +1,7 @@
 """What is done about a pipeline that stands still: it is formed anew with the nodes it has, or without one of them.
 
 The first times nobody is blamed: what was lost is sent again, over links that are made anew. If that has not helped
-`MOST_RELINKS` times within half a minute, some link stays broken, or breaks again and again, though both ends live.
+`MOST_RELINKS` times in a row, some link stays broken, or breaks again and again, though both ends live.
 Then the node at one of its ends gives this lane to another node, for `parted_ms` at first, and twice as long after each
 further time. Which link it is need not be known: the engine says which nodes do not answer to it. If all do, work is
 lost on its way from stage to stage, and the stages are tried in turn, the first last: one in the middle has two links
@@ -18,7 +18,7 @@ from kevlarflow.recovery.planner import choose
 from kevlarflow.types import Cause, NodeInfo, PipelineState, Stage
 
 MOST_RELINKS = 3
-"""So many times within `standstill.RECENT_SECONDS` a pipeline is formed anew with the same nodes."""
+"""So many times a pipeline is formed anew with the same nodes, without being well for a while in between."""
 LONGEST_PARTED_SECONDS = 3_600.0
 """The longest for which a node is left out. What is further back than this is forgotten."""
 
@@ -30,10 +30,10 @@ def reconcile(grid: Grid, pipeline: Pipeline) -> None:
     if not pipeline.engine.attached or pipeline.engine.claim is not None:
         return
     stage, instead = _suspects(pipeline)[0], None
-    if len(pipeline.relinked) >= MOST_RELINKS:
+    if pipeline.relinked_in_vain >= MOST_RELINKS:
         stage, instead = _find_another_way(grid, pipeline) or (stage, None)
     # Where there was no other node before, one that comes is not kept waiting.
-    has_come = instead is not None and len(pipeline.relinked) > MOST_RELINKS
+    has_come = instead is not None and pipeline.relinked_in_vain > MOST_RELINKS
     if grid.now < pipeline.relink_at and not has_come:
         return
     pipeline.news = pipeline.relink_news
@@ -42,11 +42,12 @@ def reconcile(grid: Grid, pipeline: Pipeline) -> None:
         if not pipeline.recoveries:
             _begin_record(grid, pipeline, stage)
         pipeline.relinked.append(grid.now)
+        pipeline.relinked_in_vain += 1
         form(grid, pipeline, {}, Cause.LINK)
     else:
         if stage not in pipeline.recoveries:
             _begin_record(grid, pipeline, stage)
-        pipeline.news += f", and {len(pipeline.relinked)} times in half a minute before"
+        pipeline.news += f", and {pipeline.relinked_in_vain} times shortly before"
         _part(grid, pipeline, stage)
         form(grid, pipeline, {stage: instead}, Cause.LINK)
 
@@ -88,6 +89,7 @@ def _part(grid: Grid, pipeline: Pipeline, stage: Stage) -> None:
     assert member is not None, "a stage without a node has no link"
     pipeline.cause = Cause.LINK
     pipeline.relinked.clear()
+    pipeline.relinked_in_vain = 0
     before = sum(
         each.cause is Cause.LINK
         and (each.pipeline, each.origin) == (pipeline.id, member.node)

@@ -23,6 +23,8 @@ from kevlarflow.types import Cause, Member, PipelineId, Stage
 
 RECENT_SECONDS = 30.0
 """For so long it counts that a pipeline was formed anew because it stood still."""
+WELL_SECONDS = 5.0
+"""A pipeline that was formed and did not stand still for so long is well: what befalls it next is another trouble."""
 FAIR_STEPS = 8
 """A lane that has work gets its turn before its node has done so many pieces of work for others."""
 
@@ -127,6 +129,8 @@ def _relink(grid: Grid, pipeline: Pipeline, news: str, stages: tuple[Stage, ...]
     """Have the pipeline formed anew, at once or when it may be again; `stages` are those that have not answered."""
     if pipeline.relink_at is not None:
         return
+    if pipeline.formed and since - pipeline.formed_at >= WELL_SECONDS:
+        pipeline.relinked_in_vain = 0
     pipeline.relinked = [at for at in pipeline.relinked if grid.now - at < RECENT_SECONDS]
     due = grid.now
     if pipeline.relinked:

@@ -7,6 +7,7 @@ import pytest
 from cluster_driver import Driver, lines, orders
 from kevlarflow.recovery import events
 from kevlarflow.recovery.relinking import MOST_RELINKS
+from kevlarflow.recovery.standstill import WELL_SECONDS
 from kevlarflow.types import Cause, Epoch, PipelineId, RecoveryState, Stage
 
 OURS = PipelineId(0)
@@ -132,6 +133,15 @@ def test_another_node_that_comes_later_takes_over_as_soon_as_the_pipeline_stands
     assert not orders(driver.do(events.PipelineStill(OURS, Epoch(epoch), 1.0, (Stage(1),)))), "it would wait for long"
     driver.ready("node-1-1", 2)
     assert members(driver) == ["node-0-0", "node-1-1"]
+
+
+def test_a_pipeline_that_was_well_in_between_has_another_trouble():
+    driver = serving()
+    for _ in range(2 * MOST_RELINKS):
+        stand_still(driver, 1)
+        form(driver)
+        pass_time(driver, WELL_SECONDS + 1.5)
+        assert members(driver) == ["node-0-0", "node-0-1"]
 
 
 def test_who_was_left_out_is_taken_again_when_there_is_nobody_else():
