@@ -6,8 +6,10 @@ Either its thread *sleeps* for long, as after a deadlock: a crowded machine make
 longer than any step of its size ever has: CPU time, too, does not depend on who else computes. What is long is learnt
 from the steps before, and never less than a floor.
 
-Sizes count in powers of two of the scheduled tokens, and each keeps the longest that was seen. All else has no size:
-other work, and what the loop does in between until it rests or the next work begins. It has far more time.
+Sizes count in powers of two of the scheduled tokens, and each keeps the longest that was seen; of a step that was
+overdue and ended after all, only what it was allowed, so that after a pause of all processes a hang does not take ten
+times that pause to be seen. All else has no size: other work, and what the loop does in between until it rests or the
+next work begins. It has far more time.
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ class Progress:
         self.done[running.pipeline] = self.done.get(running.pipeline, 0) + 1
         if running.size is None:
             return
-        computing, sleeping = _since(running.began, now)
+        computing, sleeping = map(min, _since(running.began, now), self._limits(running.size))
         longest = self._longest.get(running.size, Longest(0.0, 0.0))
         self._longest[running.size] = Longest(max(longest.computing, computing), max(longest.sleeping, sleeping))
 

@@ -394,7 +394,7 @@ class Mischief:
 
     def _expect_all_found(self) -> None:
         for node in self._fleet.living_nodes():
-            # A step that has stood still, and went on, may do so for ten times as long.
+            # The first step of its size that has stood still, and went on, lets others do so for ten times as long.
             if node.ails and OVERRUN_FACTOR * node.longest_pause < FOUND_SECONDS / 2:
                 raise Overlooked(
                     f"{node} {node.ails}, and lives {FOUND_SECONDS:.0f} s after all other faults were over"

@@ -124,6 +124,22 @@ class Asleep(Endless):
         return False
 
 
+def test_a_step_that_stood_still_for_long_and_went_on_allows_the_next_ones_little_more():
+    clock = Asleep()
+    progress = Progress(FLOOR, clock)
+    for seconds in (0.0, 600.0):
+        progress.begin(P)
+        progress.measure(4)
+        clock.asleep += seconds
+        progress.end()
+    progress.begin(P)
+    progress.measure(4)
+    clock.asleep += 0.9 * OVERRUN_FACTOR * FLOOR
+    assert not progress.look().is_overdue
+    clock.asleep += 0.3 * OVERRUN_FACTOR * FLOOR
+    assert progress.look().is_overdue
+
+
 @pytest.mark.parametrize("before", ["a message", "a step"])
 def test_a_loop_that_neither_rests_nor_works_for_long_is_overdue(before):
     clock = Asleep()
