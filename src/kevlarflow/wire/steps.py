@@ -15,7 +15,8 @@ A connection may break, and loses what is on its way; ZeroMQ makes a new one, ov
 * **Node to engine, and activations**: an answer is missing, and steps complete in order: the pipeline stands still.
 * A pipeline that **stands still** is formed anew (`kevlarflow.recovery.standstill`), which sends everything again:
   the lane, the standby, the copies, the ledger and all steps. The exceptions are `Leave`, which is repeated until
-  `Left` comes, `Describe`, which is repeated until `Description` comes, and `Hasten`: without it a lane moves later.
+  `Left` comes, `Describe`, which is repeated until `Description` comes, `Hasten`: without it a lane moves later, and
+  `Flush`: without requests nothing stands still, so its answer is waited for some seconds only (`recovery.ahead`).
 """
 
 from __future__ import annotations
