@@ -25,7 +25,7 @@ ALARMING = (
     events.NodeSilent, events.NodeExited, events.NodeFailed, events.LaunchFailed, events.NodeSlow, events.MemberFailed,
     events.EngineLost,
 )  # fmt: skip
-UNPLANNED = {*LOST, str(Cause.SLOW)}
+UNPLANNED = {*LOST, str(Cause.SLOW), str(Cause.LINK)}
 """Causes of recoveries that begin with a verdict of the cluster's own."""
 
 Victims = Mapping[str, float]

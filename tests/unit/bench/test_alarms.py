@@ -111,9 +111,9 @@ def record(cause: str, origin: str, unix_time: float) -> dict[str, object]:
 
 
 def test_a_recovery_that_nobody_called_for_is_an_alarm() -> None:
-    records = [record(cause, "node-0-1", 1_007.0) for cause in ("crash", "hang", "slow", "rejoin")]
+    records = [record(cause, "node-0-1", 1_007.0) for cause in ("crash", "hang", "slow", "link", "rejoin")]
     found = list(from_records(records, NOBODY, 1_000.0))
-    assert [alarm.at for alarm in found] == [7.0] * 3
+    assert [alarm.at for alarm in found] == [7.0] * 4
     assert "crash of node-0-1" in found[0].text
     assert list(from_records(records, {"node-0-1#1": 6.0}, 1_000.0)) == []
-    assert len(list(from_records(records, {"node-0-1#1": 8.0, "node-0-0#1": 6.0}, 1_000.0))) == 3
+    assert len(list(from_records(records, {"node-0-1#1": 8.0, "node-0-0#1": 6.0}, 1_000.0))) == 4
