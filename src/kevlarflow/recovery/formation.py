@@ -166,7 +166,7 @@ def stages_without_candidates(grid: Grid, pipeline: Pipeline) -> list[Stage]:
 
 def candidates(grid: Grid, pipeline: Pipeline, stage: Stage, *, parted: bool = False) -> list[Candidate]:
     """The ready nodes of a stage that the pipeline has no reason to avoid; `parted`: with those whose links broke."""
-    avoided = pipeline.avoided if parted else pipeline.avoided | pipeline.parted
+    avoided = pipeline.avoided if parted or not pipeline.parted else pipeline.avoided | pipeline.parted
     return [
         Candidate(slot.info, slot.pipeline, grid.foreign_lanes(slot, pipeline.id))
         for slot in grid.slots.values()

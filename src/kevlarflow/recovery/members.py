@@ -83,10 +83,13 @@ class Slot:
     vacant: bool = False
     """Whether it was emptied on request: nobody fills it until somebody asks for that too."""
 
+    def __post_init__(self) -> None:
+        self._member = Member(self.node, self.incarnation)
+
     @property
     def member(self) -> Member:
-        """The member that fills the slot, or last filled it."""
-        return Member(self.node, self.incarnation)
+        """The member that fills the slot, or last filled it: this is asked often."""
+        return self._member
 
     @property
     def living(self) -> bool:
@@ -106,6 +109,7 @@ class Slot:
     def renew(self, incarnation: int) -> None:
         """Forget the last member: the next one is `incarnation`."""
         self.incarnation = incarnation
+        self._member = Member(self.node, incarnation)
         self.incarnation_floor = max(self.incarnation_floor, incarnation)
         self.host = ""
         self.pids = ()

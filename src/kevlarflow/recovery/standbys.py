@@ -48,7 +48,8 @@ def _standby(grid: Grid, pipeline: Pipeline, stage: Stage) -> NodeInfo | None:
     if now and slot and slot.state is NodeState.SUSPECT and slot.living and now.member != serving:
         # It is likely to be only busy, and another one would have to be sent everything again.
         return now
-    return _choose(grid, pipeline, stage, parted=False) or _choose(grid, pipeline, stage, parted=True)
+    standby = _choose(grid, pipeline, stage, parted=False)
+    return _choose(grid, pipeline, stage, parted=True) if standby is None and pipeline.parted else standby
 
 
 def _choose(grid: Grid, pipeline: Pipeline, stage: Stage, *, parted: bool) -> NodeInfo | None:

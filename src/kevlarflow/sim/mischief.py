@@ -45,7 +45,9 @@ CUT_SECONDS = 0.1
 CUT_ONCE = 0.5
 """Cuts of no more strength than this come once."""
 LINK_SECONDS = 12.0
-"""How long a link between two stays broken, or twice as long: beyond the end of all other faults."""
+"""How long a link between two stays broken: beyond the end of all other faults."""
+LONG_FAULT_SECONDS = 1.2
+"""For faults that are drawn to last for longer, it does so for twice as long, and a lane goes home over it."""
 AVOIDED_SECONDS = 8.0
 """Within which, after that end, a pipeline that could do without such a link does."""
 CONTROL, STEPS = frozenset({"control", "orders"}), frozenset({"steps", "answers"})
@@ -190,7 +192,7 @@ class Mischief:
         cut = Cut(node, frozenset(), inward=fault.strength < 0.7, outward=fault.strength > 0.3, peer=peer)
         fleet.network.cuts.append(cut)
         self._links.append(cut)
-        seconds = LINK_SECONDS * (1 if fault.seconds < 0.2 else 2)
+        seconds = LINK_SECONDS * (1 if fault.seconds < LONG_FAULT_SECONDS else 2)
         fleet.timeline.after(seconds, functools.partial(self._mend, cut))
 
     def _expect_avoided(self, cut: Cut, life: int) -> None:
