@@ -143,7 +143,8 @@ class Invariants:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._epochs: dict[PipelineId, Epoch] = {each.id: each.epoch for each in cluster.pipelines}
-        self._ordered: dict[PipelineId, Epoch] = {}
+        self._ordered: dict[PipelineId, Form | Suspend] = {}
+        """The newest order of each pipeline that was sent."""
 
     def check(self, commands: list[AnyCommand]) -> None:
         """Raise `Violated` if something does not hold after the event that led to `commands`."""
@@ -162,11 +163,10 @@ class Invariants:
         if not isinstance(command, (Form, Suspend)):
             return
         pipeline = self._cluster.pipelines[command.pipeline]
-        last = self._ordered.get(command.pipeline, Epoch(0))
-        repeated = command == pipeline.order and command.epoch == last
-        if command.epoch <= last and not repeated:
-            self._fail(subject(command.pipeline), f"was sent {command} after epoch {last}")
-        self._ordered[command.pipeline] = command.epoch
+        last = self._ordered.get(command.pipeline)
+        if last is not None and command.epoch <= last.epoch and command != last:
+            self._fail(subject(command.pipeline), f"was sent {command} after epoch {last.epoch}")
+        self._ordered[command.pipeline] = command
         if isinstance(command, Form):
             stages = [info.stage for info in command.nodes]
             if stages != list(range(len(pipeline.members))):
