@@ -62,7 +62,7 @@ def _suspects(pipeline: Pipeline) -> list[Stage]:
 def _find_another_way(grid: Grid, pipeline: Pipeline) -> tuple[Stage, NodeInfo] | None:
     """A suspect and who could serve in its place; None when there is nobody, or the engine itself is cut off."""
     suspects = _suspects(pipeline)
-    if len(suspects) == len(pipeline.relink_stages) > 1:
+    if len(pipeline.relink_stages) == len(pipeline.members) > 1:
         return None
     # Who was brought in for this is the last to be blamed.
     parted = {member.node for member in pipeline.parted}

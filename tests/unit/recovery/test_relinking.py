@@ -115,6 +115,12 @@ def test_an_engine_that_no_node_answers_is_no_reason_to_leave_one_out():
     assert members(driver) == ["node-0-0", "node-0-1"]
 
 
+def test_of_several_that_do_not_answer_the_first_is_left_out():
+    driver = serving(stages=3)
+    until_parted(driver, 1, 2)
+    assert members(driver) == ["node-0-0", "node-1-1", "node-0-2"]
+
+
 @pytest.mark.parametrize("options", [{"pipelines": 1}, {"lanes": 1}], ids=["no other node", "no room"])
 def test_without_another_node_it_is_tried_again_with_the_same(options):
     driver = serving(**options)
