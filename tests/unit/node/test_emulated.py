@@ -114,26 +114,40 @@ def pipeline_group(monkeypatch, tmp_path):
         shared.unlink()
 
 
-def test_who_waits_sleeps(monkeypatch, pipeline_group):
-    import vllm._custom_ops  # noqa: F401 - a worker has loaded vLLM's kernels.
+@pytest.fixture
+def waiting_is_hooked(monkeypatch):
+    """A function that puts the hook in place, which is undone after the test."""
     from vllm.distributed.device_communicators import cpu_communicator, shm_broadcast
 
-    # The hooks are undone after the test.
     for owner, name in (
         (cpu_communicator.CpuCommunicator, "_all_group_ranks_share_shm_group_name"),
         (shm_broadcast.SpinCondition, "__init__"),
         (shm_broadcast, "sched_yield"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
+    return emulated._hook_waiting
+
+
+def test_who_waits_for_activations_sleeps(pipeline_group, waiting_is_hooked):
+    import vllm._custom_ops  # noqa: F401 - a worker has loaded vLLM's kernels.
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
     def spins():
         cpu = torch.device("cpu")
-        made = cpu_communicator.CpuCommunicator(pipeline_group, cpu, pipeline_group, "pp:0")
-        return made.supports_tensor_dict
+        return CpuCommunicator(pipeline_group, cpu, pipeline_group, "pp:0").supports_tensor_dict
 
+    if not hasattr(torch.ops._C, "init_shm_manager"):
+        assert not spins()
+        pytest.skip("vLLM's kernels for AVX2 have no shared memory to spin on")
     assert spins(), "vLLM has changed: the hook is not needed any more"
-    emulated._hook_waiting()
+    waiting_is_hooked()
     assert not spins()
+
+
+def test_who_waits_for_a_step_sleeps(waiting_is_hooked):
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    waiting_is_hooked()
     begun = time.monotonic()
     shm_broadcast.sched_yield()
     assert time.monotonic() - begun >= emulated.QUEUE_POLL_SECONDS
