@@ -90,6 +90,11 @@ class Driver:
         self.now += seconds
         return self.do(events.Tick())
 
+    def pause(self, seconds):
+        """The controller stands still."""
+        self.now += seconds
+        return self.do(events.Tick.after(seconds))
+
     def serve(self):
         """Bring everything up."""
         self.do(events.ClusterBegun())

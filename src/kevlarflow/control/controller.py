@@ -88,6 +88,7 @@ class Controller:
         self.dropped = 0
         """Messages that could not be decoded, or that had no business here."""
         self._tick_at = 0.0
+        self._ticked_at = clock()
         self._killed: dict[Member, tuple[float, tuple[int, ...]]] = {}
         self._next_ticket = 0
         self._tickets: dict[int, bytes] = {}
@@ -177,7 +178,7 @@ class Controller:
     def _is_notable(self, event: AnyEvent) -> bool:
         """Whether an event without consequences is worth a line: of reports, only those that change something."""
         if isinstance(event, events.Tick):
-            return False
+            return event.pause > 0
         if not isinstance(event, events.EngineReport):
             return True
         load = (event.running == event.waiting == event.in_flight == 0, event.kv_blocks)
@@ -192,7 +193,8 @@ class Controller:
         self.detector.stopped({key: since for key, since in stopped if isinstance(key, Member)}, now)
         for verdict in self.detector.check(now):
             self.handle(verdict, now)
-        self.handle(events.Tick(), now)
+        self.handle(events.Tick.after(now - self._ticked_at), now)
+        self._ticked_at = now
         self.observers.answer_pending(now)
         news = self.records.see_to(now)
         if news is not None:

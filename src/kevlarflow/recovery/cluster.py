@@ -41,7 +41,6 @@ DEFAULT_START_SECONDS = 10.0
 def _begin(grid: Grid, event: events.ClusterBegun) -> None:
     """Ask for every node at once: they need nothing of each other."""
     grid.begun = True
-    grid.ticked_at = grid.now
     for slot in grid.slots.values():
         nodes.start(grid, slot)
 
@@ -50,7 +49,7 @@ def _resume(grid: Grid, event: events.ControllerResumed) -> None:
     """Take up what an earlier life of the controller knew, and wait a moment for everybody to appear."""
     snapshot = event.snapshot
     grid.begun = True
-    grid.resumed_at = grid.ticked_at = grid.now
+    grid.resumed_at = grid.now
     grid.served = snapshot.served
     grid.next_recovery = snapshot.next_recovery
     grid.start_seconds.extend(snapshot.start_seconds)
@@ -89,10 +88,10 @@ def _resume(grid: Grid, event: events.ControllerResumed) -> None:
 
 
 def _tick(grid: Grid, event: events.Tick) -> None:
+    nodes.excuse(grid, event.pause)
     nodes.on_tick(grid, event)
-    pause, grid.ticked_at = grid.now - grid.ticked_at, grid.now
     for pipeline in grid.pipelines:
-        engines.look_after(grid, pipeline, pause)
+        engines.look_after(grid, pipeline, event.pause)
         complaints.settle(grid, pipeline)
 
 

@@ -15,8 +15,6 @@ from kevlarflow.types import Cause, EngineState, Epoch, RecoveryState
 
 RESEND_SECONDS = 1.0
 """How long an order may take to reach its engine before it is sent again."""
-DEAF_SECONDS = 1.0
-"""A pause between two ticks that is longer was the controller's own: nobody is blamed for it."""
 
 
 def on_attached(grid: Grid, event: events.EngineAttached) -> None:
@@ -135,11 +133,10 @@ def on_lost(grid: Grid, event: events.EngineLost) -> None:
 def look_after(grid: Grid, pipeline: Pipeline, pause: float) -> None:
     """Show an engine that does not report; kill it when that lasts, so that it is started again.
 
-    `pause` is the time since the last look, in seconds.
+    `pause` is for how many seconds the controller could not listen before.
     """
-    if pause > DEAF_SECONDS:
-        pipeline.engine.heard_at += pause
     engine, timeouts = pipeline.engine, grid.config.timeouts
+    engine.heard_at += pause
     if not engine.living or engine.pid is None:
         return
     silence_ms = (grid.now - engine.heard_at) * 1_000

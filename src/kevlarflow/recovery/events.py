@@ -104,8 +104,20 @@ class ControllerResumed(Event, frozen=True):
     snapshot: Snapshot
 
 
+LONGEST_BREATH_SECONDS = 1.0
+"""When more than this passes between two ticks, the controller stood still: nobody is blamed for that time."""
+
+
 class Tick(Event, frozen=True):
     """Time has passed: deadlines and retries are looked at."""
+
+    pause: float = 0.0
+    """Seconds for which the controller stood still before; 0.0 when it did not."""
+
+    @classmethod
+    def after(cls, seconds: float) -> Tick:
+        """The tick so many seconds after the last."""
+        return cls(seconds if seconds > LONGEST_BREATH_SECONDS else 0.0)
 
 
 class NodeLaunched(Event, frozen=True):

@@ -35,8 +35,6 @@ class Grid:
         self.begun = False
         self.resumed_at: float | None = None
         """When an earlier life of the controller was taken up."""
-        self.ticked_at = 0.0
-        """When time was last let pass."""
         self.forgetful = False
         """Whether that life left no memory but who there is: then lanes may be held that nobody knows of."""
         self.served = False

@@ -183,6 +183,18 @@ def fence(grid: Grid, slot: Slot, silent_since: float, what: str) -> None:
     grid.command(KillNode(slot.member, slot.pids))
 
 
+def excuse(grid: Grid, pause: float) -> None:
+    """Give those who have yet to introduce themselves the time for which the controller stood still."""
+    if grid.resumed_at is not None:
+        grid.resumed_at += pause
+    for slot in grid.slots.values():
+        if slot.ready_by is not None:
+            slot.ready_by += pause
+        if slot.start_at is not None and slot.incarnation == 0:
+            # After a loss of memory somebody may be alive in that place.
+            slot.start_at += pause
+
+
 def on_tick(grid: Grid, event: events.Tick) -> None:
     """Deadlines and retries."""
     now = grid.now

@@ -60,6 +60,7 @@ class Controller(Process):
         self._asked_at: dict[Process, float] = {}
         self._watched: set[Process] = set()
         self._doom: Callable[[], None] | None = None
+        self._ticked_at = 0.0
 
     # ---- its lives
 
@@ -68,6 +69,7 @@ class Controller(Process):
         self.alive = True
         self.life += 1
         self._doom = None
+        self._ticked_at = self.timeline.now
         self.cluster = Cluster(self.config)
         self.invariants = Invariants(self.cluster)
         self.detector = Detector(self.config.timeouts, self)
@@ -143,7 +145,8 @@ class Controller(Process):
             if isinstance(verdict, events.NodeSilent):
                 self.fleet.checks.verdict(verdict)
             self.handle(verdict)
-        self.handle(events.Tick())
+        self.handle(events.Tick.after(now - self._ticked_at))
+        self._ticked_at = now
 
     def _take_beat(self, node: Node, now: float) -> None:
         if node not in self._known or not self.cluster.member_is_current(node.member):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -11,7 +12,19 @@ from kevlarflow.control.controller import Controller
 from kevlarflow.control.journal import FIRST_LOOK_SECONDS
 from kevlarflow.control.observers import MAX_SUBSCRIBERS
 from kevlarflow.control.watcher import Death
-from kevlarflow.types import Computing, Epoch, Loss, Member, NodeId, NodeInfo, Pace, Phases, PipelineId, Stage
+from kevlarflow.types import (
+    Computing,
+    Epoch,
+    Loss,
+    Member,
+    NodeId,
+    NodeInfo,
+    NodeState,
+    Pace,
+    Phases,
+    PipelineId,
+    Stage,
+)
 from kevlarflow.wire import messages
 from kevlarflow.wire.channel import MemoryHub, MemoryPeer
 from kevlarflow.wire.flight_record import FlightRecorder
@@ -221,10 +234,30 @@ def test_a_second_life_says_no_when_nobody_appears(shell):
     assert second.say(observer, messages.Subscribe()) == []
     # The node is this very process: it must not come to the point where it is fenced.
     second.controller.watcher.kill = lambda *_: None
-    second.turn(shell.config.timeouts.settle_ms / 1_000 + 0.1)
+    for _ in range(shell.config.timeouts.settle_ms // 1_000 + 1):
+        second.turn(1.0)
     (availability,) = heard(observer)
     assert availability.serving is False
     assert availability.started is True
+
+
+def test_a_second_life_that_stands_still_gives_up_nobody(shell):
+    node, _ = shell.serve()
+    second = Shell.__new__(Shell)
+    second.hub, second.config, second.now = shell.hub, shell.config, shell.now
+    second.controller = Controller(shell.config, shell.hub, main_pid=1, clock=lambda: second.now)
+    second.controller.start()
+    kill = second.controller.watcher.kill = Mock()
+    heard(node)
+    beat = messages.Heartbeat(Member(NodeId("node-0-0"), 1), 0.0)
+    second.turn(0.1)
+    node.send(encode(beat))
+    second.turn(60.0)
+    assert heard(node) == [messages.Introduce()]
+    second.say(node, shell.ready())
+    second.turn(0.1)
+    assert second.controller.cluster.slots[NodeId("node-0-0")].state is NodeState.READY
+    kill.assert_not_called()
 
 
 def test_a_number_is_written_down_before_it_is_given_out(shell, monkeypatch):

@@ -147,7 +147,7 @@ def test_a_drain_that_cannot_go_on_is_given_up_after_a_while():
     driver.tick(1.0)
     assert state_of(driver, "node-0-1") is NodeState.DRAINING
     said = lines(driver.tick(driver.config.timeouts.move_patience_ms / 1_000))
-    assert said == ["node-0-1 stays: no other node of stage 1 has room for the lane of pipeline 0"]
+    assert "node-0-1 stays: no other node of stage 1 has room for the lane of pipeline 0" in said
     assert state_of(driver, "node-0-1") is NodeState.READY
 
 

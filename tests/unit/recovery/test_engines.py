@@ -57,7 +57,7 @@ def test_an_engine_that_reports_again_is_ready_again():
 
 def test_a_pause_of_the_controller_is_no_silence_of_engines():
     driver = serving()
-    assert driver.tick(60.0) == []
+    assert driver.pause(60.0) == []
     assert engine_state(driver, 0) is EngineState.READY
 
 

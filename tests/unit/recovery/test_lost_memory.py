@@ -47,6 +47,25 @@ def test_a_node_that_does_not_introduce_itself_is_killed_and_replaced():
     assert (start.member.node, start.member.incarnation > 1_000) == ("node-0-0", True)
 
 
+def test_a_pause_of_the_controller_is_no_silence_of_those_who_have_yet_to_introduce_themselves():
+    unheard = Snapshot(nodes=found().nodes[1:], epochs={}, served=True)
+    driver, _ = resumed(unheard)
+    pass_time(driver, 0.5)
+    assert driver.pause(10 * SETTLE) == []
+    assert driver.cluster.settling(driver.now)
+    for node in NODES:
+        assert those(KillNode, driver.ready(node)) == []
+    assert those(KillNode, pass_time(driver, SETTLE)) == []
+
+
+def test_a_pause_of_the_controller_does_not_save_who_stays_silent_after_it():
+    driver, _ = resumed(found())
+    for node in NODES[1:]:
+        driver.ready(node)
+    driver.pause(10 * SETTLE)
+    assert [each.member for each in those(KillNode, pass_time(driver, SETTLE + 0.2))] == [member("node-0-0")]
+
+
 def test_a_node_that_still_loads_is_given_its_time():
     driver, _ = resumed(found())
     for node in NODES[1:]:
