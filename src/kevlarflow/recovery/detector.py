@@ -232,7 +232,7 @@ class Detector:
             # A member that beat within the pause is only excused from then on.
             listener.excused += min(pause, now - listener.beat_at)
             if listener.unheard is not None:
-                listener.unheard = (listener.unheard[0], listener.unheard[1] + pause)
+                listener.unheard = (listener.unheard[0], min(now, listener.unheard[1] + pause))
             listener.seen_from = now - self._gap
             if listener.stopped_since is not None:
                 listener.stopped_since = max(listener.stopped_since, listener.seen_from)

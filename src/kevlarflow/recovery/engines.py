@@ -136,7 +136,8 @@ def look_after(grid: Grid, pipeline: Pipeline, pause: float) -> None:
     `pause` is for how many seconds the controller could not listen before.
     """
     engine, timeouts = pipeline.engine, grid.config.timeouts
-    engine.heard_at += pause
+    # What it has said meanwhile was read just now.
+    engine.heard_at = min(grid.now, engine.heard_at + pause)
     if not engine.living or engine.pid is None:
         return
     silence_ms = (grid.now - engine.heard_at) * 1_000

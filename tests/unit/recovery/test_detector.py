@@ -224,3 +224,13 @@ def test_an_old_answer_that_nobody_could_send_on_is_no_deafness(watched):
     watched.now += 60.0
     watched.detector.check(watched.now)
     assert watched.until(watched.now + 1.0, a=Beat(heard=0)) == []
+
+
+def test_a_node_that_gets_deaf_in_a_pause_of_the_controller_is_found_in_time(watched):
+    watched.until(0.5, a=Beat())
+    watched.now += 60.0
+    watched.detector.beat(A, watched.now, Beat())
+    watched.detector.answered(A, 1, watched.now)
+    watched.detector.check(watched.now)
+    assert watched.until(watched.now + 4.9, a=Beat(heard=0))[1:] == []
+    assert [type(each) for each in watched.until(watched.now + 0.3, a=Beat(heard=0))] == [NodeSilent]

@@ -61,6 +61,16 @@ def test_a_pause_of_the_controller_is_no_silence_of_engines():
     assert engine_state(driver, 0) is EngineState.READY
 
 
+def test_an_engine_that_falls_silent_in_a_pause_of_the_controller_is_killed_in_time():
+    driver = serving()
+    driver.now += 60.0
+    for pipeline in (0, 1):
+        driver.report(pipeline, running=1)
+    driver.do(events.Tick.after(60.0))
+    assert kills(pass_time(driver, LOST - 0.2, reporting=[1])) == []
+    assert kills(pass_time(driver, 0.4, reporting=[1])) == [KillEngine(PipelineId(0), 70)]
+
+
 def test_an_order_that_did_not_arrive_is_sent_again():
     driver = serving()
     (order,) = orders(driver.exited("node-0-1"))
