@@ -110,7 +110,8 @@ def _zygote(behaviour: str, report_fd: int) -> int:
             return 1
         if behaviour == "dies":
             raise RuntimeError("the zygote had a bad day")
-        target = _dying_api_server if behaviour == "api-server-dies" else _api_server
+        targets = {"api-server-dies": _dying_api_server, "api-server-finishes": _finishing_api_server}
+        target = targets.get(behaviour, _api_server)
         zygote = Zygote(config, Targets(node=lambda *_: time.sleep(1000), api_server=target))
         zygote.listen()
         json.dump({"model": {"layers": 4, "dtype": "float32", "kv_tokens": 1000}}, pipe)
@@ -129,6 +130,19 @@ def _api_server(config: ServeConfig) -> None:
     if os.fork() == 0:
         time.sleep(1000)  # The engine.
     HTTPServer((config.host, config.port), _Health).serve_forever()
+
+
+def _finishing_api_server(config: ServeConfig) -> None:
+    """When asked to end it has something to complete, and then leaves a file that names who was there to the end."""
+
+    def finish(*_: object) -> None:
+        time.sleep(0.5)
+        folder = Path(config.run_folder)
+        (folder.parent / "witnesses").write_text("\n".join(members(folder).values()))
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, finish)
+    _api_server(config)
 
 
 def _dying_api_server(_: ServeConfig) -> None:

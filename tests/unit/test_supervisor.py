@@ -127,6 +127,15 @@ def test_no_process_survives_the_supervisor_even_without_a_guardian(base: Path) 
     wait_until(lambda: not members(cluster.folder))
 
 
+def test_the_controller_is_there_while_the_api_server_finishes(base: Path) -> None:
+    cluster = Cluster(base, zygote="api-server-finishes")
+    cluster.wait_for("^ready")
+    cluster.supervisor.terminate()
+    assert cluster.end() == 0
+    assert "standins.py controller" in (cluster.folder.parent / "witnesses").read_text()
+    assert cluster.nothing_is_left()
+
+
 def test_who_ignores_sigterm_is_killed_after_the_grace(base: Path) -> None:
     cluster = Cluster(base, controller="deaf")
     cluster.wait_for("^ready")

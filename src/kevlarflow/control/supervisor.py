@@ -303,17 +303,17 @@ class Supervisor:
             signal.signal(number, lambda received, _: self.signals.append(received))
 
     def _end_gently(self) -> None:
-        """Let the API server and the controller finish; a second signal cuts that short."""
+        """Let the API server finish, which may have requests to complete, then the controller that they may need.
+
+        A second signal cuts that short.
+        """
         deadline = time.monotonic() + self.config.timeouts.stop_grace_s
-        leaving = [unit.process for unit in (self.api_server, self.controller) if unit.process]
-        for process in leaving:
+        for process in [unit.process for unit in (self.api_server, self.controller) if unit.process]:
             process.send(signal.SIGTERM)
-        while leaving and time.monotonic() < deadline and len(self.signals) < 2:
             poller = zmq.Poller()
-            for process in leaving:
-                poller.register(process.exit_fd, zmq.POLLIN)
-            happened = dict(poller.poll(TICK_MS))
-            leaving = [process for process in leaving if process.exit_fd not in happened]
+            poller.register(process.exit_fd, zmq.POLLIN)
+            while time.monotonic() < deadline and len(self.signals) < 2 and not poller.poll(TICK_MS):
+                pass
 
     def _sweep(self) -> None:
         """Have the guardian do what it is for, while we watch; without it, do it ourselves."""

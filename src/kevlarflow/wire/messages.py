@@ -101,7 +101,7 @@ class Introduce(Message, frozen=True):
 
 
 class Retire(Message, frozen=True):
-    """Leave: exit 0 at once. Sent to a member that was replaced, or when the cluster stops."""
+    """Leave: exit 0 at once. Sent to a member that was replaced, or has given its lanes away."""
 
 
 # ---- engine -> controller
