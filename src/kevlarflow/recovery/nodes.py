@@ -10,7 +10,7 @@ from __future__ import annotations
 from kevlarflow.recovery import events, records
 from kevlarflow.recovery.events import Form, KillNode, KnownNode, Retire, StartNode
 from kevlarflow.recovery.grid import Grid
-from kevlarflow.recovery.members import Pipeline, Slot
+from kevlarflow.recovery.members import LIVING, Pipeline, Slot
 from kevlarflow.recovery.transitions import NodeStep
 from kevlarflow.types import Cause, Computing, Epoch, Loss, Member, NodeState, PipelineId, PipelineState
 
@@ -43,7 +43,8 @@ def known(slot: Slot) -> KnownNode:
     if slot.state is NodeState.DEAD:
         nobody = Member(slot.node, slot.incarnation_floor)
         return KnownNode(nobody, (), False, slot.failed_starts, vacant=slot.vacant)
-    return KnownNode(slot.member, slot.pids, slot.living, slot.failed_starts, slot.emptied_for)
+    # One that is being killed has been ready all the same: the next life must not wait for it as if it still loaded.
+    return KnownNode(slot.member, slot.pids, slot.state in LIVING, slot.failed_starts, slot.emptied_for)
 
 
 def expect(grid: Grid, slot: Slot, earlier: KnownNode) -> None:

@@ -550,6 +550,18 @@ def test_a_node_that_does_not_appear_after_a_restart_is_fenced_and_replaced():
     assert StartNode(member("node-0-1", 2), Stage(1)) in driver.tick(1.0)
 
 
+def test_a_node_that_was_about_to_be_killed_when_the_controller_died_is_killed_by_the_next():
+    driver = Driver().serve()
+    driver.do(events.NodeSilent(member("node-0-1"), driver.now - 3.0))
+    later = restarted(driver)
+    for node in ("node-0-0", "node-1-0", "node-1-1"):
+        later.ready(node)
+    later.attach(0, pid=70, epoch=1, members=(member("node-0-0"), member("node-0-1")))
+    commands = later.tick(later.config.timeouts.settle_ms / 1_000 + 0.1)
+    assert KillNode(member("node-0-1"), (pid_of(member("node-0-1")),)) in commands
+    assert [order.nodes[1].member for order in orders(commands)] == [member("node-1-1")]
+
+
 def test_numbers_go_on_after_a_restart_even_when_the_last_order_was_lost():
     driver = Driver().serve()
     driver.exited("node-0-1")
