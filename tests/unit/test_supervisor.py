@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +17,8 @@ import pytest
 
 from kevlarflow.bench.systems import free_port
 from kevlarflow.control.process import Process, last_words
-from kevlarflow.control.supervisor import FAILURES_IN_A_ROW, LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Unit
-from standins import members, start_cluster, wait_until
+from kevlarflow.control.supervisor import FAILURES_IN_A_ROW, LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Unit, healthy
+from standins import make_config, members, start_cluster, wait_until
 
 
 class Cluster:
@@ -260,6 +263,26 @@ def dead_process() -> Process:
     child.kill()
     child.wait()
     return process
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_a_server_that_wants_certificates_of_its_clients_is_ready_when_the_controller_says_so(tmp_path: Path) -> None:
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    context.load_verify_locations(certificate)
+    context.verify_mode = ssl.CERT_REQUIRED
+
+    async def ask() -> list[bool]:
+        server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0, ssl=context)
+        config = make_config(tmp_path, server.sockets[0].getsockname()[1])
+        found = [await asyncio.to_thread(healthy, config, serving=serving) for serving in (False, True)]
+        server.close()
+        return found
+
+    assert asyncio.run(ask()) == [False, True]
 
 
 def test_a_unit_that_keeps_dying_is_started_again_later_and_later() -> None:

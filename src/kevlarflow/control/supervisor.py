@@ -35,7 +35,7 @@ from kevlarflow.control.process import Process, last_words, reap, spawn
 from kevlarflow.control.run_folder import RunFolder
 from kevlarflow.errors import StartupFailed
 from kevlarflow.kinship import adopt_orphans
-from kevlarflow.wire.messages import Fatal, Narration, StartApiServer, Started, Subscribe, decode, encode
+from kevlarflow.wire.messages import Availability, Fatal, Narration, StartApiServer, Started, Subscribe, decode, encode
 
 TICK_MS = 100
 """How often the supervisor looks at what does not wake it: the clock and, before it is ready, ``/health``."""
@@ -106,6 +106,8 @@ class Supervisor:
         self.say = say
         self.begun_at = time.monotonic()
         self.ready = False
+        self.serving = False
+        """Whether a pipeline can generate, as the controller said last."""
         self.environment = environment | {
             RUN_FOLDER_VARIABLE: config.run_folder,
             RUN_ID_VARIABLE: run_folder.run_id,
@@ -254,6 +256,8 @@ class Supervisor:
                     self.say(f"{time.strftime('%H:%M:%S', time.localtime(moment))} {text}")
                 case Narration(text=text):
                     self._say_with_time(text)
+                case Availability(serving=serving):
+                    self.serving = serving
                 case Fatal(reason=reason):
                     raise StartupFailed(f"{reason}; logs in {self.run_folder.log_path}")
 
@@ -281,7 +285,7 @@ class Supervisor:
     # ---- getting ready
 
     def _look_whether_ready(self) -> None:
-        if self.api_server.process is not None and healthy(self.config):
+        if self.api_server.process is not None and healthy(self.config, serving=self.serving):
             self.ready = True
             self.say(ready_line(self.config, time.monotonic() - self.begun_at))
         elif time.monotonic() - self.begun_at > self.config.timeouts.startup_timeout_s:
@@ -329,8 +333,8 @@ class Supervisor:
         reap()
 
 
-def healthy(config: ServeConfig) -> bool:
-    """Whether ``/health`` answers 200."""
+def healthy(config: ServeConfig, *, serving: bool = False) -> bool:
+    """Whether ``/health`` answers 200; `serving` counts where it answers nobody without a certificate."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     for connect in (_plain, _encrypted):
         connection = connect(host, config.port)
@@ -339,11 +343,13 @@ def healthy(config: ServeConfig) -> bool:
             return connection.getresponse().status == http.client.OK
         except http.client.BadStatusLine:
             continue  # It speaks TLS.
+        except ssl.SSLError:
+            return serving
         except (OSError, http.client.HTTPException):
             return False
         finally:
             connection.close()
-    return False
+    return serving
 
 
 def _plain(host: str, port: int) -> http.client.HTTPConnection:
