@@ -91,8 +91,7 @@ class Replicator(threading.Thread):
 
     def take_outcomes(self) -> Iterator[steps.Replicated | steps.Flushed]:
         """What the standbys have answered since the last call, and which lanes are flushed."""
-        if not self.outcomes:
-            return
+        # Whether or not there are any: they may have been taken before it was said that they are there.
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.answered)
         while self.outcomes:

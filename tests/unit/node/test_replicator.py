@@ -1,5 +1,7 @@
 """Two nodes' replication threads over real channels."""
 
+import os
+import select
 import statistics
 import time
 
@@ -13,6 +15,7 @@ from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.use import NO_CHANGE
 from kevlarflow.replication.zmq_transfer import ZmqTransfer
 from kevlarflow.types import Member
+from kevlarflow.wire import steps
 from unit.replication.parts import BOUNDS, Memory, asleep, content, header, standby_info
 
 DEADLINE_SECONDS = 60.0
@@ -62,6 +65,16 @@ def test_a_full_block_reaches_the_standby_and_is_confirmed(pair):
     outcome = source.replicator.outcomes[0]
     assert (outcome.stored, outcome.standby) == (((3, 1, 4),), standby.member)
     assert (content(standby.replicator.store, 0, replica)) == b"12345678"
+
+
+def test_an_answer_that_is_taken_before_it_is_told_of_wakes_the_main_thread_once(pair):
+    replicator = pair[0].replicator
+    replicator.outcomes.append(steps.Flushed(0, 1, 0))
+    assert list(replicator.take_outcomes())
+    os.eventfd_write(replicator.answered, 1)
+    assert select.select([replicator.answered], [], [], 0)[0]
+    assert not list(replicator.take_outcomes())
+    assert not select.select([replicator.answered], [], [], 0)[0]
 
 
 def test_the_memory_that_a_replica_would_be_put_into_is_backed_once(pair):
