@@ -44,6 +44,8 @@ class ReplicationQueue:
         self._dropped: set[int] = set()
         """Blocks whose earlier copies the standby has not kept: the next one starts from the first token."""
         self._due: dict[int, None] = {}
+        self._copying: set[int] = set()
+        """Blocks that are being copied, and belong to the same forming of the lane still."""
         self._idle: set[int] = set()
         """Blocks that no request holds."""
         self._touched: dict[int, None] = {}
@@ -73,6 +75,7 @@ class ReplicationQueue:
             self._interval = self._usual_interval
             self._holds.clear()
             self._due.clear()
+            self._copying.clear()
             self._idle.clear()
             for replica in replicas:
                 self._note(replica)
@@ -136,13 +139,21 @@ class ReplicationQueue:
                 del self._due[block]
                 replica = self._holds.get(block)
                 if replica is not None and self._is_due(replica):
+                    self._copying.add(block)
                     return Due(replica, 0 if block in self._dropped else self._sent_of(replica))
             return None
 
     def finish(self, copied: Due) -> Replica | None:
-        """What a finished copy is, which then counts as sent; None when the block was given away meanwhile."""
+        """What a finished copy is, which then counts as sent; None when the block was given away meanwhile.
+
+        Nor does it count when the lane was formed anew, even if the block holds the same again: what the step that
+        took it had overwritten may have been computed again in between.
+        """
         replica = copied.replica
         with self._lock:
+            if replica.block not in self._copying:
+                return None
+            self._copying.discard(replica.block)
             held = self._holds.get(replica.block)
             if held is None or held.generation != replica.generation:
                 return None

@@ -79,6 +79,18 @@ def test_after_a_re_forming_only_what_is_held_is_copied():
     assert queue.next() is None
 
 
+def test_a_block_whose_content_came_and_went_during_the_copy_is_copied_once_more():
+    """The lane is formed anew: block 1 first gets back what a step in flight has overwritten, then that step runs."""
+    queue = ReplicationQueue(block_size=4, interval=0)
+    wrote(queue, Replica(1, 2, 4))
+    copied = queue.next()
+    queue.hold(())
+    queue.hold([Replica(2, 1, 4)])
+    assert wrote(queue, Replica(1, 2, 4))
+    assert queue.finish(copied) is None
+    assert {queue.next().replica, queue.next().replica} == {Replica(1, 2, 4), Replica(2, 1, 4)}
+
+
 def test_what_the_standby_has_is_not_sent_again_after_a_re_forming():
     queue = ReplicationQueue(block_size=4, interval=0)
     wrote(queue, Replica(1, 1, 4))
