@@ -116,6 +116,8 @@ class KevlarScheduler(Scheduler):
             self._end(list(scheduler_output.num_scheduled_tokens), model_runner_output.reason)
             model_runner_output = EMPTY_MODEL_RUNNER_OUTPUT
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
+        # The last token of one that was preempted may have been in flight: vLLM looks for it in its own queues only.
+        self._held = [request for request in self._held if not request.is_finished()]
         self._tell_clients(outputs)
         return outputs
 

@@ -18,6 +18,10 @@ class Waiting:
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
+        self.finished = False
+
+    def is_finished(self) -> bool:
+        return self.finished
 
 
 @pytest.fixture
@@ -61,6 +65,25 @@ def test_a_request_longer_than_the_share_waits_for_more_room_and_keeps_its_place
     assert list(hook.waiting) == [short, last]
     hook._use_blocks(None)
     assert list(hook.waiting) == [long, short, last]
+
+
+def test_a_request_that_ends_with_a_token_in_flight_while_it_waits_for_room_does_not_come_back(hook, monkeypatch):
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    def its_last_token_comes(*_):
+        long.finished = True
+        return {}
+
+    long, longer = Waiting(12), Waiting(13)
+    for request in (long, longer):
+        hook.waiting.add_request(request)
+    hook._use_blocks(frozenset({2, 5, 7}))
+    hook._hold_back()
+    hook._ended = []
+    monkeypatch.setattr(Scheduler, "update_from_output", its_last_token_comes)
+    hook.update_from_output(None, None)
+    hook._use_blocks(None)
+    assert list(hook.waiting) == [longer]
 
 
 def test_a_request_that_comes_after_a_suspension_of_an_idle_engine_is_not_ended_for_it(hook):
