@@ -393,7 +393,7 @@ class Pipeline:
         ahead, blamed = self._plans.waiting, self._behind(event.sequence)
         self._failures += blamed is None
         if self._failures > MAX_FAILURES:
-            commands = self._abandon_all(event.reason)
+            commands = self._abandon_all(event.reason, stays=ahead is not None)
         else:
             commands = self._set_aside(dict.fromkeys(blamed or (), event.reason))
         if ahead is not None:
@@ -408,8 +408,11 @@ class Pipeline:
         chunk = self._forming.chunks.get(-sequence) if self._forming is not None else None
         return [span.request for span in chunk.spans] if chunk is not None else None
 
-    def _abandon_all(self, reason: str) -> list[Command]:
+    def _abandon_all(self, reason: str, *, stays: bool = False) -> list[Command]:
         """End every request with `reason`; nothing is generated until the pipeline is formed again.
+
+        With `stays` that is at once, and who is not used any more is told then: a `Leave` would come under the new
+        epoch, and in the way of the `Join`. Either way the nodes hold nothing of use.
 
         Steps that never ran on some stage leave blocks in the prefix cache that were never computed there: so no
         stage counts as complete, and the next formation evicts everything.
@@ -423,7 +426,8 @@ class Pipeline:
         self.ledger.clear()
         self._watermarks.clear()
         self._giving_way.clear()
-        return [AbandonEverything(reason), *commands, *self._leave_lanes(), *self._assign_next_standbys()]
+        leaves = self._leave_lanes()
+        return [AbandonEverything(reason), *commands, *(leaves if not stays else ()), *self._assign_next_standbys()]
 
 
 def _by_member(node: NodeInfo) -> Member:

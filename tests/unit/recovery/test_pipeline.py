@@ -646,6 +646,24 @@ def test_a_step_that_is_issued_while_replicas_are_awaited_goes_out_behind_them()
     assert kinds(commands) == ["Recompute", "Restore", "Execute", "PlaceRest", "EvictPrefixCache"]
 
 
+def test_nodes_of_an_order_that_waits_do_not_leave_though_all_requests_end_first():
+    pipeline = replicating()
+    confirm(pipeline, Replica(1, 1, 4))
+    for epoch in range(2, 2 + MAX_FAILURES + 1):
+        pipeline.handle(p.FormationOrdered(epoch, (A0, B1)), 2.0)
+        prepared(pipeline, epoch, pipeline.handle(p.ReplicasPlaced(epoch, 1, ()), 2.1))
+        assert pipeline.standing is Standing.SERVING, "kept prefixes may come later"
+        if epoch <= MAX_FAILURES + 1:
+            pipeline.handle(p.StepBroken(epoch, 0, 1, "boom"), 2.2)
+    pipeline.handle(p.StepIssued(go_on(2, computed=6, formation=pipeline.formations)), 2.3)
+    pipeline.handle(p.FormationOrdered(epoch + 1, (A0, A1), planned=True), 2.4)
+    commands = pipeline.handle(p.StepBroken(epoch, 0, 1, "boom"), 2.5)
+    assert p.Abandon(2, "boom") in commands
+    # Both would be sent under the new epoch, over two channels.
+    assert [command.node for command in commands if isinstance(command, p.Leave)] == [B1]
+    assert [command.stage for command in commands if isinstance(command, p.Join)] == [0, 1]
+
+
 def test_a_block_that_was_taken_in_flight_is_not_said_to_hold_its_content_yet():
     pipeline = replicating()
     pipeline.handle(p.StepIssued(go_on(2, computed=6)), 1.4)
