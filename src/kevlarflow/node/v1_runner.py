@@ -69,6 +69,7 @@ class V1LaneRunner:
     ) -> Activations | Sampled | None:
         """See `LaneRunner.execute`."""
         translate_blocks(step, self._table)
+        self._forget_withdrawn_tokens(step.scheduled_cached_reqs)
         with torch.inference_mode():
             output = self._runner.execute_model(step, _wrap(activations))
             computed()
@@ -79,6 +80,17 @@ class V1LaneRunner:
             with self._keep_generators_of_unfinished_prompts():
                 sampled: ModelRunnerOutput = self._runner.sample_tokens(grammar)
         return Sampled(sampled, self._generator_states(sampled))
+
+    def _forget_withdrawn_tokens(self, going_on: CachedRequestData) -> None:
+        """Take back output tokens that the scheduler does not count.
+
+        When somebody resets the prefix cache with requests running, vLLM's scheduler drops the tokens in flight. The
+        ledger hears of it with the next step only, so a request may have been restored with one. vLLM's runner takes
+        it back at the last stage; at the others it has no tokens but what the scheduler sends.
+        """
+        for request, outputs in zip(going_on.req_ids, going_on.num_output_tokens, strict=True):
+            if request not in self._runner.input_batch.req_id_to_index:
+                del self._runner.requests[request].output_token_ids[outputs:]
 
     @contextmanager
     def _keep_generators_of_unfinished_prompts(self) -> Iterator[None]:

@@ -1,0 +1,45 @@
+"""Request state in vLLM's V1 runner, as far as it can be told without a model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from vllm import SamplingParams
+from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+
+from kevlarflow.node.v1_runner import USED_NAMES, V1LaneRunner
+from kevlarflow.recovery.ledger import LedgerEntry
+
+
+class Runner(SimpleNamespace):
+    """All that a lane asks of vLLM's runner; it notes what it knows of each request when a step comes."""
+
+    def __init__(self) -> None:
+        super().__init__(**dict.fromkeys(USED_NAMES))
+        self.requests: dict = {}
+        self.input_batch = SimpleNamespace(req_id_to_index={})
+        self.outputs: dict[str, list[int]] = {}
+
+    def execute_model(self, step: SchedulerOutput, activations: object = None) -> object:
+        self.outputs = {name: list(each.output_token_ids) for name, each in self.requests.items()}
+        return EMPTY_MODEL_RUNNER_OUTPUT
+
+
+def test_a_token_that_the_scheduler_has_dropped_is_not_believed_after_a_recovery() -> None:
+    runner = Runner()
+    lane = V1LaneRunner(runner)
+    lane.use_blocks(range(10))
+    lane.restore([LedgerEntry(name, [1, 2], [3, 4], [1], 3, SamplingParams()) for name in ("reset", "other")])
+    step = SchedulerOutput.make_empty()
+    step.scheduled_cached_reqs = CachedRequestData(
+        req_ids=["reset", "other"],
+        resumed_req_ids={"reset"},
+        new_token_ids=[[1, 2, 3], [4]],
+        all_token_ids={},
+        new_block_ids=[([2],), None],
+        num_computed_tokens=[0, 3],
+        num_output_tokens=[1, 2],
+    )
+    lane.execute(step, None, None, lambda: None)
+    assert runner.outputs == {"reset": [3], "other": [3, 4]}
