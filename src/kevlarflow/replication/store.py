@@ -9,6 +9,9 @@ requests hold: a request resumes from its leading blocks, so a block deep in its
 first block takes everything behind it along. Within each of the three the deepest goes first, and among equally deep
 ones the oldest. A replica that would be dropped at once is not taken. Requests are never touched.
 
+A lane that has sent nothing for long while others did has no running requests any more, or another standby, which
+nobody says here. So none of its replicas counts as held by a request then: they would keep others out for ever.
+
 A copy that goes on from what is here already is put behind it, in place.
 
 The replication thread stores, the main thread reads what it puts back into a lane. While it does so the lane is
@@ -30,6 +33,9 @@ from kevlarflow.replication.blocks import KvBlocks
 from kevlarflow.replication.memory import map_memory
 from kevlarflow.types import PipelineId
 from kevlarflow.wire.replicas import Revalued
+
+SILENT_COPIES = 1_000
+"""Copies of other lanes after which one is taken to be silent. With running requests it sends one every few tokens."""
 
 
 class _Entry(NamedTuple):
@@ -62,6 +68,9 @@ class StandbyStore:
         self._ages = itertools.count()
         self._pinned: set[PipelineId] = set()
         self._count: collections.Counter[PipelineId] = collections.Counter()
+        self._copies = 0
+        self._heard: dict[PipelineId, int] = {}
+        """How many copies had come when the last one of each lane came, but for lanes that are silent."""
 
     @property
     def used_bytes(self) -> int:
@@ -79,6 +88,8 @@ class StandbyStore:
         `NothingToGoOnFrom` when the tokens before `start` are not here; then nothing has changed.
         """
         with self._lock:
+            self._copies += 1
+            self._heard[pipeline] = self._copies
             if pipeline in self._pinned:
                 return [(pipeline, replica)]
             if start > 0:
@@ -186,6 +197,7 @@ class StandbyStore:
 
     def _make_room(self, replica: Replica) -> list[Dropped]:
         """Drop the cheapest replica, unless `replica` is cheaper than all that may be dropped."""
+        self._devalue_silent()
         kept = []
         dropped: list[Dropped] = []
         while self._order and not dropped:
@@ -205,6 +217,14 @@ class StandbyStore:
         for each in kept:
             heapq.heappush(self._order, each)
         return dropped
+
+    def _devalue_silent(self) -> None:
+        silent = {lane for lane, heard in self._heard.items() if self._copies - heard > SILENT_COPIES}
+        for lane in silent:
+            del self._heard[lane]
+        for (lane, _), entry in list(self._entries.items()) if silent else ():
+            if lane in silent and entry.replica.worth is Worth.REQUEST:
+                self._enter(lane, entry._replace(replica=dataclasses.replace(entry.replica, worth=Worth.PREFIX)))
 
 
 def _serves(stored: Replica, wanted: Replica) -> bool:

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from kevlarflow.recovery.coverage import Replica, Worth
-from kevlarflow.replication.store import NothingToGoOnFrom, StandbyStore
+from kevlarflow.replication.store import SILENT_COPIES, NothingToGoOnFrom, StandbyStore
 from unit.replication.parts import BOUNDS, Memory, content
 
 DATA = b"x" * BOUNDS.block_bytes
@@ -48,6 +48,17 @@ def test_the_deepest_block_is_dropped_first():
         store.put(0, replica(block, depth), DATA)
     assert store.put(1, replica(4, 2), DATA) == [(0, replica(2, 5))]
     assert content(store, 0, replica(2, 5)) is None
+
+
+def test_a_lane_that_sends_nothing_any_more_keeps_nobody_out():
+    store = store_of(20)
+    store.put(0, replica(1), DATA)
+    store.put(0, replica(2), DATA)
+    newer = replica(3, depth=1)
+    refused = [store.put(1, newer, DATA) for _ in range(SILENT_COPIES)]
+    assert all(each == [(1, newer)] for each in refused), "it may be held by requests still"
+    assert store.put(1, newer, DATA) == [(0, replica(1))]
+    assert content(store, 0, replica(2)) == DATA, "a prefix that may be hit again"
 
 
 def test_among_equally_deep_blocks_the_oldest_goes():
