@@ -122,9 +122,7 @@ def can_spare(grid: Grid, slot: Slot) -> bool:
     """Whether the other nodes of the stage have room for all lanes of a node together."""
     member = slot.member
     lanes = {each.id for each in grid.pipelines if member in each.members}
-    others = [
-        each for each in grid.slots.values() if each.stage == slot.stage and each.usable and each.node != slot.node
-    ]
+    others = [each for each in grid.stages[slot.stage] if each.usable and each.node != slot.node]
     room = 0
     for other in others:
         # Its own lane always has room on a node.

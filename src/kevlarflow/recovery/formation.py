@@ -147,8 +147,8 @@ def _choose(grid: Grid, pipeline: Pipeline, stage: Stage) -> NodeInfo | None:
     info = choose(candidates(grid, pipeline, stage), pipeline.id, count)
     info = info or choose(candidates(grid, pipeline, stage, parted=True), pipeline.id, count)
     if info is None:
-        for slot in grid.slots.values():
-            if slot.stage == stage and slot.state is NodeState.DRAINING and slot.leave_by is None and slot.living:
+        for slot in grid.stages[stage]:
+            if slot.state is NodeState.DRAINING and slot.leave_by is None and slot.living:
                 drain.keep(grid, slot, "it is needed")
         info = choose(candidates(grid, pipeline, stage), pipeline.id, count)
     return info
@@ -164,13 +164,18 @@ def stages_without_candidates(grid: Grid, pipeline: Pipeline) -> list[Stage]:
     ]
 
 
-def candidates(grid: Grid, pipeline: Pipeline, stage: Stage, *, parted: bool = False) -> list[Candidate]:
-    """The ready nodes of a stage that the pipeline has no reason to avoid; `parted`: with those whose links broke."""
+def candidates(
+    grid: Grid, pipeline: Pipeline, stage: Stage, *, besides: Member | None = None, parted: bool = False
+) -> list[Candidate]:
+    """The ready nodes of a stage that the pipeline has no reason to avoid, but for `besides`.
+
+    `parted`: with those whose links broke.
+    """
     avoided = pipeline.avoided if parted or not pipeline.parted else pipeline.avoided | pipeline.parted
     return [
         Candidate(slot.info, slot.pipeline, grid.foreign_lanes(slot, pipeline.id))
-        for slot in grid.slots.values()
-        if slot.stage == stage and slot.usable and slot.info is not None and slot.member not in avoided
+        for slot in grid.stages[stage]
+        if slot.usable and slot.info is not None and slot.member != besides and slot.member not in avoided
     ]
 
 
@@ -251,5 +256,4 @@ def _tell_of_loans(grid: Grid, pipeline: Pipeline, chosen: dict[Stage, NodeInfo]
 
 
 def _living(grid: Grid, members: set[Member]) -> set[Member]:
-    slots = {member: grid.slot_of(member) for member in members}
-    return {member for member, slot in slots.items() if slot is not None and slot.living}
+    return {member for member in members if (slot := grid.slot_of(member)) is not None and slot.living}

@@ -28,10 +28,13 @@ class Grid:
         """Unix seconds minus monotonic seconds."""
         self.slots: dict[NodeId, Slot] = {}
         self.pipelines: list[Pipeline] = []
+        self.stages: list[list[Slot]] = [[] for _ in range(config.stages)]
+        """The slots of each stage."""
         for p in range(config.pipelines):
             self.pipelines.append(Pipeline(PipelineId(p), [None] * config.stages))
             for s in range(config.stages):
-                self.slots[node_id(p, s)] = Slot(node_id(p, s), PipelineId(p), Stage(s))
+                slot = self.slots[node_id(p, s)] = Slot(node_id(p, s), PipelineId(p), Stage(s))
+                self.stages[s].append(slot)
         self.begun = False
         self.resumed_at: float | None = None
         """When an earlier life of the controller was taken up."""
@@ -72,10 +75,12 @@ class Grid:
         return self.slots[node_id(pipeline.id, stage)]
 
     def foreign_lanes(self, slot: Slot, besides: PipelineId) -> int:
-        """Lanes of other pipelines on a node, that of `besides` not counted."""
-        member = slot.member
-        others = (each for each in self.pipelines if each.id not in (slot.pipeline, besides))
-        return sum(each.has_lane_on(member) for each in others)
+        """Lanes of other pipelines on a node, that of `besides` not counted: this is asked often."""
+        member, own, lanes = slot.member, slot.pipeline, 0
+        for each in self.pipelines:
+            if each.id != own and each.id != besides and each.has_lane_on(member):
+                lanes += 1
+        return lanes
 
     # ---- changing
 

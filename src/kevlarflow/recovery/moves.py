@@ -34,8 +34,10 @@ def reconcile(grid: Grid, pipeline: Pipeline) -> None:
         pipeline.moves.clear()
         return
     _note_wishes(grid, pipeline)
+    if not pipeline.moves:
+        return
     _hasten(grid, pipeline)
-    if pipeline.moves and _is_the_moment(grid, pipeline):
+    if _is_the_moment(grid, pipeline):
         _move(grid, pipeline)
 
 
@@ -59,8 +61,7 @@ def _wish(grid: Grid, pipeline: Pipeline, stage: Stage) -> tuple[NodeInfo, Cause
     slot = grid.slots[member.node]
     if slot.emptied_for is None and slot.pipeline == pipeline.id:
         return None
-    others = [each for each in candidates(grid, pipeline, stage) if each.info.member != member]
-    target = choose(others, pipeline.id, len(grid.pipelines))
+    target = choose(candidates(grid, pipeline, stage, besides=member), pipeline.id, len(grid.pipelines))
     if target is None:
         return None
     if grid.slots[target.member.node].pipeline == pipeline.id:

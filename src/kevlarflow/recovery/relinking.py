@@ -68,7 +68,7 @@ def _find_another_way(grid: Grid, pipeline: Pipeline) -> tuple[Stage, NodeInfo] 
     parted = {member.node for member in pipeline.parted}
     suspects.sort(key=lambda stage: grid.home(pipeline, stage).node in parted)
     for stage in suspects:
-        others = [each for each in candidates(grid, pipeline, stage) if each.info.member != pipeline.members[stage]]
+        others = candidates(grid, pipeline, stage, besides=pipeline.members[stage])
         info = choose(others, pipeline.id, len(grid.pipelines))
         if info is not None:
             return stage, info

@@ -17,13 +17,15 @@ def shares(grid: Grid, pipeline: Pipeline) -> int:
     """Lanes on the busiest node of a pipeline, its own included; those without an engine need no room."""
     others = [other for other in grid.pipelines if not _is_orphaned(other)]
     members = [member for member in pipeline.members if member is not None]
-    return max((sum(each.has_lane_on(member) for each in others) for member in members), default=1)
+    return max([sum([each.has_lane_on(member) for each in others]) for member in members], default=1)
 
 
 def orphans(grid: Grid, pipeline: Pipeline) -> tuple[tuple[PipelineId, Epoch], ...]:
     """Lanes on its nodes whose engine has gone: nobody else can tell the nodes to give them up."""
+    gone = [each for each in grid.pipelines if each is not pipeline and _is_orphaned(each)]
+    if not gone:
+        return ()
     members = {member for member in pipeline.members if member is not None}
-    gone = (each for each in grid.pipelines if each is not pipeline and _is_orphaned(each))
     return tuple((each.id, each.epoch) for each in gone if not members.isdisjoint(each.lanes))
 
 

@@ -53,10 +53,9 @@ def _standby(grid: Grid, pipeline: Pipeline, stage: Stage) -> NodeInfo | None:
 
 
 def _choose(grid: Grid, pipeline: Pipeline, stage: Stage, *, parted: bool) -> NodeInfo | None:
-    serving = pipeline.members[stage]
     others = [
         each
-        for each in candidates(grid, pipeline, stage, parted=parted)
-        if each.info.member != serving and each.info.replica_address
+        for each in candidates(grid, pipeline, stage, besides=pipeline.members[stage], parted=parted)
+        if each.info.replica_address
     ]
     return choose(others, pipeline.id, len(grid.pipelines))

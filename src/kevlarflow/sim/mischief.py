@@ -218,7 +218,7 @@ class Mischief:
     def _could_be_spared(self, pipeline: Pipeline, node: Node) -> bool:
         """Whether another node of the stage has room for the lane."""
         grid = self._fleet.controller.cluster
-        others = (each for each in grid.slots.values() if each.stage == node.stage and each.node != node.member.node)
+        others = (each for each in grid.stages[node.stage] if each.node != node.member.node)
         lanes = self._fleet.plan.shape.lanes
         return any(
             each.usable and (each.pipeline == pipeline.id or grid.foreign_lanes(each, pipeline.id) < lanes - 1)
