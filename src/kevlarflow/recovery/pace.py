@@ -89,13 +89,16 @@ class Paces:
 
     def _ratio(self, member: Member, history: _History, now: float) -> float | None:
         """How many times as long as its peers the member takes; None when there is nothing to compare."""
+        mine = self._typical(history, now)
+        if not mine:
+            return None
         peers = [
             self._typical(each, now)
             for other, each in self._histories.items()
             if other != member and each.stage == history.stage
         ]
         ratios = []
-        for size, seconds in self._typical(history, now).items():
+        for size, seconds in mine.items():
             bounds = [_bound(size, peer) for peer in peers if peer]
             if bounds:
                 ratios.append(seconds / statistics.median_low(bounds))

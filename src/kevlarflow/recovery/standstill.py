@@ -66,7 +66,9 @@ class Stillness:
     def beat(self, member: Member, work: Work, now: float) -> None:
         """A node says what it does."""
         total = sum(work.done.values())
-        node = self._nodes.setdefault(member, _Node(now, work, {}))
+        node = self._nodes.get(member)
+        if node is None:
+            node = self._nodes[member] = _Node(now, work, {})
         node.beat_at, node.work = now, work
         for pipeline in self._pipelines:
             done = work.done.get(pipeline, 0)

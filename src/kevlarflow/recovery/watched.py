@@ -89,7 +89,7 @@ class WatchedPipeline(Pipeline):
         return commands
 
     def _is_answer(self, event: Event) -> bool:
-        if isinstance(event, StepIssued | StandbysAssigned | ReplicasConfirmed | FormationOrdered):
+        if isinstance(event, (StepIssued, StandbysAssigned, ReplicasConfirmed, FormationOrdered)):
             return False
         return event.epoch == self.epoch
 

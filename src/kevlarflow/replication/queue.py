@@ -157,7 +157,10 @@ class ReplicationQueue:
             held = self._holds.get(replica.block)
             if held is None or held.generation != replica.generation:
                 return None
-            replica = self._sent[replica.block] = dataclasses.replace(replica, worth=self._worth_of(replica))
+            worth = self._worth_of(replica)
+            if replica.worth is not worth:
+                replica = dataclasses.replace(replica, worth=worth)
+            self._sent[replica.block] = replica
             if copied.start == 0:
                 self._dropped.discard(replica.block)
             return replica
