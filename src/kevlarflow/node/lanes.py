@@ -168,9 +168,8 @@ class Lanes:
 
     def next_work(self) -> tuple[Lane, Work, Activations | None] | None:
         """Take the next work that can run, or None."""
-        for lane in sorted(self._lanes.values(), key=lambda lane: lane.last_ran):
-            if not lane.queue or lane.blocks.missing:
-                continue
+        lanes = [lane for lane in self._lanes.values() if lane.queue and not lane.blocks.missing]
+        for lane in sorted(lanes, key=lambda lane: lane.last_ran):
             work = lane.queue[0]
             activations = None
             if self._needs_activations(work):

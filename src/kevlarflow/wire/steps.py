@@ -270,7 +270,7 @@ AnyStepMessage = (
     | Executed | StepFailed | Activations
 )  # fmt: skip
 
-OF_A_LANE = AssignStandby | Hasten | Flush | Place | PlaceRest | Restore | Recompute | Execute
+OF_A_LANE = Execute | Recompute | Restore | Flush | Place | PlaceRest | AssignStandby | Hasten
 """What a lane takes over the connection only that brought its `Join`."""
 
 _encoder = msgspec.msgpack.Encoder()
