@@ -55,7 +55,7 @@ class ToyKv:
         """See `KvBlocks.read`."""
         self.before_read()
         content = self._memory.read(block)
-        self._slots.pack_into(into, 0, *(NOTHING if each is None else each for each in content))
+        self._slots.pack_into(into, 0, *[NOTHING if each is None else each for each in content])
 
     def read_tokens(self, block: int, start: int, end: int, into: memoryview) -> None:
         """See `KvBlocks.read_tokens`."""

@@ -118,7 +118,7 @@ class Cut:
         return other.kind in self.kinds if self.peer is None else other is self.peer
 
 
-@dataclass
+@dataclass(slots=True)
 class _Message:
     source: Process
     target: Process
@@ -151,8 +151,7 @@ class Network:
         self.sent += 1
         now = self.timeline.now
         delay = self.latency * self.slowness * (0.1 + 3 * self.rng.random() ** 3)
-        arrives = max(now + delay, self._arrives.get(line, 0.0))
-        self._arrives[line] = arrives
+        arrives = self._arrives[line] = max(now + delay, self._arrives.get(line, 0.0))
         message = _Message(source, target, line, now, deliver)
         self.timeline.after(arrives - now, lambda: self._arrive(message))
         if self.echo and target.kind == "controller" and self.rng.random() < self.echo:
@@ -166,7 +165,7 @@ class Network:
 
     def connection(self, one: Process, other: Process) -> int:
         """The number of the connection between two processes: how often it has broken."""
-        return self._connections[frozenset((one, other))]
+        return self._connections[frozenset((one, other))] if self._connections else 0
 
     def sever(self, source: Process, target: Process, sorts: frozenset[str], *, loses: bool, loses_back: bool) -> None:
         """Break the connections between two processes; `sorts` are those of the messages that are lost with them."""
@@ -194,7 +193,7 @@ class Network:
 
     def _arrive(self, message: _Message) -> None:
         source, target = message.source, message.target
-        if message.sent_at <= self._lost_at.get((source, target, sort_of(message.line)), -1.0):
+        if self._lost_at and message.sent_at <= self._lost_at.get((source, target, sort_of(message.line)), -1.0):
             return
         if not source.alive and message.sent_at > source.loses_after:
             return

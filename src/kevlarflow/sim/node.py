@@ -45,11 +45,8 @@ class Line(NamedTuple):
 
     engine: Engine
     number: int
-
-    @property
-    def name(self) -> bytes:
-        """What the node calls it."""
-        return f"{self.engine}/{self.number}".encode()
+    name: bytes
+    """What the node calls it."""
 
 
 class Node(Process):
@@ -159,7 +156,8 @@ class Node(Process):
 
     def deliver(self, engine: Engine, header: steps.AnyStepMessage, payload: Any) -> None:
         """A message of an engine has arrived."""
-        self._inbox.append((Line(engine, self.fleet.network.connection(engine, self)), header, payload))
+        number = self.fleet.network.connection(engine, self)
+        self._inbox.append((Line(engine, number, f"{engine.name}/{number}".encode()), header, payload))
         self.look()
 
     def deliver_activations(self, pipeline: PipelineId, epoch: Epoch, sequence: int) -> None:
@@ -264,7 +262,7 @@ class Node(Process):
         self.speed.begin(self.timeline.now)
         self.thread.begin(header.pipeline, _size(work))
         self.fleet.tell(self, header, work.payload if not isinstance(header, steps.Execute) else ())
-        if isinstance(header, steps.Execute | steps.Recompute):
+        if isinstance(header, (steps.Execute, steps.Recompute)):
             self.record = Record(Computing(header.pipeline, header.epoch, header.sequence), _requests(work))
         ways = (ASLEEP, COMPUTING) if isinstance(header, steps.Execute) else (ASLEEP,)
         if self.fleet.poisons(self, header, _computed(work, self.stage)) or self.thread.hangs_in(ways):
@@ -308,6 +306,8 @@ class Node(Process):
         runner: Any = lane.runner
         payload: Any = work.payload
         match work.header:
+            case steps.Execute():
+                return runner.execute(*payload)
             case steps.Restore():
                 runner.restore(payload[0])
                 if self.replicas is not None:
@@ -323,8 +323,6 @@ class Node(Process):
                 for replica, data in lane.rest:
                     self.fleet.checks.copy(lane.pipeline, self.stage, replica, content_of(data))
                 self.replicas.place_rest(lane)
-            case steps.Execute():
-                return runner.execute(*payload)
         return None
 
     def _finish(self, lane: Lane, engine: Line, header: Any, written: tuple[Replica, ...], sampled: Any) -> None:
@@ -365,8 +363,8 @@ class Node(Process):
 
     def _answer(self, line: Line, header: steps.AnyStepMessage, payload: Any = None) -> None:
         """An answer over a connection that is no more goes nowhere."""
-        engine, number = line
-        if number == self.fleet.network.connection(engine, self):
+        engine = line.engine
+        if line.number == self.fleet.network.connection(engine, self):
             deliver = functools.partial(engine.take, self, header, payload)
             self._send(engine, ("answers", self.name, engine.name), deliver)
 

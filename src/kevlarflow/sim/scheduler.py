@@ -69,22 +69,25 @@ class Blocks:
 
     def take(self, hits: Table, fresh: int) -> Table | None:
         """Use `hits` and `fresh` new blocks; None when there are not enough."""
+        if not hits and not fresh:
+            return []
         free = [block for block in self.free if block not in hits]
         if len(free) < fresh:
             return None
-        new = free[:fresh]
+        new, self.free = free[:fresh], free[fresh:]
         for block in new:
             self._forget(block)
         for block in [*hits, *new]:
             self.users[block] = self.users.get(block, 0) + 1
-        self.free = [block for block in self.free if block not in hits and block not in new]
         return new
 
     def cache(self, table: Table, tokens: Sequence[int], computed: int) -> None:
         """Remember full blocks, as vLLM does: when they are scheduled, not when they are computed."""
         for index in range(computed // self.size):
+            if table[index] in self.hash_of:
+                continue
             key = tuple(tokens[: (index + 1) * self.size])
-            if key not in self.cached and table[index] not in self.hash_of:
+            if key not in self.cached:
                 self.cached[key] = table[index]
                 self.hash_of[table[index]] = key
 

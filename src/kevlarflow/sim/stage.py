@@ -38,9 +38,8 @@ class Memory:
         self.usable = usable
         self.blocks = {block: held for block, held in self.blocks.items() if usable is None or block in usable}
 
-    def write(self, blocks: Sequence[int], start: int, end: int, tokens: Sequence[int]) -> None:
+    def write(self, blocks: Sequence[int], start: int, end: int, contents: Sequence[int]) -> None:
         """Store the KV of positions `start` to `end`. Raises `WrongBlocks` where the lane has no memory."""
-        contents = self._contents(tokens, end)
         size = self.block_size
         for index in range(start // size, -(-end // size)):
             first = index * size
@@ -50,9 +49,8 @@ class Memory:
             low, high = max(start, first), min(end, first + size)
             held[low - first : high - first] = contents[low:high]
 
-    def check(self, request: str, blocks: Sequence[int], end: int, tokens: Sequence[int]) -> None:
+    def check(self, request: str, blocks: Sequence[int], end: int, contents: Sequence[int]) -> None:
         """Read all positions before `end`; raise `WrongKv` unless each holds what it should."""
-        contents = self._contents(tokens, end)
         for first in range(0, end, self.block_size):
             block = blocks[first // self.block_size]
             expected = contents[first : first + self.block_size]
@@ -67,7 +65,7 @@ class Memory:
         """Put a copied block in place of whatever is there."""
         self.blocks[block] = list(content)
 
-    def _contents(self, tokens: Sequence[int], end: int) -> list[int]:
+    def contents(self, tokens: Sequence[int], end: int) -> list[int]:
         """What positions 0 to `end` should hold: each a hash of the stage and all tokens up to it."""
         content = self.stage
         contents = []
@@ -84,16 +82,16 @@ class LaneMemory(Memory):
         super().__init__(physical.stage, physical.block_size, physical.blocks)
         self.table: Sequence[int] = ()
 
-    def write(self, blocks: Sequence[int], start: int, end: int, tokens: Sequence[int]) -> None:
+    def write(self, blocks: Sequence[int], start: int, end: int, contents: Sequence[int]) -> None:
         """See `Memory.write`. Raises `WrongBlocks` where the lane has no memory."""
         mapped = [self.table[block] for block in blocks]
         if 0 in mapped[start // self.block_size : -(-end // self.block_size)]:
             raise WrongBlocks(f"positions {start} to {end} in blocks {blocks}: the lane has {self.table}")
-        super().write(mapped, start, end, tokens)
+        super().write(mapped, start, end, contents)
 
-    def check(self, request: str, blocks: Sequence[int], end: int, tokens: Sequence[int]) -> None:
+    def check(self, request: str, blocks: Sequence[int], end: int, contents: Sequence[int]) -> None:
         """See `Memory.check`."""
-        super().check(request, [self.table[block] for block in blocks], end, tokens)
+        super().check(request, [self.table[block] for block in blocks], end, contents)
 
     def read(self, block: int) -> tuple[int | None, ...]:
         """See `Memory.read`."""
@@ -139,10 +137,11 @@ class ToyStage:
 
     def recompute(self, chunk: Chunk) -> None:
         """Write the KV of a chunk."""
-        for span in chunk.spans:
-            self.memory.write(span.blocks, span.start, span.end, span.tokens)
-        for span in chunk.spans:
-            self.memory.check(span.request, span.blocks, span.end, span.tokens)
+        contents = [self.memory.contents(span.tokens, span.end) for span in chunk.spans]
+        for span, content in zip(chunk.spans, contents, strict=True):
+            self.memory.write(span.blocks, span.start, span.end, content)
+        for span, content in zip(chunk.spans, contents, strict=True):
+            self.memory.check(span.request, span.blocks, span.end, content)
 
     def execute(self, step: Step, known_tokens: dict[str, list[int]]) -> dict[str, list[int]]:
         """Run a step; `known_tokens` are all tokens that the scheduler knows of each scheduled request."""
@@ -166,16 +165,17 @@ class ToyStage:
         return sampled
 
     def _size(self, step: Step) -> tuple[int, int] | None:
-        if not step.scheduled or any(count > 1 for count in step.scheduled.values()):
+        if not step.scheduled or max(step.scheduled.values()) > 1:
             return None
-        context = sum(self.requests[request].computed for request in step.scheduled)
+        context = sum([self.requests[request].computed for request in step.scheduled])
         return len(step.scheduled).bit_length(), context.bit_length()
 
     def _compute(self, request: str, running: Running, count: int) -> list[int]:
         end = running.computed + count
-        self.memory.write(running.blocks, running.computed, end, running.tokens)
+        contents = self.memory.contents(running.tokens, end)
+        self.memory.write(running.blocks, running.computed, end, contents)
         if request not in self.aborted:
-            self.memory.check(request, running.blocks, end, running.tokens)
+            self.memory.check(request, running.blocks, end, contents)
         running.computed = end
         if not self.is_last or end < len(running.tokens):
             return []

@@ -86,4 +86,6 @@ class Thread:
         return self._progress.look()
 
     def _stop(self) -> None:
-        self._computed, self._since = self.spent().computing, None
+        if self._since is not None:
+            self._computed += self._timeline.now - self._since
+            self._since = None
