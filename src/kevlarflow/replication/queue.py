@@ -122,10 +122,10 @@ class ReplicationQueue:
         return Worth.PREFIX if self.is_full(replica) else Worth.NOBODY
 
     def _is_due(self, replica: Replica) -> bool:
-        known, worth = self._sent_of(replica), self._worth_of(replica)
-        if self.is_full(replica) or worth is Worth.NOBODY:
-            return known < replica.filled and worth is not Worth.NOBODY
-        return bool(self._interval) and replica.filled - known >= self._interval_at(replica.depth)
+        missing = replica.filled - self._sent_of(replica)
+        if missing <= 0 or self._worth_of(replica) is Worth.NOBODY:
+            return False
+        return self.is_full(replica) or (bool(self._interval) and missing >= self._interval_at(replica.depth))
 
     def _interval_at(self, depth: int) -> int:
         """A token costs the more to compute again the more come before it: so long contexts are copied more often."""
