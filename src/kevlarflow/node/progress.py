@@ -78,8 +78,9 @@ class Progress:
 
     def measure(self, tokens: int) -> None:
         """The step that runs computes so many tokens."""
-        if self._running is not None:
-            self._running = self._running._replace(size=tokens.bit_length())
+        running = self._running
+        if running is not None:
+            self._running = _Running(running.pipeline, tokens.bit_length(), running.began)
 
     def end(self) -> None:
         """The step is done, and the loop goes on."""

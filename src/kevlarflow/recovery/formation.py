@@ -175,7 +175,7 @@ def candidates(
     return [
         Candidate(slot.info, slot.pipeline, grid.foreign_lanes(slot, pipeline.id))
         for slot in grid.stages[stage]
-        if slot.usable and slot.info is not None and slot.member != besides and slot.member not in avoided
+        if (member := slot.member) != besides and slot.usable and slot.info is not None and member not in avoided
     ]
 
 

@@ -107,7 +107,7 @@ class Paces:
     def _typical(self, history: _History, now: float) -> dict[Size, float]:
         """Seconds of a step, by size. Of a member that has fallen silent nothing is left after a window."""
         means: dict[Size, list[float]] = collections.defaultdict(list)
-        steps: collections.Counter[Size] = collections.Counter()
+        steps: dict[Size, int] = collections.defaultdict(int)
         for at, report in history.reports:
             if now - at > (PACE_REPORTS + 1) * self._interval:
                 continue

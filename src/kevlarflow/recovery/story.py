@@ -42,5 +42,5 @@ class Story:
 
     def tell(self, subject: str, limit: int = 30) -> str:
         """The last `limit` entries about `subject`, oldest first, one a line."""
-        about = [str(entry) for entry in self._entries if entry.subject == subject]
-        return "\n".join(about[-limit:])
+        about = [entry for entry in self._entries if entry.subject == subject]
+        return "\n".join(map(str, about[-limit:]))

@@ -11,6 +11,8 @@ from kevlarflow.wire import steps
 def event_of(header: steps.AnyStepMessage) -> core.Answer | core.ReplicasConfirmed | LaneLeft | None:
     """The core's event; None for a message that is none by itself, such as a step's result, which is in its payload."""
     match header:
+        case steps.Replicated(stage=stage, source=source, standby=standby, stored=stored, dropped=dropped):
+            return core.ReplicasConfirmed(stage, source, standby, _replicas(stored), _replicas(dropped))
         case steps.Joined(epoch=epoch, stage=stage):
             return core.StageJoined(epoch, stage)
         case steps.Recomputed(epoch=epoch, sequence=sequence):
@@ -23,8 +25,6 @@ def event_of(header: steps.AnyStepMessage) -> core.Answer | core.ReplicasConfirm
             return core.StageFlushed(epoch, stage)
         case steps.StepFailed(epoch=epoch, sequence=sequence, stage=stage, reason=reason):
             return core.StepBroken(epoch, sequence, stage, reason)
-        case steps.Replicated(stage=stage, source=source, standby=standby, stored=stored, dropped=dropped):
-            return core.ReplicasConfirmed(stage, source, standby, _replicas(stored), _replicas(dropped))
         case steps.Left(epoch=epoch, member=member):
             return LaneLeft(epoch, member)
     return None
