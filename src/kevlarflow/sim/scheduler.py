@@ -320,8 +320,11 @@ class ToyScheduler:
         self.held = []
 
     def _hold_back(self) -> None:
+        if not self.waiting:
+            return
+        room = self.blocks.capacity * self.blocks.size
         for request in list(self.waiting):
-            if len(request.tokens) + 1 > self.blocks.capacity * self.blocks.size:
+            if len(request.tokens) + 1 > room:
                 self.waiting.remove(request)
                 self.held.append(request)
 
