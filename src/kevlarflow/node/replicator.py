@@ -33,7 +33,7 @@ log = logging.getLogger("kevlarflow.replication")
 MAX_OUTCOMES = 10_000
 """Answers that wait for the main thread."""
 MAX_ARRIVALS = 16
-"""Copies that are stored before it is the turn of this node's own."""
+"""Messages of others that are stored before it is the turn of this node's own."""
 AFTER_FAILURE_SECONDS = 0.1
 WHOLE_BLOCK_INTERVAL_TOKENS = 32
 """Where a block can only be copied whole, that is done no more often than after so many tokens."""
@@ -122,8 +122,7 @@ class Replicator(threading.Thread):
             arrival = self._transfer.receive()
             if arrival is None:
                 break
-            stored = self._standby.take(arrival, self._transfer)
-            if stored is not None:
+            for stored in self._standby.take(arrival, self._transfer):
                 self._back(stored.block)
         else:
             self.ring()

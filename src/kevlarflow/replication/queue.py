@@ -31,12 +31,17 @@ class Due(NamedTuple):
     replica: Replica
     start: int
 
+    @property
+    def tokens(self) -> int:
+        """How many are copied."""
+        return self.replica.filled - self.start
+
 
 class ReplicationQueue:
     """See the module's text. `interval` is tokens between copies of a partly filled block; 0 copies full ones only."""
 
     def __init__(self, block_size: int, interval: int) -> None:
-        self._block_size = block_size
+        self.block_size = block_size
         self._usual_interval = self._interval = interval
         self._lock = threading.Lock()
         self._holds: dict[int, Replica] = {}
@@ -84,7 +89,7 @@ class ReplicationQueue:
 
     def is_full(self, replica: Replica) -> bool:
         """Whether the replica is of a whole block."""
-        return replica.filled == self._block_size
+        return replica.filled == self.block_size
 
     def restart(self) -> None:
         """There is a new standby, which has nothing."""
@@ -129,19 +134,27 @@ class ReplicationQueue:
 
     def _interval_at(self, depth: int) -> int:
         """A token costs the more to compute again the more come before it: so long contexts are copied more often."""
-        return max(1, self._interval // (1 + depth * self._block_size // LONG_CONTEXT_TOKENS))
+        return max(1, self._interval // (1 + depth * self.block_size // LONG_CONTEXT_TOKENS))
 
-    def next(self) -> Due | None:
-        """The copy to make next, oldest first; it is no longer due."""
+    def next(self, most_tokens: int | None = None) -> Due | None:
+        """The copy to make next, oldest first; it is no longer due. None as well while it has more tokens than that."""
         with self._lock:
             while self._due:
                 block = next(iter(self._due))
+                due = self._due_of(block)
+                if due is not None and most_tokens is not None and due.tokens > most_tokens:
+                    return None
                 del self._due[block]
-                replica = self._holds.get(block)
-                if replica is not None and self._is_due(replica):
+                if due is not None:
                     self._copying.add(block)
-                    return Due(replica, 0 if block in self._dropped else self._sent_of(replica))
+                    return due
             return None
+
+    def _due_of(self, block: int) -> Due | None:
+        replica = self._holds.get(block)
+        if replica is None or not self._is_due(replica):
+            return None
+        return Due(replica, 0 if block in self._dropped else self._sent_of(replica))
 
     def finish(self, copied: Due) -> Replica | None:
         """What a finished copy is, which then counts as sent; None when the block was given away meanwhile.

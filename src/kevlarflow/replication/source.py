@@ -1,10 +1,11 @@
-"""The source's half of replication: copy what is due to the standby of each lane, one block at a time.
+"""The source's half of replication: copy what is due to the standby of each lane, a message at a time.
 
-Of a block whose first tokens the standby has, only those behind them are copied. The copy is made first and the block
-looked at again afterwards: only if it still holds what it held is the copy sent. No step waits for any of it. A standby
-that is slow, stopped or gone costs nothing but coverage: a few copies may be unanswered; then copying stops, and what
-was not answered in time is due again. Traffic is capped, so that catching up after a failure does not take the memory
-bandwidth that decoding needs.
+A message holds one full block, or the newest tokens of many: what a step has added to all requests of a lane is little
+more work than what it has added to one. Of a block whose first tokens the standby has, only those behind them are
+copied. A copy is made first and the block looked at again afterwards: only if it still holds what it held is it sent.
+No step waits for any of it. A standby that is slow, stopped or gone costs nothing but coverage: a few messages may be
+unanswered; then copying stops, and what was not answered in time is due again. Traffic is capped, so that catching up
+after a failure does not take the memory bandwidth that decoding needs.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import logging
 import threading
 import zlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import msgspec
 
-from kevlarflow.recovery.coverage import Replica
 from kevlarflow.replication.blocks import KvBlocks
 from kevlarflow.replication.queue import Due, ReplicationQueue
 from kevlarflow.replication.transfer import CHANNEL_PLACES, Outlet, Transfer
@@ -25,6 +26,8 @@ from kevlarflow.wire import replicas, steps
 
 log = logging.getLogger("kevlarflow.replication")
 
+MAX_COPIES = 64
+"""Copies in a message; it is no longer than a block either."""
 UNANSWERED_SECONDS = 2.0
 """After this long without an answer, copies that are on their way are given up, and are due again."""
 CLOSED_SECONDS = 10.0
@@ -48,15 +51,24 @@ class LaneReplication:
         self.channels_wanted = 0
         """Counts the occasions on which a new channel was asked for."""
         self.copied_at = 0.0
-        """When the last copy was sent: who waits longest has the first choice of what the cap allows."""
+        """When the last message was sent: who waits longest has the first choice of what the cap allows."""
         self.full_bytes = 0
         """Sent as copies of full blocks."""
         self.partial_bytes = 0
         """Sent as copies of partly filled ones."""
         self.refused = 0
-        """Copies that a standby called wrong."""
+        """Messages that a standby called wrong."""
         self.flushing = False
         """Whether it is to be said when nothing is left to copy."""
+
+
+class _Message(NamedTuple):
+    """Copies that go together, as what they make of their replicas, and the memory that they are in."""
+
+    copies: Sequence[Due]
+    buffer: memoryview
+    length: int
+    """Bytes of `buffer` that they take."""
 
 
 class _Channel:
@@ -67,9 +79,11 @@ class _Channel:
         self.number = number
         """What `channels_wanted` was when it was opened."""
         self.outlet = outlet
-        self.unanswered: dict[replicas.Tag, tuple[Replica, memoryview]] = {}
+        self.sent = 0
+        """Messages so far, which number them."""
+        self.unanswered: dict[int, _Message] = {}
         self.buffers = [memoryview(bytearray(block_bytes)) for _ in range(CHANNEL_PLACES)]
-        """Host memory that is free for the next copies."""
+        """Host memory that is free for the next messages."""
         self.sent_at = 0.0
         self.closed_at: float | None = None
 
@@ -125,7 +139,7 @@ class Source:
     # ---- the replication thread
 
     def turn(self, transfer: Transfer, now: float) -> float:
-        """Copy at most one block of each lane; returns the seconds until there may be something to do again."""
+        """Send at most one message of each lane; returns the seconds until there may be something to do again."""
         with self._lock:
             lanes = sorted(self._lanes.values(), key=lambda lane: lane.copied_at)
         self._close_abandoned({lane.pipeline for lane in lanes})
@@ -134,7 +148,7 @@ class Source:
             channel = self._channel(lane, transfer, now)
             if channel is not None:
                 self._take_answers(lane, channel, now)
-                waits.append(self._copy_one(lane, channel, now))
+                waits.append(self._copy_some(lane, channel, now))
             if lane.flushing and not _is_busy(lane, channel):
                 lane.flushing = False
                 self._report(steps.Flushed(lane.pipeline, lane.epoch, self._stage))
@@ -162,8 +176,8 @@ class Source:
         self._channels[lane.pipeline] = channel
         return channel
 
-    def _copy_one(self, lane: LaneReplication, channel: _Channel, now: float) -> float:
-        """Returns the seconds until the next copy of this lane may be made."""
+    def _copy_some(self, lane: LaneReplication, channel: _Channel, now: float) -> float:
+        """Returns the seconds until the next copies of this lane may be made."""
         if channel.closed_at is not None:
             return IDLE_SECONDS
         if channel.unanswered and now - channel.sent_at > UNANSWERED_SECONDS:
@@ -172,63 +186,80 @@ class Source:
             return BLOCKED_SECONDS
         if now < self._next_copy_at:
             return self._next_copy_at - now
-        due = lane.queue.next()
-        if due is None:
+        if lane.queue.is_empty:
             return IDLE_SECONDS
-        return self._copy(lane, channel, due, now)
-
-    def _copy(self, lane: LaneReplication, channel: _Channel, due: Due, now: float) -> float:
-        buffer = channel.buffers.pop()
-        due, data = self._read(lane, due, buffer)
-        replica = lane.queue.finish(due)
-        if replica is None:
-            channel.buffers.append(buffer)
+        message = self._copy(lane, channel.buffers.pop())
+        if not message.copies:
+            # All of it was given away meanwhile.
+            channel.buffers.append(message.buffer)
             return 0.0
+        return self._send(lane, channel, message, now)
+
+    def _copy(self, lane: LaneReplication, buffer: memoryview) -> _Message:
+        """Copy what is due into `buffer`, oldest first and as much as fits."""
+        copies: list[Due] = []
+        length, room = 0, lane.queue.block_size
+        while len(copies) < MAX_COPIES and (due := lane.queue.next(room)) is not None:
+            due, size = self._read(lane, due, buffer[length:])
+            replica = lane.queue.finish(due)
+            if replica is not None:
+                copies.append(Due(replica, due.start))
+                length += size
+                room = (len(buffer) - length) // self._blocks.token_bytes if self._blocks.token_bytes else 0
+        return _Message(copies, buffer, length)
+
+    def _send(self, lane: LaneReplication, channel: _Channel, message: _Message, now: float) -> float:
+        """Returns the seconds until the next copies of this lane may be made."""
+        data = message.buffer[: message.length]
         revalued = lane.queue.revalued(MAX_REVALUED)
+        number = channel.sent + 1
         header = replicas.Store(
+            number=number,
             pipeline=lane.pipeline,
             epoch=lane.epoch,
             stage=self._stage,
-            block=replica.block,
-            generation=replica.generation,
-            start=due.start,
-            filled=replica.filled,
-            depth=replica.depth,
-            length=len(data),
+            copies=tuple(map(_as_sent, message.copies)),
+            length=message.length,
             checksum=zlib.crc32(data),
-            worth=replica.worth,
             revalued=tuple(revalued),
         )
         if not channel.outlet.send(replicas.encode(header), data):
-            lane.queue.not_sent(replica)
-            channel.buffers.append(buffer)
+            for copy in message.copies:
+                lane.queue.not_sent(copy.replica)
+            channel.buffers.append(message.buffer)
             return BLOCKED_SECONDS
         lane.queue.told(revalued)
-        channel.unanswered[replica.block, replica.generation, replica.filled] = (replica, buffer)
+        channel.sent, channel.unanswered[number] = number, message
         channel.sent_at = lane.copied_at = now
-        if lane.queue.is_full(replica):
-            lane.full_bytes += len(data)
-        else:
-            lane.partial_bytes += len(data)
-        pause = len(data) / self._bytes_per_second
+        self._count(lane, message)
+        pause = message.length / self._bytes_per_second
         self._next_copy_at = now + pause
         return pause
 
-    def _read(self, lane: LaneReplication, due: Due, buffer: memoryview) -> tuple[Due, memoryview]:
-        """Copy what is due, or the whole block where it is all due or cannot be taken apart; what was copied."""
+    def _count(self, lane: LaneReplication, message: _Message) -> None:
+        full = sum(self._bytes_of(copy) for copy in message.copies if lane.queue.is_full(copy.replica))
+        lane.full_bytes += full
+        lane.partial_bytes += message.length - full
+
+    def _bytes_of(self, copy: Due) -> int:
+        return copy.tokens * self._blocks.token_bytes if copy.start else self._blocks.block_bytes
+
+    def _read(self, lane: LaneReplication, due: Due, into: memoryview) -> tuple[Due, int]:
+        """Copy what is due, or the whole block where it is all due or cannot be taken apart; what, and its bytes."""
         replica, start = due
-        block, tokens = lane.table[replica.block], replica.filled - start
+        block = lane.table[replica.block]
         if self._blocks.token_bytes == 0 or (start == 0 and lane.queue.is_full(replica)):
-            self._blocks.read(block, buffer)
-            return Due(replica, 0), buffer
-        data = buffer[: tokens * self._blocks.token_bytes]
-        self._blocks.read_tokens(block, start, replica.filled, data)
-        return due, data
+            self._blocks.read(block, into[: self._blocks.block_bytes])
+            return Due(replica, 0), self._blocks.block_bytes
+        size = due.tokens * self._blocks.token_bytes
+        self._blocks.read_tokens(block, start, replica.filled, into[:size])
+        return due, size
 
     def _give_up(self, lane: LaneReplication, channel: _Channel) -> None:
         """Take back what the standby does not answer; it may still be read, so its buffers are not used again."""
-        for replica, _ in channel.unanswered.values():
-            lane.queue.not_sent(replica)
+        for message in channel.unanswered.values():
+            for copy in message.copies:
+                lane.queue.not_sent(copy.replica)
         channel.unanswered.clear()
         channel.buffers = [memoryview(bytearray(self._blocks.block_bytes)) for _ in range(CHANNEL_PLACES)]
 
@@ -239,10 +270,10 @@ class Source:
             except msgspec.MsgspecError:
                 answer = replicas.Closed("the standby's answer makes no sense")
             match answer:
-                case replicas.Outcome(stored=stored, dropped=dropped, lacking=lacking):
-                    for tag in (*stored, *dropped, *lacking):
-                        if tag in channel.unanswered:
-                            channel.buffers.append(channel.unanswered.pop(tag)[1])
+                case replicas.Outcome(number=number, dropped=dropped, lacking=lacking):
+                    message = channel.unanswered.pop(number, None)
+                    if message is not None:
+                        channel.buffers.append(message.buffer)
                     lane.queue.dropped(block for block, _, _ in dropped)
                     lane.queue.lacking(block for block, _, _ in lacking)
                     self._tell(lane, answer)
@@ -272,6 +303,13 @@ class Source:
                 refused=lane.refused,
             )
         )
+
+
+def _as_sent(copy: Due) -> replicas.Copy:
+    replica, start = copy
+    return replicas.Copy(
+        replica.block, replica.generation, start, replica.filled, depth=replica.depth, worth=replica.worth
+    )
 
 
 def _is_busy(lane: LaneReplication, channel: _Channel | None) -> bool:

@@ -1,7 +1,7 @@
-"""The standby's half of replication: judge each copy that comes, store it, and say what became of it.
+"""The standby's half of replication: judge each message of copies that comes, store them, and say what became of them.
 
-Nothing about a copy is believed. One that is wrong in any point is dropped and counted, and its channel is closed: the
-peer is told, and not heard again. Stored content is named by its tag alone; the epoch only says who may write.
+Nothing about a message is believed. One that is wrong in any point is dropped and counted, and its channel is closed:
+the peer is told, and not heard again. Stored content is named by its tag alone; the epoch only says who may write.
 """
 
 from __future__ import annotations
@@ -58,57 +58,71 @@ class Standby:
         """Who has sent the newest copy of each lane."""
         self._closed: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self.refused = 0
-        """Copies that were wrong."""
+        """Messages that were wrong."""
 
-    def take(self, arrival: Arrival, transfer: Transfer) -> Replica | None:
-        """Judge, store and answer one copy; returns what was stored."""
+    def take(self, arrival: Arrival, transfer: Transfer) -> list[Replica]:
+        """Judge, store and answer one message; returns what was stored."""
         if arrival.peer in self._closed:
-            return None
-        copy = self._judge(arrival)
-        if isinstance(copy, str):
-            self._close(arrival.peer, copy, transfer)
-            return None
-        pipeline, peer = copy.pipeline, arrival.peer
-        self._epochs[pipeline], self._sources[pipeline] = copy.epoch, peer
-        self._store.revalue(pipeline, copy.revalued)
-        replica = Replica(copy.block, copy.generation, copy.filled, copy.depth, copy.worth)
-        try:
-            dropped = self._store.put(pipeline, replica, arrival.data, copy.start)
-        except NothingToGoOnFrom:
-            self._say(peer, pipeline, transfer, lacking=(_tag(replica),))
-            return None
-        stored = () if (pipeline, replica) in dropped else (_tag(replica),)
-        self._say(peer, pipeline, transfer, stored=stored, dropped=dropped)
+            return []
+        message = self._judge(arrival)
+        if isinstance(message, str):
+            self._close(arrival.peer, message, transfer)
+            return []
+        pipeline, peer = message.pipeline, arrival.peer
+        self._epochs[pipeline], self._sources[pipeline] = message.epoch, peer
+        self._store.revalue(pipeline, message.revalued)
+        kept, dropped, lacking = self._keep(message, arrival.data)
+        self._say(peer, pipeline, transfer, message.number, stored=kept, dropped=dropped, lacking=lacking)
         for other in {owner for owner, _ in dropped if owner != pipeline and owner in self._sources}:
             self._say(self._sources[other], other, transfer, dropped=dropped)
-        return replica if stored else None
+        return kept
+
+    def _keep(self, message: replicas.Store, data: memoryview) -> tuple[list[Replica], list[Dropped], list[Replica]]:
+        """What of a message is here now, what had to go for it, and what had nothing to go on from."""
+        pipeline, begin = message.pipeline, 0
+        taken, dropped, lacking = list[Replica](), list[Dropped](), list[Replica]()
+        for copy in message.copies:
+            end = begin + self._bounds.length(copy.start, copy.filled)
+            replica = Replica(copy.block, copy.generation, copy.filled, copy.depth, copy.worth)
+            try:
+                dropped += self._store.put(pipeline, replica, data[begin:end], copy.start)
+                taken.append(replica)
+            except NothingToGoOnFrom:
+                lacking.append(replica)
+            begin = end
+        # One copy of a message may have had to make room for the next.
+        return [replica for replica in taken if (pipeline, replica) not in dropped], dropped, lacking
 
     def _judge(self, arrival: Arrival) -> replicas.Store | str:
-        """The copy's header, or what is wrong with the copy."""
+        """The message's header, or what is wrong with the message."""
         try:
-            copy = replicas.decode(arrival.header)
+            message = replicas.decode(arrival.header)
         except msgspec.MsgspecError:
             return "no copy of a block"
-        if not isinstance(copy, replicas.Store):
+        if not isinstance(message, replicas.Store) or not message.copies:
             return "no copy of a block"
-        wrong = self._wrong_tag(copy)
+        wrong = self._wrong_lane(message) or next(filter(None, map(self._wrong_tag, message.copies)), "")
         if wrong:
             return wrong
-        expected = self._bounds.length(copy.start, copy.filled)
-        if not len(arrival.data) == copy.length == expected:
-            return f"{len(arrival.data)} bytes, said to be {copy.length}, where {expected} are right"
-        if copy.epoch < self._epochs.get(copy.pipeline, 0):
-            return f"epoch {copy.epoch} of pipeline {copy.pipeline}, which is at {self._epochs[copy.pipeline]}"
-        if zlib.crc32(arrival.data) != copy.checksum:
+        expected = sum(self._bounds.length(copy.start, copy.filled) for copy in message.copies)
+        if not len(arrival.data) == message.length == expected:
+            return f"{len(arrival.data)} bytes, said to be {message.length}, where {expected} are right"
+        known = self._epochs.get(message.pipeline, 0)
+        if message.epoch < known:
+            return f"epoch {message.epoch} of pipeline {message.pipeline}, which is at {known}"
+        if zlib.crc32(arrival.data) != message.checksum:
             return "wrong checksum"
-        return copy
+        return message
 
-    def _wrong_tag(self, copy: replicas.Store) -> str:
+    def _wrong_lane(self, message: replicas.Store) -> str:
+        if message.stage != self._stage:
+            return f"stage {message.stage} for a standby of stage {self._stage}"
+        if not 0 <= message.pipeline < self._bounds.pipelines:
+            return f"pipeline {message.pipeline} of {self._bounds.pipelines}"
+        return ""
+
+    def _wrong_tag(self, copy: replicas.Copy) -> str:
         bounds = self._bounds
-        if copy.stage != self._stage:
-            return f"stage {copy.stage} for a standby of stage {self._stage}"
-        if not 0 <= copy.pipeline < bounds.pipelines:
-            return f"pipeline {copy.pipeline} of {bounds.pipelines}"
         if not (0 <= copy.block < bounds.blocks and 0 <= copy.start < copy.filled <= bounds.block_size):
             return f"block {copy.block} of {bounds.blocks}, tokens {copy.start} to {copy.filled} of {bounds.block_size}"
         if copy.start and not bounds.token_bytes:
@@ -130,16 +144,19 @@ class Standby:
         peer: bytes,
         pipeline: PipelineId,
         transfer: Transfer,
-        stored: tuple[replicas.Tag, ...] = (),
+        number: int = 0,
+        *,
+        stored: Sequence[Replica] = (),
         dropped: Sequence[Dropped] = (),
-        lacking: tuple[replicas.Tag, ...] = (),
+        lacking: Sequence[Replica] = (),
     ) -> None:
         outcome = replicas.Outcome(
+            number=number,
             pipeline=pipeline,
             standby=self._member,
-            stored=stored,
+            stored=tuple(map(_tag, stored)),
             dropped=tuple(_tag(replica) for owner, replica in dropped if owner == pipeline),
-            lacking=lacking,
+            lacking=tuple(map(_tag, lacking)),
             used_bytes=self._store.bytes_of(pipeline),
             limit_bytes=self._store.limit_bytes,
         )

@@ -1,9 +1,9 @@
 """What a node and its standby say to one another: copies of KV blocks, and what became of them.
 
-A copy carries its tag (lane, block, generation, tokens filled) and what is needed to doubt it: the epoch of the lane
-that sends it, the stage, the length and a checksum. A standby takes a copy only if all of that is right, and closes
-the channel to whoever sends one that is not. A copy may hold the last tokens of its block only; then the standby must
-have those before them, under the same generation, and says so if it has not.
+A copy carries its tag (lane, block, generation, tokens filled), and the message that it comes in what is needed to
+doubt it: the epoch of the lane that sends it, the stage, the length and a checksum. A standby takes a message only if
+all of that is right, and closes the channel to whoever sends one that is not. A copy may hold the last tokens of its
+block only; then the standby must have those before them, under the same generation, and says so if it has not.
 """
 
 from __future__ import annotations
@@ -23,21 +23,29 @@ class ReplicaMessage(msgspec.Struct, frozen=True, tag=True):
     """Base of every header; the tag on the wire is the class name."""
 
 
-class Store(ReplicaMessage, frozen=True):
-    """Keep this copy; payload: the bytes of tokens `start` to `filled`, or those of the block if that is all of it."""
+class Copy(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens `start` to `filled` of a block."""
 
-    pipeline: PipelineId
-    epoch: Epoch
-    stage: Stage
     block: int
     generation: int
     start: int
     filled: int
     depth: int
+    worth: Worth = Worth.REQUEST
+
+
+class Store(ReplicaMessage, frozen=True):
+    """Keep these copies, of a block each; payload: their bytes, one after another."""
+
+    number: int
+    """Of the message in its channel: 1, 2, ..."""
+    pipeline: PipelineId
+    epoch: Epoch
+    stage: Stage
+    copies: tuple[Copy, ...]
     length: int
     checksum: int
     """CRC-32 of the payload."""
-    worth: Worth = Worth.REQUEST
     revalued: tuple[Revalued, ...] = ()
     """Replicas sent before that are worth something else since: a request has let go of them, or hit them again."""
 
@@ -45,6 +53,8 @@ class Store(ReplicaMessage, frozen=True):
 class Outcome(ReplicaMessage, frozen=True):
     """What the standby has stored of a lane, and what it has dropped to make room."""
 
+    number: int
+    """Of the message that this answers; 0: it answers none, but others needed the room."""
     pipeline: PipelineId
     standby: Member
     stored: tuple[Tag, ...]

@@ -42,9 +42,13 @@ def standby_info(address, name="b"):
     return NodeInfo(Member(name, 1), 0, "here", 1, (1,), "", "", 2, 50, address)
 
 
-def header(payload=b"12345678", **changes):
+def header(payload=b"12345678", copies=None, **changes):
+    """Of a message; `changes` of its fields, or of its one copy."""
+    copy = {"block": 1, "generation": 1, "start": 0, "filled": 4, "depth": 0}
+    copy |= {name: changes.pop(name) for name in [*changes] if name in replicas.Copy.__struct_fields__}
+    copies = (replicas.Copy(**copy),) if copies is None else copies
     fields = {
-        "pipeline": 0, "epoch": 5, "stage": 0, "block": 1, "generation": 1, "start": 0, "filled": 4, "depth": 0,
+        "number": 1, "pipeline": 0, "epoch": 5, "stage": 0, "copies": copies,
         "length": len(payload), "checksum": zlib.crc32(payload),
     } | changes  # fmt: skip
     return replicas.encode(replicas.Store(**fields))

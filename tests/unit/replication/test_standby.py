@@ -12,6 +12,7 @@ from kevlarflow.replication.store import StandbyStore
 from kevlarflow.replication.transfer import Arrival
 from kevlarflow.types import Member
 from kevlarflow.wire import replicas
+from kevlarflow.wire.replicas import Copy
 from unit.replication.parts import BOUNDS, Memory, content, header
 
 DATA = b"12345678"
@@ -42,7 +43,7 @@ def test_a_right_copy_is_stored_and_confirmed():
     bench = Bench()
     bench.send()
     assert content(bench.store, 0, Replica(1, 1, 4)) == DATA
-    assert bench.answers.sent == [(b"a", replicas.Outcome(0, Member("b", 1), ((1, 1, 4),), (), (), 8, 800))]
+    assert bench.answers.sent == [(b"a", replicas.Outcome(1, 0, Member("b", 1), ((1, 1, 4),), (), (), 8, 800))]
 
 
 WRONG = {
@@ -66,6 +67,9 @@ WRONG = {
     "no header": {"raw_header": b""},
     "worth": {"worth": 3},
     "worth of another": {"revalued": ((1, 1, -1),)},
+    "no copy at all": {"copies": ()},
+    "one of two": {"copies": (Copy(1, 1, 0, 2, 0), Copy(100, 1, 0, 2, 0))},
+    "the length of one of two": {"copies": (Copy(1, 1, 0, 2, 0), Copy(2, 1, 0, 4, 0))},
     "nonsense": {"raw_header": b"\xff\x00nonsense"},
     "another message": {"raw_header": replicas.encode(replicas.Closed("why"))},
 }
@@ -103,7 +107,7 @@ def test_a_full_standby_says_what_it_dropped_to_whoever_sent_it():
     bench.send(b"other", pipeline=1, block=1, depth=2)
     (asked, stored), (other, lost) = bench.answers.sent[2:]
     assert (asked, stored.dropped) == (b"other", ())
-    assert (other, lost.dropped, lost.used_bytes) == (b"a", ((1, 1, 4),), 8)
+    assert (other, lost.number, lost.dropped, lost.used_bytes) == (b"a", 0, ((1, 1, 4),), 8)
     bench.send(b"a", block=3, depth=9)
     _, outcome = bench.answers.sent[-1]
     assert (outcome.stored, outcome.dropped) == ((), ((3, 1, 4),))
@@ -156,3 +160,21 @@ def test_where_blocks_are_copied_whole_no_tokens_are_taken():
     bench.standby = Standby(Member("b", 1), 0, bench.store, BOUNDS._replace(token_bytes=0))
     bench.send(payload=b"5678", start=2)
     assert bench.standby.refused == 1
+
+
+def test_copies_of_several_blocks_are_stored_each_by_itself_and_answered_at_once():
+    bench = Bench()
+    bench.send(payload=b"12", copies=(Copy(1, 1, 0, 1, 0),), number=7)
+    bench.send(payload=b"3456ab", copies=(Copy(1, 1, 1, 2, 0), Copy(2, 1, 2, 3, 1), Copy(3, 1, 0, 1, 2)), number=8)
+    _, outcome = bench.answers.sent[-1]
+    assert (outcome.number, outcome.stored, outcome.lacking) == (8, ((1, 1, 2), (3, 1, 1)), ((2, 1, 3),))
+    assert content(bench.store, 0, Replica(1, 1, 2))[:4] == b"1234"
+    assert content(bench.store, 0, Replica(2, 1, 3)) is None
+    assert content(bench.store, 0, Replica(3, 1, 1))[:2] == b"ab"
+
+
+def test_a_copy_that_makes_room_for_the_next_of_its_message_was_not_stored():
+    bench = Bench(limit=8)
+    bench.send(payload=b"12ab", copies=(Copy(1, 1, 0, 1, 3), Copy(2, 1, 0, 1, 1)))
+    _, outcome = bench.answers.sent[-1]
+    assert (outcome.stored, outcome.dropped) == (((2, 1, 1),), ((1, 1, 1),))
