@@ -3,7 +3,8 @@
 A node serves one pipeline, or more when it helps out; each has a lane, which is a runner, its KV blocks, an epoch, a
 queue of work in the order the engine sent it, and the activations that the stage before has sent. Work runs when it is
 at the head of its lane, its activations are there, and the lane has all its blocks. Among lanes that can run, the one
-that ran longest ago goes first.
+that ran longest ago goes first; but what a recovery waits for and no model has to run for goes before all, and is no
+turn: clients wait meanwhile, and the other lane loses less than a step.
 
 Epochs fence: a `Join` opens the lane under a newer epoch and forgets everything older, and whatever arrives with an
 older epoch is dropped. Activations may overtake the `Join` of their epoch (they come from another node), so newer
@@ -169,16 +170,17 @@ class Lanes:
     def next_work(self) -> tuple[Lane, Work, Activations | None] | None:
         """Take the next work that can run, or None."""
         lanes = [lane for lane in self._lanes.values() if lane.queue and not lane.blocks.missing]
-        for lane in sorted(lanes, key=lambda lane: lane.last_ran):
+        for lane in sorted(lanes, key=lambda lane: (not _is_urgent(lane), lane.last_ran)):
             work = lane.queue[0]
             activations = None
             if self._needs_activations(work):
                 activations = self._activations.pop(_key(work.header), None)
                 if activations is None:
                     continue
+            if not _is_urgent(lane):
+                self._turn += 1
+                lane.last_ran = self._turn
             lane.queue.popleft()
-            self._turn += 1
-            lane.last_ran = self._turn
             return lane, work, activations
         return None
 
@@ -190,6 +192,17 @@ class Lanes:
                 return not self._is_first_stage
             case Restore() | Flush() | Place() | PlaceRest():
                 return False
+
+
+def _is_urgent(lane: Lane) -> bool:
+    """Whether a recovery waits for the lane's next work, which takes no step's time."""
+    match lane.queue[0].header:
+        case Restore():
+            return True
+        case Place(ahead=ahead):
+            return not ahead
+        case _:
+            return False
 
 
 def _key(header: Header) -> tuple[PipelineId, Epoch, int]:

@@ -4,7 +4,7 @@ from kevlarflow.node.lanes import Lanes, Work
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.replication.queue import ReplicationQueue
 from kevlarflow.replication.source import LaneReplication
-from kevlarflow.wire.steps import Execute, PlaceRest, Recompute, Restore
+from kevlarflow.wire.steps import Execute, Place, PlaceRest, Recompute, Restore
 
 
 class Runner:
@@ -125,6 +125,33 @@ def test_lanes_take_turns():
     while (ready := table.next_work()) is not None:
         order.append(ready[0].pipeline)
     assert order == [0, 1, 0, 1]
+
+
+def test_what_a_recovery_waits_for_goes_first_and_costs_no_turn():
+    table = lanes(first_stage=True)
+    own, borrowed = table.open(0, 1), table.open(1, 1)
+    for sequence in (1, 2):
+        table.add_work(execute(sequence))
+    table.add_work(Work(b"", Place(1, 1), []))
+    assert table.next_work()[0] is borrowed
+    assert table.next_work()[0] is own
+    table.add_work(Work(b"", Restore(1, 1), []))
+    table.add_work(execute(1, pipeline=1))
+    order = [table.next_work() for _ in range(3)]
+    assert [(lane.pipeline, type(work.header)) for lane, work, _ in order] == [
+        (1, Restore), (1, Execute), (0, Execute),
+    ]  # fmt: skip
+
+
+def test_what_is_put_in_place_ahead_of_a_move_has_no_hurry():
+    table = lanes(first_stage=True)
+    table.open(0, 1)
+    table.open(1, 1)
+    table.add_work(execute(1, pipeline=1))
+    table.next_work()
+    table.add_work(execute(1))
+    table.add_work(Work(b"", Place(1, 1, ahead=True), []))
+    assert table.next_work()[0].pipeline == 0
 
 
 def test_activations_may_arrive_before_their_epoch_and_old_ones_are_dropped():
