@@ -28,7 +28,7 @@ LEAST_SLOW_RATIO = 2.0
 PACE_REPORTS = 5
 """What a node says of its pace is judged so many reports at a time."""
 
-DEFAULT_REPLICATION_INTERVAL_TOKENS = 4
+DEFAULT_REPLICATION_INTERVAL_TOKENS = 1
 DEFAULT_BANDWIDTH = 128 << 20
 """Bytes a second that a node may send as copies."""
 
