@@ -25,6 +25,7 @@ from kevlarflow.bench.screen import announce
 from kevlarflow.bench.streams import Request, Stream, chat, send
 from kevlarflow.bench.systems import START_TIMEOUT_SECONDS, ServerProcess, SystemFailed, is_healthy
 from kevlarflow.bench.watch import Watcher, is_settled, recovery_after
+from kevlarflow.control.process import last_words
 from kevlarflow.errors import KevlarFlowError
 from kevlarflow.faults import KillServing, strike, verify
 
@@ -40,9 +41,11 @@ STORY_TOKENS = 160
 KILL_AFTER_TOKENS = 40
 FAULT = KillServing(pipeline=0, stage=1)
 FRAME_SECONDS = 0.05
-STREAM_TIMEOUT_SECONDS = 120.0
-RECOVERY_TIMEOUT_SECONDS = 30.0
+PATIENCE_SECONDS = 60.0
+"""How long nothing at all may come of what the demo waits for: no token of a stream, no status, no record of the
+recovery. A busy machine may take any time for the whole."""
 REJOIN_TIMEOUT_SECONDS = 20.0
+"""How long the demo stays for the replacement, which it is not about."""
 
 
 class DemoFailed(KevlarFlowError):
@@ -109,7 +112,10 @@ class Demo:
         while not await asyncio.to_thread(is_healthy, self._server.address):
             self._server.require_alive()
             if time.monotonic() > deadline:
-                raise DemoFailed(f"the cluster was not ready after {START_TIMEOUT_SECONDS:.0f} s")
+                words = last_words(self._server.log)
+                raise DemoFailed(
+                    f"the cluster was not ready after {START_TIMEOUT_SECONDS:.0f} s, and said last: {words}"
+                )
             await asyncio.sleep(POLL_SECONDS)
         self._say("ready", Tone.GOOD)
 
@@ -131,7 +137,10 @@ class Demo:
         telling = asyncio.create_task(self._tell())
         try:
             await self._kill(telling)
-            await telling
+            for stream in await telling:
+                defect = stream.defect()
+                if defect is not None:
+                    self._say(f"a stream has failed: {defect}", Tone.BAD)
         finally:
             telling.cancel()
 
@@ -147,7 +156,7 @@ class Demo:
         def show(stream: Stream) -> None:
             story.stream = stream
 
-        stream = await send(self._server.address, self._server.model, request, show, STREAM_TIMEOUT_SECONDS)
+        stream = await send(self._server.address, self._server.model, request, show, silence_seconds=PATIENCE_SECONDS)
         story.stream = stream
         return stream
 
@@ -159,9 +168,10 @@ class Demo:
 
         while not due():
             if telling.done():
-                raise DemoFailed("the streams ended before a node could be killed")
+                defects = [defect for stream in telling.result() if (defect := stream.defect()) is not None]
+                raise DemoFailed(": ".join(["the streams ended before a node could be killed", *defects[:1]]))
             await asyncio.sleep(POLL_SECONDS)
-        target = FAULT.aim(await until("a status of the cluster", lambda: self._watcher.latest, 5.0))
+        target = FAULT.aim(await until("a status of the cluster", lambda: self._watcher.latest, PATIENCE_SECONDS))
         self._fault_unix_time = time.time()
         struck = strike(target)
         self._scene.fault_at, self._scene.fault_pipeline = struck.at, FAULT.pipeline
@@ -173,15 +183,17 @@ class Demo:
             status = self._watcher.latest or {"recoveries": []}
             return recovery_after(status, self._fault_unix_time, FAULT.pipeline, FAULT.stage)
 
-        record = await until("a record of the recovery", ended, RECOVERY_TIMEOUT_SECONDS)
+        record = await until("a record of the recovery", ended, PATIENCE_SECONDS)
         if record["state"] != "done":
             raise DemoFailed(f"the cluster records the recovery as {record['state']}")
         return record
 
     async def _replacement(self) -> None:
         """Wait a little for the replacement; it is not what the demo is about."""
-        with contextlib.suppress(SystemFailed):
+        try:
             await until("everybody at home", self._is_settled, REJOIN_TIMEOUT_SECONDS)
+        except SystemFailed:
+            self._say(f"the replacement takes more than {REJOIN_TIMEOUT_SECONDS:.0f} s: it is not waited for")
 
     def _is_settled(self) -> bool:
         return self._watcher.latest is not None and is_settled(self._watcher.latest)

@@ -142,18 +142,35 @@ async def send(
     request: Request,
     listener: Listener | None = None,
     timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
+    silence_seconds: float | None = None,
 ) -> Stream:
-    """Send a request and record its stream to the end, or to its failure."""
+    """Send a request and record its stream to the end, or to its failure.
+
+    With `silence_seconds` it may take any time in all, as long as the next token comes within that.
+    """
     stream = Stream(request.name, time.monotonic(), request.pipeline)
     try:
-        async with asyncio.timeout(timeout_seconds):
-            await _exchange(address, model, request, stream, listener)
+        async with asyncio.timeout(silence_seconds or timeout_seconds) as limit:
+            hears = listener if silence_seconds is None else _postponing(limit, silence_seconds, listener)
+            await _exchange(address, model, request, stream, hears)
     except TimeoutError:
-        stream.failure = f"no end after {timeout_seconds:.0f} s"
+        missed = f"end after {timeout_seconds:g} s" if silence_seconds is None else f"token for {silence_seconds:g} s"
+        stream.failure = f"no {missed}: {stream.tokens} of {request.body['max_tokens']} tokens came"
     except (OSError, EOFError, ValueError, msgspec.DecodeError, asyncio.LimitOverrunError) as error:
         stream.failure = f"{type(error).__name__}: {error}"
     stream.ended_at = time.monotonic()
     return stream
+
+
+def _postponing(limit: asyncio.Timeout, seconds: float, listener: Listener | None) -> Listener:
+    """A listener that puts the limit off with each token, and passes it on."""
+
+    def hear(stream: Stream) -> None:
+        limit.reschedule(asyncio.get_running_loop().time() + seconds)
+        if listener is not None:
+            listener(stream)
+
+    return hear
 
 
 async def _exchange(address: Address, model: str, request: Request, stream: Stream, listener: Listener | None) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from kevlarflow.bench.demo import STORIES, Outcome, opening_scene
+from kevlarflow.bench.demo import STORIES, Demo, DemoFailed, Outcome, opening_scene
 from kevlarflow.bench.scene import Line, Scene, Tone
 from kevlarflow.bench.screen import Picture, announce, showing, summary
 from kevlarflow.bench.streams import Stream
@@ -135,6 +136,21 @@ def test_the_last_line():
     assert good.is_success
     assert not Outcome(0.2, 3, 4, True).is_success
     assert not Outcome(0.2, 4, 4, False).is_success
+
+
+def test_a_demo_that_cannot_kill_says_how_far_its_streams_came():
+    demo = Demo(Console(file=io.StringIO()), opening_scene(), None, None)  # type: ignore[arg-type]
+
+    async def tell() -> list[Stream]:
+        return [Stream("The lighthouse", 0.0, failure="no token for 60 s: 31 of 160 tokens came")]
+
+    async def perform() -> None:
+        telling = asyncio.create_task(tell())
+        await telling
+        await demo._kill(telling)
+
+    with pytest.raises(DemoFailed, match=r"before a node could be killed: The lighthouse: .* 31 of 160 tokens came$"):
+        asyncio.run(perform())
 
 
 # ---- what the status says

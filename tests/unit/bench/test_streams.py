@@ -121,7 +121,28 @@ def test_a_server_that_says_nothing_is_given_up():
             address = Address("127.0.0.1", server.sockets[0].getsockname()[1])
             return await send(address, "m", completion("r", "once", 3), timeout_seconds=0.1)
 
-    assert asyncio.run(main()).failure == "no end after 0 s"
+    assert asyncio.run(main()).failure == "no end after 0.1 s: 0 of 3 tokens came"
+
+
+@pytest.mark.parametrize(("pause", "failure"), [(0.1, None), (10.0, "no token for 0.5 s: 1 of 3 tokens came")])
+def test_a_slow_stream_is_given_up_when_no_token_comes_for_long(pause: float, failure: str | None):
+    pieces = [HEAD, *(chunk(token("a", number)) for number in range(10)), chunk(token("", finish="length"))]
+
+    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for number, piece in enumerate([*pieces, chunk(DONE), chunk(b"")]):
+            writer.write(piece)
+            await asyncio.sleep(0 if number == 0 else pause)
+        writer.close()
+
+    async def main() -> Stream:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            address = Address("127.0.0.1", server.sockets[0].getsockname()[1])
+            request = completion("r", "once", 3)
+            return await send(address, "m", request, timeout_seconds=0.5, silence_seconds=0.5)
+
+    stream = asyncio.run(main())
+    assert stream.failure == failure
+    assert stream.done == (failure is None)
 
 
 @pytest.mark.parametrize(("pipeline", "header"), [(1, b"X-data-parallel-rank: 1"), (None, b"")])
