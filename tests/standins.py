@@ -75,12 +75,15 @@ def wait_until(condition: object, seconds: float = 30.0) -> None:
 def _supervisor(port: int, zygote: str, controller: str, terminal: str) -> int:
     from kevlarflow.cli.main import complain
     from kevlarflow.cli.serve import child_environment, say
+    from kevlarflow.control import supervisor
     from kevlarflow.control.run_folder import RunFolder
     from kevlarflow.control.supervisor import Programs, Supervisor
     from kevlarflow.errors import KevlarFlowError
     from kevlarflow.log_output import lose_what_cannot_be_written
 
     lose_what_cannot_be_written()
+    if zygote == "slow":
+        supervisor.QUIET_SECONDS = 0.5
     signal.signal(signal.SIGHUP, signal.SIG_IGN if terminal == "nohup" else signal.SIG_DFL)
     folder = configuration.run_folder_of(port)
     config = make_config(folder, port)
@@ -108,9 +111,15 @@ def _zygote(behaviour: str, report_fd: int) -> int:
             os.unlink(config.launcher_path)
             json.dump({"error": "no usable temporary folder", "exit_status": 1}, pipe)
             return 1
+        if behaviour == "slow":
+            time.sleep(1.0)
         if behaviour == "dies":
             raise RuntimeError("the zygote had a bad day")
-        targets = {"api-server-dies": _dying_api_server, "api-server-finishes": _finishing_api_server}
+        targets = {
+            "api-server-dies": _dying_api_server,
+            "api-server-finishes": _finishing_api_server,
+            "slow": _slow_api_server,
+        }
         target = targets.get(behaviour, _api_server)
         zygote = Zygote(config, Targets(node=lambda *_: time.sleep(1000), api_server=target))
         zygote.listen()
@@ -145,6 +154,11 @@ def _finishing_api_server(config: ServeConfig) -> None:
     _api_server(config)
 
 
+def _slow_api_server(config: ServeConfig) -> None:
+    time.sleep(4.0)
+    _api_server(config)
+
+
 def _dying_api_server(_: ServeConfig) -> None:
     raise ValueError("no such chat template")
 
@@ -152,6 +166,8 @@ def _dying_api_server(_: ServeConfig) -> None:
 def _controller(behaviour: str) -> int:
     if behaviour == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if behaviour == "starting":
+        _tell_status()
     if behaviour == "gives-up":
         import zmq
 
@@ -163,6 +179,22 @@ def _controller(behaviour: str) -> int:
         router.send_multipart([peer, encode(Fatal("node-0-1 died during start-up"))])
     time.sleep(1000)
     return 0
+
+
+def _tell_status() -> None:
+    """Answer every question with a cluster of which one node is ready."""
+    import zmq
+
+    from kevlarflow.wire.messages import AskStatus, Status, decode, encode
+
+    nodes = [{"state": state} for state in ("ready", "starting", "starting", "starting")]
+    document = {"nodes": nodes, "engines": [{"state": "starting"}], "pipelines": [{"state": "serving"}]}
+    router = zmq.Context.instance().socket(zmq.ROUTER)
+    router.bind(configuration.load().controller_address)
+    while True:
+        peer, frame = router.recv_multipart()
+        if isinstance(decode(frame), AskStatus):
+            router.send_multipart([peer, encode(Status(json.dumps(document).encode()))])
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kevlarflow.bench.systems import free_port
+from kevlarflow.control.awaited import awaited
 from kevlarflow.control.process import Process, last_words
 from kevlarflow.control.supervisor import FAILURES_IN_A_ROW, LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Unit, healthy
 from standins import make_config, members, start_cluster, wait_until
@@ -82,6 +84,15 @@ def test_it_says_what_it_does_and_when_it_is_ready(cluster: Cluster) -> None:
         rf"ready in \d+\.\d s: http://127.0.0.1:{cluster.port}/v1 \(model stand-in, 2 pipelines x 2 stages, 4 nodes\)$",
         cluster.said[-1],
     )
+
+
+def test_a_start_that_takes_long_says_what_it_is_waiting_for(base: Path) -> None:
+    cluster = Cluster(base, zygote="slow", controller="starting")
+    cluster.wait_for(r"^\[ +\d+\.\d s\] waiting for vLLM: ")
+    cluster.wait_for(r"^\[ +\d+\.\d s\] waiting for nodes: 1 of 4 ready \(compiling .*\), engines: 0 of 1 ready$")
+    cluster.wait_for("^ready")
+    cluster.supervisor.terminate()
+    assert cluster.end() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -255,6 +266,28 @@ def test_a_full_disk_costs_the_log_and_not_the_cluster(cluster: Cluster) -> None
     cluster.supervisor.terminate()
     assert cluster.end() == 0
     assert cluster.errors() == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "states", "line"),
+    [
+        ((), None, "waiting for the controller: it has not answered yet"),
+        (
+            (),
+            ("starting", "starting", "waiting"),
+            "waiting for nodes: 0 of 2 ready (compiling takes a minute or two the first time), "
+            "engines: 0 of 2 ready, pipelines: 0 of 2 serving",
+        ),
+        (("--enforce-eager",), ("starting", "ready", "serving"), "waiting for nodes: 0 of 2 ready"),
+        ((), ("ready", "starting", "serving"), "waiting for engines: 0 of 2 ready"),
+        ((), ("ready", "ready", "serving"), "waiting for the API server: it does not answer yet"),
+    ],
+)
+def test_what_is_awaited(tmp_path: Path, arguments: tuple[str, ...], states: tuple[str, ...] | None, line: str) -> None:
+    config = msgspec.structs.replace(make_config(tmp_path, 8000), vllm_args=arguments)
+    kinds = ("nodes", "engines", "pipelines")
+    status = {kind: [{"state": state}] * 2 for kind, state in zip(kinds, states, strict=True)} if states else None
+    assert awaited(config, status, model_is_checked=True) == line
 
 
 def dead_process() -> Process:

@@ -31,15 +31,29 @@ import zmq
 
 from kevlarflow.config import RUN_FOLDER_VARIABLE, RUN_ID_VARIABLE, ServeConfig
 from kevlarflow.control import guardian
+from kevlarflow.control.awaited import awaited
 from kevlarflow.control.process import Process, last_words, reap, spawn
 from kevlarflow.control.run_folder import RunFolder
 from kevlarflow.errors import StartupFailed
 from kevlarflow.kinship import adopt_orphans
-from kevlarflow.wire.messages import Availability, Fatal, Narration, StartApiServer, Started, Subscribe, decode, encode
+from kevlarflow.wire.messages import (
+    AskStatus,
+    Availability,
+    Fatal,
+    Narration,
+    StartApiServer,
+    Started,
+    Status,
+    Subscribe,
+    decode,
+    encode,
+)
 
 TICK_MS = 100
 """How often the supervisor looks at what does not wake it: the clock and, before it is ready, ``/health``."""
 SUBSCRIBE_SECONDS = 1.0
+QUIET_SECONDS = 15.0
+"""After so long without a line, a start-up says what it is waiting for."""
 LONG_LIFE_SECONDS = 60.0
 """A unit that lived longer than this has not failed in a row."""
 FAILURES_IN_A_ROW = 6
@@ -104,7 +118,7 @@ class Supervisor:
         self.programs = programs
         self.run_folder = run_folder
         self.say = say
-        self.begun_at = time.monotonic()
+        self.begun_at = self.said_at = time.monotonic()
         self.ready = False
         self.serving = False
         """Whether a pipeline can generate, as the controller said last."""
@@ -120,6 +134,8 @@ class Supervisor:
         self.lifeline = -1
         self.report: int | None = None
         self.model: dict[str, Any] | None = None
+        self.status: dict[str, Any] | None = None
+        """The controller's newest status document, until the cluster is ready."""
         self.signals: list[int] = []
         self.incidents = 0
         """Processes that ended otherwise than with status 0, before anybody was asked to leave."""
@@ -258,6 +274,8 @@ class Supervisor:
                     self._say_with_time(text)
                 case Availability(serving=serving):
                     self.serving = serving
+                case Status(document=document):
+                    self.status = msgspec.json.decode(document)
                 case Fatal(reason=reason):
                     raise StartupFailed(f"{reason}; logs in {self.run_folder.log_path}")
 
@@ -279,6 +297,8 @@ class Supervisor:
             self.subscribe_at = now + SUBSCRIBE_SECONDS
             try:
                 self.observer.send(encode(Subscribe(narration=True)), zmq.NOBLOCK)
+                if not self.ready:
+                    self.observer.send(encode(AskStatus()), zmq.NOBLOCK)
             except zmq.Again:
                 return  # Not connected; the next time will do.
 
@@ -290,10 +310,17 @@ class Supervisor:
             self.say(ready_line(self.config, time.monotonic() - self.begun_at))
         elif time.monotonic() - self.begun_at > self.config.timeouts.startup_timeout_s:
             raise StartupFailed(
-                f"not ready after {self.config.timeouts.startup_timeout_s} s; logs in {self.run_folder.log_path}"
+                f"not ready after {self.config.timeouts.startup_timeout_s} s: {self._awaited()}; "
+                f"logs in {self.run_folder.log_path}"
             )
+        elif time.monotonic() - self.said_at > QUIET_SECONDS:
+            self._say_with_time(self._awaited())
+
+    def _awaited(self) -> str:
+        return awaited(self.config, self.status, model_is_checked=self.model is not None)
 
     def _say_with_time(self, text: str) -> None:
+        self.said_at = time.monotonic()
         self.say(f"[{time.monotonic() - self.begun_at:5.1f} s] {text}")
 
     # ---- leaving
