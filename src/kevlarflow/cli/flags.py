@@ -1,8 +1,9 @@
 """The command line of ``kevlarflow serve``: takes the flags that are KevlarFlow's, keeps the rest for vLLM.
 
 vLLM has some three hundred flags, and its parser takes 8 s to import. So this parser knows KevlarFlow's flags only,
-and leaves everything else as it was typed. It cannot know whether a foreign flag takes a value; a word that stands
-behind one therefore goes to vLLM with it, and MODEL is a word that does not: it comes first, or behind a flag of ours.
+and leaves everything else as it was typed (`cli.vllm_flags` looks whether there is such a flag). It cannot know whether
+a foreign flag takes a value; a word that stands behind one therefore goes to vLLM with it, and MODEL is a word that
+does not: it comes first, or behind a flag of ours.
 Names are read as vLLM reads them: long or short, ``--flag value`` or ``--flag=value``, dashes or underscores.
 """
 
@@ -71,6 +72,8 @@ _TAKEN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--slow-node-seconds": ("slow_node_seconds", float),
     "--replacement-wait": ("replacement_wait", float),
 }
+OURS = tuple(_TAKEN)
+"""The names that are taken here; vLLM has some of them as well."""
 
 
 def parse(words: list[str]) -> ServeFlags:

@@ -16,9 +16,10 @@ import msgspec
 
 from kevlarflow import config as configuration
 from kevlarflow.cli import preflight
-from kevlarflow.cli.flags import ServeFlags, parse, value_given
+from kevlarflow.cli.flags import OURS, ServeFlags, parse, value_given
 from kevlarflow.cli.model_files import ModelFiles, find
 from kevlarflow.cli.preflight import GIB, LARGEST_DEFAULT_KV_BYTES, MIB, Size, gib
+from kevlarflow.cli.vllm_flags import refuse_unknown
 from kevlarflow.config import (
     DEFAULT_BANDWIDTH,
     DEFAULT_PORT,
@@ -67,6 +68,7 @@ def run(arguments: list[str]) -> int:
     flags = parse(arguments)
     if flags.help is not None:
         return _explain(flags.help)
+    refuse_unknown(flags.vllm_args, OURS)
     config = _as_typed(flags)
     # Before a model is fetched for what makes no cluster.
     configuration.check(config)

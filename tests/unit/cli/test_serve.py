@@ -91,6 +91,8 @@ def test_vllms_variable_counts_when_the_flag_is_not_given(
         ),
         (["-dp", "60"], NotEnoughMemory, "lower -dp"),
         (["--replacement-wait", "-1"], UsageError, "is no bound"),
+        (["--max-model-lenght", "64"], UsageError, "no flag --max-model-lenght: did you mean --max-model-len?"),
+        (["--replacement-wiat", "1"], UsageError, "did you mean --replacement-wait?"),
     ],
 )
 def test_what_cannot_work_is_named_before_anything_starts(
