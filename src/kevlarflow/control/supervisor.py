@@ -34,7 +34,7 @@ from kevlarflow.control import guardian
 from kevlarflow.control.awaited import awaited
 from kevlarflow.control.process import Process, last_words, reap, spawn
 from kevlarflow.control.run_folder import RunFolder
-from kevlarflow.errors import StartupFailed
+from kevlarflow.errors import INTERRUPTED, StartupFailed, UsageError
 from kevlarflow.kinship import adopt_orphans
 from kevlarflow.wire.messages import (
     AskStatus,
@@ -150,6 +150,7 @@ class Supervisor:
         """Serve until a signal comes; return the exit status. Raises one of our errors, with nothing left behind."""
         adopt_orphans()
         self._take_signals()
+        keeps_logs = True
         try:
             while not self.signals:
                 now = time.monotonic()
@@ -161,11 +162,17 @@ class Supervisor:
                     self._look_whether_ready()
             self.say("stopping")
             self._end_gently()
+            keeps_logs = self.incidents > 0
+        except UsageError:
+            keeps_logs = False  # Nothing has failed: what was asked for cannot work.
+            raise
         finally:
             self._sweep()
-        if self.ready and not self.incidents:
-            self.run_folder.remove_logs()
-        return 0
+            if not keeps_logs:
+                self.run_folder.remove_logs()
+        if keeps_logs:
+            self.say(f"logs are kept in {self.run_folder.log_path}, because a process has failed")
+        return 0 if self.ready else INTERRUPTED
 
     # ---- starting
 
@@ -251,9 +258,9 @@ class Supervisor:
         if "model" not in told and self.ready:
             return  # What was right at the start cannot be wrong now: its exit is seen, and it is started again.
         if "model" not in told:
-            failure = StartupFailed(told["error"])
-            failure.exit_status = told["exit_status"]
-            raise failure
+            if told["exit_status"] == UsageError.exit_status:
+                raise UsageError(told["error"])
+            raise StartupFailed(f"{told['error']}; logs in {self.run_folder.log_path}")
         self.model = told["model"]
         if not self.ready:
             self._say_with_time(
