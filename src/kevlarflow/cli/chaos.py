@@ -70,7 +70,7 @@ def _perform(name: str, scenario: Scenario, options: argparse.Namespace) -> tupl
     """One scenario: its exit status and its report."""
     from rich.console import Console
 
-    from kevlarflow.bench.chaos import judge, show
+    from kevlarflow.bench.chaos import show
     from kevlarflow.bench.chaos.scenario import as_data
     from kevlarflow.faults import FaultDidNotHappen
 
@@ -82,28 +82,33 @@ def _perform(name: str, scenario: Scenario, options: argparse.Namespace) -> tupl
     screen = show.Screen(console, f"{title}: {scenario.about}")
     report: dict[str, Any] = {"scenario": title, "outcome": "void", "definition": as_data(scenario)}
     try:
-        seen = _observe(scenario, options.port, screen, console)
+        seen, verdicts = _observe(scenario, options.port, screen, console)
     except FaultDidNotHappen as error:
         report["reason"] = str(error)
         print(f"VOID {title}: {error}", file=out, flush=True)
         return error.exit_status, report
-    verdicts = judge.judge(scenario.checks, seen)
     console.print(show.verdicts(verdicts))
     print(show.last_line(title, verdicts), file=out, flush=True)
     holds = all(verdict.holds for verdict in verdicts)
     return 0 if holds else FAILED, report | _account(seen, verdicts, holds=holds)
 
 
-def _observe(scenario: Scenario, port: int | None, screen: Screen, console: Console) -> Observed:
+def _observe(scenario: Scenario, port: int | None, screen: Screen, console: Console) -> tuple[Observed, list[Verdict]]:
+    """What was seen, and how that is judged; the cluster's log stays when a check does not hold."""
     from kevlarflow.bench.chaos import stage
+    from kevlarflow.bench.chaos.judge import judge
     from kevlarflow.default_model import ensure_default_model
 
     if port is not None:
-        return stage.on_cluster(scenario, stage.local(port), screen)
+        seen = stage.on_cluster(scenario, stage.local(port), screen)
+        return seen, judge(scenario.checks, seen)
     if scenario.cluster.model is None:
         ensure_default_model()
-    with log_folder("chaos", functools.partial(console.print, markup=False)) as folder:
-        return stage.on_own_cluster(scenario, folder, screen)
+    with log_folder("chaos", functools.partial(console.print, markup=False)) as logs:
+        seen = stage.on_own_cluster(scenario, logs.folder, screen)
+        verdicts = judge(scenario.checks, seen)
+        logs.are_kept = not all(verdict.holds for verdict in verdicts)
+    return seen, verdicts
 
 
 def _account(seen: Observed, verdicts: list[Verdict], *, holds: bool) -> dict[str, Any]:

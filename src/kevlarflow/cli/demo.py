@@ -31,8 +31,8 @@ def run(arguments: list[str]) -> int:
 
     ensure_default_model()
     console = Console(highlight=False, force_terminal=False if options.plain else None)
-    with treated_as_interrupt(), log_folder("demo", functools.partial(console.print, markup=False)) as folder:
-        return _perform(console, folder)
+    with treated_as_interrupt(), log_folder("demo", functools.partial(console.print, markup=False)) as logs:
+        return _perform(console, logs.folder)
 
 
 def _perform(console: Console, folder: Path) -> int:

@@ -9,17 +9,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+class Logs:
+    """A folder of logs, while a command works with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.are_kept = False
+        """Whether they are worth something afterwards."""
+
+
 @contextmanager
-def log_folder(command: str, say: Callable[[str], None]) -> Iterator[Path]:
-    """A new folder; after an error it stays, and `say` is told where it is."""
-    folder = Path(tempfile.mkdtemp(prefix=f"kevlarflow-{command}-"))
-    keep = False
+def log_folder(command: str, say: Callable[[str], None]) -> Iterator[Logs]:
+    """A new folder; after an error, or when somebody wants it kept, it stays, and `say` is told where it is."""
+    logs = Logs(Path(tempfile.mkdtemp(prefix=f"kevlarflow-{command}-")))
     try:
-        yield folder
+        yield logs
     except Exception:
-        keep = True
-        say(f"the cluster's log is kept in {folder}")
+        logs.are_kept = True
         raise
     finally:
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
+        if logs.are_kept:
+            say(f"the cluster's log is kept in {logs.folder}")
+        else:
+            shutil.rmtree(logs.folder, ignore_errors=True)

@@ -51,9 +51,10 @@ def _soak(options: argparse.Namespace, command: str) -> int:
     )
     stem = f"{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}-soak"
     say = functools.partial(console.print, markup=False)
-    with log_folder("soak", say) as folder:
-        soak.run(result, folder, say, lambda: soak_report.save(result, options.output, stem))
-    verdicts = soak.judge(result)
+    with log_folder("soak", say) as logs:
+        soak.run(result, logs.folder, say, lambda: soak_report.save(result, options.output, stem))
+        verdicts = soak.judge(result)
+        logs.are_kept = not all(verdict.holds for verdict in verdicts)
     console.print(show.verdicts(verdicts))
     console.print(f"saved {options.output / stem}.json and .md", markup=False)
     print(show.last_line("soak", verdicts), flush=True)
