@@ -1,7 +1,7 @@
 """``kevlarflow node --join NODE``: starts a node by hand in a place that is empty, without the zygote.
 
 This very process becomes the node: it asks the controller who it is, takes on the environment of the cluster, by
-which the guardian will know it, and starts again as `kevlarflow.node.alone`. Whoever can open the cluster's private
+which the guardian will know it, and starts again as `kevlarflow.cli.by_hand`. Whoever can open the cluster's private
 run folder may do so, and nobody else.
 """
 
@@ -22,7 +22,10 @@ from kevlarflow.types import NodeId
 def run(arguments: list[str]) -> int:
     """Become the node; returns only by an error."""
     parser = argparse.ArgumentParser(
-        prog="kevlarflow node", description="Start a node by hand in the place of one that was drained or has died."
+        prog="kevlarflow node",
+        description="Start a node by hand in the place of one that was drained or has died. It stays in the foreground "
+        "until the cluster ends or it is drained: by `kevlarflow drain`, or by Ctrl-C or SIGTERM, which do the same. A "
+        "second Ctrl-C ends it at once.",
     )
     parser.add_argument("--join", metavar="NODE", required=True, help="the place, such as node-0-1")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port of the cluster (%(default)s)")
@@ -45,10 +48,14 @@ def run(arguments: list[str]) -> int:
         raise ClusterUnreachable(f"the cluster on port {options.port} has just ended") from error
     member = answer.member
     log = f"{config.log_folder}/{member.node}-{member.incarnation}.log"
-    print(f"{member.node} joins as member {member.incarnation} (pid {os.getpid()}); its log: {log}", flush=True)
+    print(
+        f"{member.node} joins as member {member.incarnation} (pid {os.getpid()}) and loads its stage, which may take a "
+        f"minute; its log: {log}",
+        flush=True,
+    )
     environment = child_environment(config) | {
         configuration.RUN_FOLDER_VARIABLE: config.run_folder,
         configuration.RUN_ID_VARIABLE: run_id,
     }
-    program = [sys.executable, "-m", "kevlarflow.node.alone"]
+    program = [sys.executable, "-m", "kevlarflow.cli.by_hand"]
     os.execve(sys.executable, [*program, member.node, str(member.incarnation), str(answer.stage)], environment)

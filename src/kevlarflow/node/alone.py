@@ -1,14 +1,12 @@
 """A node that was started by hand: it imports torch and vLLM itself, which the zygote does for all others.
 
-Run it with ``python -m kevlarflow.node.alone NODE INCARNATION STAGE``, with the environment of the cluster; that is
-what ``kevlarflow node --join`` does.
+``kevlarflow node --join`` runs it, with the environment of the cluster; what signals mean to it, and what is said in
+the terminal, is that command's business.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import sys
 
 from setproctitle import setproctitle
 
@@ -31,8 +29,6 @@ def main(arguments: list[str]) -> int:
     node, incarnation, stage = arguments
     config = configuration.load()
     member = Member(NodeId(node), int(incarnation))
-    # As for all others: a node that ends has died, whatever ended it.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     lose_what_cannot_be_written()
     use_scratch_folder(config)
     redirect_output(os.path.join(config.log_folder, f"{member.node}-{member.incarnation}.log"))
@@ -40,7 +36,3 @@ def main(arguments: list[str]) -> int:
     load(REGISTER_KERNELS)()
     load(RUN_NODE)(config, member, Stage(int(stage)), configure=load(STAGE_CONFIG))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
