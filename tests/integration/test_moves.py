@@ -141,7 +141,10 @@ def test_a_node_is_drained_under_load_and_replaced_by_hand(grid: Cluster) -> Non
         assert node["state"] == "dead"
         refused = kevlarflow(grid, "drain", "node-1-1")
         assert refused.returncode == 1
-        assert "no other node of stage 1 has room" in refused.stderr
+        assert "there is no other node of stage 1: join one first" in refused.stderr
+        again = kevlarflow(grid, "drain", "node-0-1")
+        assert again.returncode == 1
+        assert "node-0-1 has left already" in again.stderr
         command = [KEVLARFLOW, "node", "--join", "node-0-1", "--port", str(grid.port)]
         joined = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         (home,) = wait_moved(grid, at, "rejoin")

@@ -37,14 +37,27 @@ def _why_not_drained(grid: Grid, event: events.DrainRequested) -> str:
         return ""
     if not grid.served:
         return f"{slot.node} cannot be drained while the cluster is starting: wait until it serves"
+    if slot.state is NodeState.DEAD and slot.vacant:
+        return f"{slot.node} has left already: `kevlarflow node --join {slot.node}` fills its place"
     if slot.state is not NodeState.READY or not slot.usable:
         return f"{slot.node} cannot be drained: it is {slot.state}"
     if not can_spare(grid, slot):
-        return (
-            f"{slot.node} cannot be drained: no other node of stage {slot.stage} has room for "
-            f"{lanes_in_words(grid, slot)}"
-        )
+        return f"{slot.node} cannot be drained: {_why_not_spared(grid, slot)}"
     return ""
+
+
+def _why_not_spared(grid: Grid, slot: Slot) -> str:
+    """Why the others of its stage cannot take what a node has, and what to do."""
+    places = [each for each in grid.stages[slot.stage] if each.node != slot.node]
+    if any(each.usable for each in places):
+        return f"no other node of stage {slot.stage} has room for {lanes_in_words(grid, slot)}"
+    if not places:
+        return f"stage {slot.stage} has no other node: start the cluster with -dp 2 or more"
+    vacant = next((each.node for each in places if each.vacant and each.state is NodeState.DEAD), None)
+    alone = f"there is no other node of stage {slot.stage}"
+    if vacant is None:
+        return f"{alone} that is ready: wait until one is"
+    return f"{alone}: join one first with `kevlarflow node --join {vacant}`"
 
 
 def on_join_requested(grid: Grid, event: events.JoinRequested) -> None:
@@ -54,7 +67,11 @@ def on_join_requested(grid: Grid, event: events.JoinRequested) -> None:
         grid.command(Answer(event.ticket, _unknown(grid, event.node)))
     elif slot.state is not NodeState.DEAD:
         taken = f"the place {slot.node} is taken by {slot.member}, which is {slot.state}"
-        grid.command(Answer(event.ticket, f"{taken}: drain it first, or join in an empty place"))
+        first = {
+            NodeState.STARTING: "wait until it has started, and drain it",
+            NodeState.DRAINING: "wait until it has left",
+        }.get(slot.state, "drain it first")
+        grid.command(Answer(event.ticket, f"{taken}: {first}, or join in an empty place"))
     else:
         slot.renew(slot.incarnation_floor + 1)
         slot.pids = (event.pid,)
@@ -66,7 +83,8 @@ def on_join_requested(grid: Grid, event: events.JoinRequested) -> None:
 
 
 def _unknown(grid: Grid, node: str) -> str:
-    return f"there is no node {node}: use one of {', '.join(grid.slots)}"
+    problem = f"there is no node {node}" if node else "no node is named"
+    return f"{problem}: use one of {', '.join(grid.slots)}"
 
 
 # ---- emptying

@@ -70,6 +70,7 @@ def finish(grid: Grid, pipeline: Pipeline, answer: events.Formed | None) -> None
         last = crashed[-1]
         lost = f", {last.lost_requests:,} lost" if last.lost_requests else ""
         grid.narrate(
-            f"{subject(pipeline.id)} recovered in {slowest * 1_000:,.0f} ms: {last.requests:,} requests"
-            f"{lost}, {last.recomputed_tokens:,} tokens recomputed"
+            f"{subject(pipeline.id)} recovered in {slowest * 1_000:,.0f} ms: "
+            f"{last.requests:,} request{'s' * (last.requests != 1)}{lost}, "
+            f"{last.recomputed_tokens:,} token{'s' * (last.recomputed_tokens != 1)} recomputed"
         )

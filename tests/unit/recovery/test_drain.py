@@ -95,10 +95,11 @@ def test_a_borrowed_lane_goes_home_when_its_donor_is_drained():
     ("node", "prepare", "refusal"),
     [
         ("node-7-7", [], "there is no node node-7-7: use one of node-0-0, node-0-1, node-1-0, node-1-1"),
+        ("", [], "no node is named: use one of node-0-0, node-0-1, node-1-0, node-1-1"),
         (
             "node-0-1",
             ["node-1-1"],
-            "node-0-1 cannot be drained: no other node of stage 1 has room for the lanes of pipelines 0, 1",
+            "node-0-1 cannot be drained: there is no other node of stage 1 that is ready: wait until one is",
         ),
         ("node-0-1", ["node-0-1"], "node-0-1 cannot be drained: it is starting"),
     ],
@@ -116,6 +117,19 @@ def test_what_cannot_be_drained_is_refused_with_one_line(node, prepare, refusal)
 def test_where_nodes_have_one_lane_nothing_can_be_drained():
     driver = Driver(lanes=1).serve()
     assert "no other node of stage 1 has room for the lane of pipeline 0" in drain(driver, "node-0-1")
+
+
+def test_what_has_left_is_not_drained_again_and_who_is_alone_waits_for_another():
+    driver = drained()
+    assert drain(driver, "node-0-1") == "node-0-1 has left already: `kevlarflow node --join node-0-1` fills its place"
+    assert drain(driver, "node-1-1") == (
+        "node-1-1 cannot be drained: there is no other node of stage 1: join one first with "
+        "`kevlarflow node --join node-0-1`"
+    )
+    one = Driver(pipelines=1).serve()
+    assert drain(one, "node-0-1") == (
+        "node-0-1 cannot be drained: stage 1 has no other node: start the cluster with -dp 2 or more"
+    )
 
 
 def test_while_the_cluster_starts_nothing_can_be_drained():
@@ -170,6 +184,21 @@ def test_a_place_that_is_taken_or_unknown_is_refused(node):
     answer = join(driver, node)
     assert node in answer.refusal
     assert answer.member is None
+
+
+@pytest.mark.parametrize(
+    ("lost", "advice"),
+    [
+        ([], "which is ready: drain it first, or join in an empty place"),
+        (["node-0-0"], "which is starting: wait until it has started, and drain it, or join in an empty place"),
+    ],
+)
+def test_who_wants_a_place_that_is_taken_is_told_what_to_do(lost, advice):
+    driver = Driver().serve()
+    for node in lost:
+        driver.exited(node)
+        driver.formed(0, 2)
+    assert join(driver, "node-0-0").refusal.endswith(advice)
 
 
 def test_a_place_that_was_given_up_or_waits_for_the_next_try_is_filled_by_hand():
