@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kevlarflow.cli import bench_suite
+from kevlarflow.cli.command_line import Parser, count
 from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.output_folder import require_writable
 from kevlarflow.errors import UsageError
@@ -88,23 +89,23 @@ def run(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="kevlarflow bench", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     parser.add_argument("--quick", action="store_true", help="a small version of everything: does it work at all?")
     parser.add_argument("--eager", action="store_true", help="without torch.compile, on both sides")
-    parser.add_argument("--rounds", type=_count, default=3, help="rounds of throughput (%(default)s)")
+    parser.add_argument("--rounds", type=count, default=3, help="rounds of throughput (%(default)s)")
     parser.add_argument("--streams", type=_counts, default=(1, 4, 16), help="streams at a time (1,4,16)")
-    parser.add_argument("--tokens", type=_count, default=128, help="output tokens of a request (%(default)s)")
-    parser.add_argument("--startup-rounds", type=_count, default=2, help="rounds of startup (%(default)s)")
-    parser.add_argument("--kills", type=_count, help="of failover (10); crashes of detection, and as many hangs (20)")
-    parser.add_argument("--kill-streams", type=_count, default=16, help="streams during a kill (%(default)s)")
+    parser.add_argument("--tokens", type=count, default=128, help="output tokens of a request (%(default)s)")
+    parser.add_argument("--startup-rounds", type=count, default=2, help="rounds of startup (%(default)s)")
+    parser.add_argument("--kills", type=count, help="of failover (10); crashes of detection, and as many hangs (20)")
+    parser.add_argument("--kill-streams", type=count, default=16, help="streams during a kill (%(default)s)")
     parser.add_argument("--model", help="a Hugging Face folder or name (KevlarFlow's default model)")
-    parser.add_argument("-pp", "--stages", type=_count, default=2, help="stages of a pipeline (%(default)s)")
-    parser.add_argument("-dp", "--pipelines", type=_count, default=2, help="pipelines (%(default)s)")
+    parser.add_argument("-pp", "--stages", type=count, default=2, help="stages of a pipeline (%(default)s)")
+    parser.add_argument("-dp", "--pipelines", type=count, default=2, help="pipelines (%(default)s)")
     parser.add_argument("--dtype", help="as vLLM's (the model's own)")
-    parser.add_argument("--max-model-len", type=_count, default=2048, help="as vLLM's (%(default)s)")
+    parser.add_argument("--max-model-len", type=count, default=2048, help="as vLLM's (%(default)s)")
     parser.add_argument("--kv-cache-memory-bytes", type=_bytes, default=512 * 2**20, help="as vLLM's (512M)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and moments (%(default)s)")
     parser.add_argument(
@@ -129,21 +130,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _add_replication_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume-rounds", type=int, default=3, help="rounds of resume, with replication (3)")
     parser.add_argument("--contexts", type=_counts, default=(256, 1024, 2048, 4096, 7500), help="of resume, in tokens")
-    parser.add_argument("--resume-streams", type=_count, default=8, help="streams of resume (%(default)s)")
+    parser.add_argument("--resume-streams", type=count, default=8, help="streams of resume (%(default)s)")
     parser.add_argument("--replication", choices=("on", "off", "both"), default="both", help="of resume (%(default)s)")
-    parser.add_argument("--cost-rounds", type=_count, default=6, help="rounds of replication-cost (%(default)s)")
+    parser.add_argument("--cost-rounds", type=count, default=6, help="rounds of replication-cost (%(default)s)")
     parser.add_argument("--minutes", type=float, help="of standby-memory (10); of detection without a fault (30)")
     parser.add_argument("--resume", type=Path, metavar="REPORT", help="a JSON report to go on with")
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of 1 or more")
-    return int(text)
-
-
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_count(each) for each in text.split(","))
+    return tuple(count(each) for each in text.split(","))
 
 
 def _minutes(options: argparse.Namespace, default: float) -> float:

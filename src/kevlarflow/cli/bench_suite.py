@@ -7,6 +7,7 @@ import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kevlarflow.cli.command_line import Parser
 from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.output_folder import require_writable
 from kevlarflow.errors import UsageError
@@ -42,7 +43,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _parse_run(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="kevlarflow bench run",
         description="Run the cells of a suite that are not done yet, save each, and write the report.",
     )
@@ -100,7 +101,7 @@ def _cell(name: str) -> Cell:
 
 
 def _report(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="kevlarflow bench report", description="Write the report of saved cells: Markdown, CSV and figures."
     )
     parser.add_argument("folder", nargs="?", type=Path, default=DEFAULT_OUTPUT, help="of the cells (%(default)s)")

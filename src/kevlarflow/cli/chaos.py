@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kevlarflow.cli.command_line import Parser, port
 from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.log_folder import log_folder
 from kevlarflow.errors import UsageError
@@ -54,13 +55,13 @@ def run(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="kevlarflow chaos", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="a YAML file or a name of --list")
     parser.add_argument("--list", action="store_true", help="list the scenarios that come with KevlarFlow")
     parser.add_argument("--all", action="store_true", help="perform all of those")
-    parser.add_argument("--port", type=int, help="hurt the cluster that runs on this port, instead of a new one")
+    parser.add_argument("--port", type=port, help="hurt the cluster that runs on this port, instead of a new one")
     parser.add_argument("--plain", action="store_true", help="print plain lines even on a terminal")
     parser.add_argument("--json", action="store_true", help="print a JSON report, and everything else to stderr")
     return parser.parse_args(arguments)

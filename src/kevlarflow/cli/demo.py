@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kevlarflow.cli.command_line import Parser
 from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.log_folder import log_folder
 
@@ -22,7 +22,7 @@ streams go on. Exit status 0 only if every stream is whole and every text is tha
 
 def run(arguments: list[str]) -> int:
     """Perform the demo; return its exit status."""
-    parser = argparse.ArgumentParser(prog="kevlarflow demo", description=DESCRIPTION)
+    parser = Parser(prog="kevlarflow demo", description=DESCRIPTION)
     parser.add_argument("--plain", action="store_true", help="print plain lines even on a terminal")
     options = parser.parse_args(arguments)
     from rich.console import Console

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
 from kevlarflow import config as configuration
+from kevlarflow.cli.command_line import Parser, add_port
 from kevlarflow.cli.status import ANSWER_SECONDS
-from kevlarflow.config import DEFAULT_PORT
 from kevlarflow.errors import RequestRefused
 from kevlarflow.types import NodeId, NodeState
 
@@ -17,12 +16,12 @@ LOOK_SECONDS = 0.1
 
 def run(arguments: list[str]) -> int:
     """Ask for it, and wait until the node has gone."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="kevlarflow drain",
         description="Move all work of a node to others without an error or a gap; then the node exits with status 0.",
     )
     parser.add_argument("node", help="its name, such as node-0-1: see `kevlarflow status`")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port of the cluster (%(default)s)")
+    add_port(parser)
     options = parser.parse_args(arguments)
 
     from kevlarflow.control.status import ask

@@ -7,28 +7,27 @@ run folder may do so, and nobody else.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 from kevlarflow import config as configuration
+from kevlarflow.cli.command_line import Parser, add_port
 from kevlarflow.cli.status import ANSWER_SECONDS
-from kevlarflow.config import DEFAULT_PORT
 from kevlarflow.errors import ClusterUnreachable, RequestRefused
 from kevlarflow.types import NodeId
 
 
 def run(arguments: list[str]) -> int:
     """Become the node; returns only by an error."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="kevlarflow node",
         description="Start a node by hand in the place of one that was drained or has died. It stays in the foreground "
         "until the cluster ends or it is drained: by `kevlarflow drain`, or by Ctrl-C or SIGTERM, which do the same. A "
         "second Ctrl-C ends it at once.",
     )
     parser.add_argument("--join", metavar="NODE", required=True, help="the place, such as node-0-1")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port of the cluster (%(default)s)")
+    add_port(parser)
     options = parser.parse_args(arguments)
 
     from kevlarflow.cli.serve import child_environment

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from kevlarflow.cli.command_line import LAST_PORT
 from kevlarflow.cli.model_files import ModelFiles
 from kevlarflow.errors import NotEnoughMemory, UsageError
 
@@ -125,8 +126,8 @@ def available_memory() -> int:
 
 def check_port(host: str, port: int) -> None:
     """Raise `UsageError` when the API server could not listen there."""
-    if not 0 < port < 2**16:
-        raise UsageError(f"--port {port} is no port: use 1 to 65535")
+    if not 0 < port <= LAST_PORT:
+        raise UsageError(f"--port {port} is no port: use 1 to {LAST_PORT}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -8,10 +8,10 @@ import functools
 import shlex
 from pathlib import Path
 
+from kevlarflow.cli.command_line import Parser, count
 from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.log_folder import log_folder
 from kevlarflow.cli.output_folder import require_writable
-from kevlarflow.errors import UsageError
 
 FAILED = 1
 DEFAULT_OUTPUT = Path("docs/benchmarks")
@@ -25,13 +25,11 @@ void."""
 
 def run(arguments: list[str]) -> int:
     """Soak; return the exit status."""
-    parser = argparse.ArgumentParser(prog="kevlarflow soak", description=DESCRIPTION)
-    parser.add_argument("--faults", type=int, default=20, help="how many (%(default)s)")
+    parser = Parser(prog="kevlarflow soak", description=DESCRIPTION)
+    parser.add_argument("--faults", type=count, default=20, help="how many (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of places and moments (%(default)s)")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder of the report (%(default)s)")
     options = parser.parse_args(arguments)
-    if options.faults < 1:
-        raise UsageError(f"--faults {options.faults}: there has to be at least 1")
     require_writable(options.output)
     with treated_as_interrupt():
         return _soak(options, shlex.join(["kevlarflow", "soak", *arguments]))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 
 from kevlarflow import config as configuration
-from kevlarflow.config import DEFAULT_PORT
+from kevlarflow.cli.command_line import Parser, add_port
 
 PIPE_WIDTH = 200
 ANSWER_SECONDS = 5.0
@@ -16,8 +15,8 @@ ANSWER_SECONDS = 5.0
 
 def run(arguments: list[str]) -> int:
     """Print the status; raises `ClusterUnreachable` when nothing answers."""
-    parser = argparse.ArgumentParser(prog="kevlarflow status", description="Show what the cluster on a port is doing.")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port of its API server (%(default)s)")
+    parser = Parser(prog="kevlarflow status", description="Show what the cluster on a port is doing.")
+    add_port(parser)
     parser.add_argument("--json", action="store_true", help="print the status document as JSON")
     options = parser.parse_args(arguments)
 

@@ -23,7 +23,8 @@ def test_a_senseless_number_is_refused(words: list[str], capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as refusal:
         main(["bench", *words])
     assert refusal.value.code == 2
-    complaint = capsys.readouterr().err.splitlines()[-1]
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1
     assert words[0] in complaint
     assert " is no number " in complaint
 

@@ -67,6 +67,32 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> Non
         command.main(["status"])
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("status --port nope", "status: argument --port: nope is no port: use 1 to 65535"),
+        ("status --port 65536", "status: argument --port: 65536 is no port: use 1 to 65535"),
+        ("drain node-0-1 --port 0", "drain: argument --port: 0 is no port: use 1 to 65535"),
+        ("chaos crash --port -1", "chaos: argument --port: -1 is no port: use 1 to 65535"),
+        ("drain", "drain: the following arguments are required: node"),
+        ("node", "node: the following arguments are required: --join"),
+        ("demo --fast", "demo: unrecognized arguments: --fast"),
+        ("soak --faults x", "soak: argument --faults: x is no number of 1 or more"),
+        ("bench --rounds 0", "bench: argument --rounds: 0 is no number of 1 or more"),
+        ("bench run --rate fast", "bench run: argument --rate: invalid float value: 'fast'"),
+        ("bench report a b", "bench report: unrecognized arguments: b"),
+    ],
+)
+def test_what_is_wrong_with_a_command_line_is_one_line(
+    words: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        command.main(words.split())
+    assert leaving.value.code == 2
+    prog = f"kevlarflow {line.partition(':')[0]}"
+    assert capsys.readouterr().err == f"kevlarflow {line}; see {prog} --help\n"
+
+
 def test_status_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["status", "--port", "1", "--json"]) == 1
     captured = capsys.readouterr()

@@ -1,0 +1,41 @@
+"""What the command lines of all sub-commands have in common: what is wrong with one is said in one line.
+
+`kevlarflow serve` has a parser of its own (`kevlarflow.cli.flags`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from kevlarflow.config import DEFAULT_PORT
+from kevlarflow.errors import UsageError
+
+LAST_PORT = 2**16 - 1
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which answers without its usage: ``--help`` shows that."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit."""
+        self.exit(UsageError.exit_status, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+def add_port(parser: argparse.ArgumentParser) -> None:
+    """The flag that names a running cluster."""
+    parser.add_argument("--port", type=port, default=DEFAULT_PORT, help="port of the cluster (%(default)s)")
+
+
+def port(text: str) -> int:
+    """The type of a port."""
+    if not text.isdecimal() or not 0 < int(text) <= LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text} is no port: use 1 to {LAST_PORT}")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """The type of a number of things."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of 1 or more")
+    return int(text)
