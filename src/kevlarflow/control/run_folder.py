@@ -105,6 +105,24 @@ class RunFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
+def owner_of(folder: Path) -> int | None:
+    """The main process of the cluster that has a run folder, ready or not; None when there is no cluster."""
+    try:
+        lock = os.open(folder.with_suffix(".lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        # Whoever wants to take it at this moment tries again.
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(lock, 32, 0)
+        return int(owner) if owner.isdigit() and os.path.exists(f"/proc/{int(owner)}") else None
+    else:
+        return None
+    finally:
+        os.close(lock)
+
+
 def _modified_at(path: Path) -> float:
     try:
         return path.stat().st_mtime

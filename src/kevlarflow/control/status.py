@@ -11,6 +11,7 @@ import msgspec
 import zmq
 
 from kevlarflow.config import run_folder_of
+from kevlarflow.control.run_folder import owner_of
 from kevlarflow.errors import ClusterUnreachable
 from kevlarflow.types import PHASES
 from kevlarflow.wire.channel import limit
@@ -46,10 +47,9 @@ def ask(where: int | os.PathLike[str], question: AnyMessage, kind: type[A], time
     Raises `ClusterUnreachable` when no answer of that kind comes within `timeout_seconds`.
     """
     folder = run_folder_of(where) if isinstance(where, int) else Path(where)
-    unreachable = ClusterUnreachable(f"nothing answers on port {folder.name}: is `kevlarflow serve` running there?")
     address = folder / "controller.sock"
     if not address.exists():
-        raise unreachable
+        raise _unreachable(folder)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     asking: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     try:
@@ -57,16 +57,25 @@ def ask(where: int | os.PathLike[str], question: AnyMessage, kind: type[A], time
         asking.connect(f"ipc://{address}")
         asking.send(encode(question))
         if not asking.poll(round(timeout_seconds * 1_000)):
-            raise unreachable
+            raise _unreachable(folder)
         answer = decode(asking.recv())
     except (msgspec.DecodeError, zmq.ZMQError) as error:
-        raise unreachable from error
+        raise _unreachable(folder) from error
     finally:
         asking.close(linger=0)
         context.term()
     if not isinstance(answer, kind):
-        raise unreachable
+        raise _unreachable(folder)
     return answer
+
+
+def _unreachable(folder: Path) -> ClusterUnreachable:
+    """Why nobody has answered: a cluster has its port before it has a controller."""
+    owner = owner_of(folder)
+    if owner is None:
+        return ClusterUnreachable(f"nothing answers on port {folder.name}: is `kevlarflow serve` running there?")
+    what = "does not answer" if (folder / "controller.sock").exists() else "is still starting"
+    return ClusterUnreachable(f"kevlarflow (main process {owner}) {what} on port {folder.name}: try again in a moment")
 
 
 def render(document: dict[str, Any]) -> RenderableType:

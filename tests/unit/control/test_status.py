@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import msgspec
+import pytest
 from rich.console import Console
 
 from kevlarflow.control.metrics import Metrics
-from kevlarflow.control.status import render
+from kevlarflow.control.run_folder import RunFolder
+from kevlarflow.control.status import ask_status, render
+from kevlarflow.errors import ClusterUnreachable
 from kevlarflow.recovery import events
 from kevlarflow.recovery.status import status_document
 from kevlarflow.types import LaneCoverage, Member, NodeId, PipelineId, Stage
@@ -48,6 +53,22 @@ def test_the_replication_of_each_lane_is_shown_and_measured():
     assert 'kevlarflow_replication_coverage_ratio{pipeline="0",stage="0"} 0.75' in page
     assert 'kevlarflow_replication_lag_tokens{pipeline="0",stage="0"} 100.0' in page
     assert 'kevlarflow_replication_standby_bytes{pipeline="0",stage="0"} 3.145728e+06' in page
+
+
+def test_who_asks_is_told_whether_there_is_a_cluster_that_starts(tmp_path):
+    folder = tmp_path / "8000"
+    with pytest.raises(ClusterUnreachable, match=r"^nothing answers on port 8000: is `kevlarflow serve` running"):
+        ask_status(folder, 0.1)
+    taken = RunFolder(folder)
+    starting = rf"^kevlarflow \(main process {os.getpid()}\) is still starting on port 8000: try again in a moment$"
+    with pytest.raises(ClusterUnreachable, match=starting):
+        ask_status(folder, 0.1)
+    (folder / "controller.sock").touch()
+    with pytest.raises(ClusterUnreachable, match="does not answer on port 8000: try again"):
+        ask_status(folder, 0.1)
+    os.close(taken.lock)
+    with pytest.raises(ClusterUnreachable, match="nothing answers"):
+        ask_status(folder, 0.1)
 
 
 def test_a_pipeline_that_waits_for_a_node_shows_how_long_still():
