@@ -7,8 +7,6 @@ process is started.
 from __future__ import annotations
 
 import enum
-import re
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +15,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
+from kevlarflow.bench.chaos.complaints import complaint
 from kevlarflow.errors import UsageError
 
 Count = Annotated[int, Meta(ge=1)]
@@ -228,7 +227,7 @@ def parse(text: str, source: str) -> Scenario:
     try:
         scenario: Scenario = msgspec.convert(data, Scenario)
     except msgspec.ValidationError as error:
-        raise UsageError(_located(source, root, str(error))) from error
+        raise UsageError(complaint(source, root, Scenario, str(error))) from error
     _require_places(scenario, source)
     return scenario
 
@@ -240,34 +239,6 @@ def _require_places(scenario: Scenario, source: str) -> None:
             place = f"pipeline {aim.pipeline}, stage {aim.stage}"
             size = f"{cluster.pipelines} pipelines of {cluster.stages} stages"
             raise UsageError(f"{source}: faults[{number}].target: there is no {place} in {size}")
-
-
-def _located(source: str, root: yaml.Node, message: str) -> str:
-    """msgspec's message with the line and the key that it is about."""
-    what, _, path = message.rpartition(" - at `$")
-    if not what:
-        what, path = message, ""
-    steps = re.findall(r"\.(\w+)|\[(\d+)\]", path.rstrip("`"))
-    unknown = re.search(r"unknown field `(\w+)`", what)
-    keys: list[str | int] = [key or int(index) for key, index in steps]
-    if unknown:
-        keys.append(unknown[1])
-    node = _at(root, keys)
-    where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
-    return f"{source}, line {node.start_mark.line + 1}{', ' * bool(where)}{where}: {what}"
-
-
-def _at(node: yaml.Node, keys: Sequence[str | int]) -> yaml.Node:
-    """The node at a path, or the last one on the way; for the end of the path the key, if it has one."""
-    for place, key in enumerate(keys):
-        if isinstance(node, yaml.SequenceNode) and isinstance(key, int):
-            node = node.value[key]
-        elif isinstance(node, yaml.MappingNode):
-            found = [(name, value) for name, value in node.value if name.value == key]
-            if not found:
-                return node
-            node = found[0][0] if place == len(keys) - 1 else found[0][1]
-    return node
 
 
 def as_data(scenario: Scenario) -> Any:

@@ -53,16 +53,47 @@ def test_every_shipped_scenario_can_be_read() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ("  streams: 2", "  streams: many", "s.yaml, line 4, load.streams: Expected `int`, got `str`"),
-        ("  streams: 2", "  strems: 2", "s.yaml, line 4, load.strems: Object contains unknown field `strems`"),
-        ("stages: 3", "stages: 0", "s.yaml, line 2, cluster.stages: Expected `int` >= 1"),
-        ("kind: slow", "kind: explode", "s.yaml, line 11, faults[1].kind: Invalid value 'explode'"),
-        ("    seconds: 2\n", "", "s.yaml, line 11, faults[1]: Object missing required field `seconds`"),
-        ("phase: borrowed", "phase: lunch", "s.yaml, line 10, faults[0].at.phase: Invalid enum value 'lunch'"),
-        ("seconds: 0.5", "seconds: 1, tokens: 5", "s.yaml, line 13, faults[1].at: Expected exactly one of"),
+        ("  streams: 2", "  streams: many", "s.yaml, line 4, load.streams: this has to be a whole number, and is text"),
+        (
+            "  streams: 2",
+            "  strems: 2",
+            "s.yaml, line 4, load.strems: there is no key 'strems' here: did you mean 'streams'?",
+        ),
+        ("stages: 3", "stages: 0", "s.yaml, line 2, cluster.stages: this has to be a whole number >= 1"),
+        (
+            "kind: slow",
+            "kind: explode",
+            "s.yaml, line 11, faults[1].kind: there is no 'explode' here: use one of crash, stop, slow, cut",
+        ),
+        ("    seconds: 2\n", "", "s.yaml, line 11, faults[1]: the key 'seconds' is missing"),
+        (
+            "phase: borrowed",
+            "phase: lunch",
+            "s.yaml, line 10, faults[0].at.phase: there is no 'lunch' here: use one of "
+            "recovering, waiting, borrowed, loading, moving",
+        ),
+        ("kind: slow", "kind: slwo", "s.yaml, line 11, faults[1].kind: there is no 'slwo' here: did you mean 'slow'?"),
+        (
+            "    seconds: 2\n",
+            "    seconds: 2\n    portion: 0.5\n",
+            "s.yaml, line 13, faults[1].portion: there is no key "
+            "'portion' here: use one of kind, at, target, seconds, share, period_seconds",
+        ),
+        ("load:", "laod:", "s.yaml, line 3, laod: there is no key 'laod' here: did you mean 'load'?"),
+        ("largest_gap_seconds: 2", "largest_gap_seconds: [2]", "this has to be a number or nothing, and is a list"),
+        (
+            "largest_gap_seconds: 2",
+            "identical: 7",
+            "checks.identical: this has to be true or false, and is a whole number",
+        ),
+        ("seconds: 0.5", "seconds: 1, tokens: 5", "s.yaml, line 13, faults[1].at: expected exactly one of"),
         ("stage: 2}", "stage: 3}", "faults[0].target: there is no pipeline 1, stage 3 in 2 pipelines of 3 stages"),
         ("load:", "load: [", "s.yaml, line 5: this is not YAML"),
-        ("[json, cancelled]", "[json, poem]", "s.yaml, line 5, load.kinds[1]: Invalid enum value 'poem'"),
+        (
+            "[json, cancelled]",
+            "[json, poem]",
+            "s.yaml, line 5, load.kinds[1]: there is no 'poem' here: use one of greedy, seeded",
+        ),
     ],
 )
 def test_a_bad_scenario_is_told_with_line_and_key(old: str, new: str, complaint: str) -> None:
