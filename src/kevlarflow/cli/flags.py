@@ -46,7 +46,7 @@ def _integer(text: str) -> int:
 
 def _human_integer(text: str) -> int:
     """vLLM's notation for large numbers: 512m is 512,000,000 and 512M is 512 x 2**20."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgtKMGT]?)", text.strip())
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmgtKMGT]?)", text.strip())
     if not match or ("." in match[1] and not match[2].islower()):
         raise ValueError(text)
     number, suffix = match.groups()
@@ -72,6 +72,11 @@ _TAKEN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--slow-node-seconds": ("slow_node_seconds", float),
     "--replacement-wait": ("replacement_wait", float),
 }
+_MEANT: dict[Callable[[str], Any], str] = {
+    _integer: "a whole number",
+    _human_integer: "a number of bytes, such as 512M or 2G",
+}
+
 OURS = tuple(_TAKEN)
 """The names that are taken here; vLLM has some of them as well."""
 
@@ -113,7 +118,7 @@ def _take(flags: ServeFlags, name: str, value: str) -> None:
     try:
         setattr(flags, field, convert(value))
     except ValueError as error:
-        raise UsageError(f"{name} {value} is not a number") from error
+        raise UsageError(f"{name} {value} is not {_MEANT.get(convert, 'a number')}") from error
 
 
 def value_given(vllm_args: list[str], name: str) -> str | None:

@@ -59,10 +59,13 @@ def test_large_numbers_are_read_as_vllm_reads_them(text: str, number: int) -> No
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["-pp", "x"], "-pp x is not a number"),
+        (["-pp", "x"], "-pp x is not a whole number"),
         (["-dp"], "-dp needs a value"),
-        (["--kv-cache-memory-bytes", "1.5G"], "--kv-cache-memory-bytes 1.5G is not a number"),
-        (["--port=http"], "--port http is not a number"),
+        (
+            ["--standby-memory-bytes", "1.5G"],
+            "--standby-memory-bytes 1.5G is not a number of bytes, such as 512M or 2G",
+        ),
+        (["--port=http"], "--port http is not a whole number"),
     ],
 )
 def test_nonsense_is_named(words: list[str], line: str) -> None:

@@ -192,11 +192,12 @@ def test_replication_is_on_by_default_and_says_with_what(model: Path, served: li
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
     [
-        ("--standby-memory-bytes", "-1", "is not a number"),
+        ("--standby-memory-bytes", "-5", r"-5 is negative: use 0 \(no replication\) or more"),
         ("--standby-memory-bytes", "900G", "900.0 GiB for replicas.*32.0 GiB are free"),
         ("--replication-interval-tokens", "-1", "negative"),
         ("--replication-bandwidth", "0", "copies nothing"),
-        ("--replication-bandwidth", "much", "is not a number"),
+        ("--replication-bandwidth", "-1M", "copies nothing: use 1M or more"),
+        ("--replication-bandwidth", "much", "is not a number of bytes, such as 512M or 2G"),
     ],
 )
 def test_what_cannot_be_replicated_is_refused(
