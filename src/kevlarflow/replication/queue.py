@@ -62,6 +62,8 @@ class ReplicationQueue:
             self._idle.difference_update(use.taken)
             self._idle.update(use.released)
             self._touched.update(dict.fromkeys(use.taken + use.released))
+            for block in use.taken:
+                self._note_due(block)
             for replica in writes:
                 held = self._holds.get(replica.block)
                 if held is not None and held.generation != replica.generation:
@@ -113,8 +115,13 @@ class ReplicationQueue:
         self._holds[replica.block] = replica
         if replica.worth is not Worth.REQUEST:
             self._idle.add(replica.block)
-        if self._is_due(replica):
-            self._due[replica.block] = None
+        self._note_due(replica.block)
+
+    def _note_due(self, block: int) -> None:
+        """The block may be due now."""
+        replica = self._holds.get(block)
+        if replica is not None and self._is_due(replica):
+            self._due[block] = None
 
     def _sent_of(self, replica: Replica) -> int:
         """Tokens of this content that were sent."""
@@ -224,7 +231,7 @@ class ReplicationQueue:
         with self._lock:
             for block in blocks:
                 self._sent.pop(block, None)
-            self._look_for_due()
+                self._note_due(block)
 
     @property
     def held_by_requests(self) -> int:

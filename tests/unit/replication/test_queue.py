@@ -232,6 +232,25 @@ def test_a_partly_filled_block_that_nobody_holds_is_not_copied():
     assert queue.next() is None
 
 
+def test_a_partly_filled_block_that_somebody_holds_again_is_copied():
+    queue = ReplicationQueue(block_size=4, interval=1)
+    queue.begin([Replica(1, 1, 3)], NO_CHANGE)
+    queue.begin((), Use(released=(1,)))
+    assert not queue.end([Replica(1, 1, 3)])
+    queue.begin((), Use(taken=(1,)))
+    assert queue.next().replica == Replica(1, 1, 3)
+
+
+def test_an_answer_costs_no_look_at_all_blocks():
+    queue = ReplicationQueue(block_size=4, interval=1)
+    wrote(queue, *(Replica(block, 1, 4) for block in range(50)))
+    asked = []
+    queue._is_due = lambda replica: asked.append(replica.block)
+    queue.lacking([])
+    queue.lacking([7])
+    assert asked == [7]
+
+
 def test_nothing_is_told_of_what_was_given_away_or_dropped_or_never_copied():
     queue = ReplicationQueue(block_size=4, interval=1)
     copied(queue, Replica(1, 1, 4), Replica(2, 1, 4))
