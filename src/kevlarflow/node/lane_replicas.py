@@ -39,7 +39,10 @@ class LaneReplicas:
     def open(self, lane: Lane) -> None:
         """The lane was opened under a new epoch."""
         self._replicator.store.unpin(lane.pipeline)
-        self._of(lane).epoch = lane.epoch
+        replication = self._of(lane)
+        replication.epoch = lane.epoch
+        # That an earlier epoch is flushed means nothing to this one.
+        replication.flushing = False
 
     def close(self, lane: Lane) -> None:
         """The lane was left."""

@@ -106,3 +106,10 @@ def test_tokens_that_came_before_are_told(standby):
     standby.store.put(P, more, memoryview(b"ef"), 2)
     assert standby.place_ahead() == ([], [more])
     assert standby.content(1)[:6] == b"abcdef"
+
+
+def test_a_lane_that_is_opened_anew_is_not_said_to_be_flushed_for_what_was_asked_before(standby):
+    standby.replicas.flush(standby.lane, now=1.0)
+    assert standby.lane.replication.flushing
+    standby.replicas.open(standby.lane)
+    assert not standby.lane.replication.flushing
