@@ -159,6 +159,20 @@ MUTANTS = (
         "tests/unit/replication/test_queue.py",
     ),
     Mutant(
+        "a copy outlives the forming of its lane",
+        "replication/queue.py",
+        "            self._copying.clear()\n",
+        "",
+        "tests/unit/replication/test_queue.py",
+    ),
+    Mutant(
+        "a copy that made room for the next of its message counts as stored",
+        "replication/standby.py",
+        "[replica for replica in taken if (pipeline, replica) not in dropped]",
+        "taken",
+        "tests/unit/replication/test_standby.py",
+    ),
+    Mutant(
         "blocks of requests that ended count as theirs for ever",
         "recovery/coverage.py",
         "        for request in step.finished | step.preempted | admitted | resumed:\n",

@@ -58,6 +58,7 @@ def test_it_is_told_where_the_time_above_that_of_the_shortest_contexts_goes():
         "+0 computing again, +30 issuing again. Relinking and restoring alone: 1.20 copies. "
         "An ordinary step takes +30 ms."
     ) in remarks(short, long)
+    assert "the same beside the step that is issued again at most 1.5; worst 1.00: reached" in remarks(short, long)
 
 
 def test_every_block_that_was_put_in_place_counts_as_restored():
