@@ -34,6 +34,8 @@ from kevlarflow.faults import FaultDidNotHappen, KillServing, Struck, strike, ve
 
 PIPELINE = 0
 EARLIEST_TOKEN = 12
+UNFINISHED = "it was not measured to its end"
+"""Of a point until it is, for whoever interrupts it."""
 TOKENS_AFTER = 3
 """Tokens that each stream must still bring after the recovery."""
 MOST_TOKENS = 500
@@ -96,10 +98,11 @@ async def _points(
     watcher.start()
     try:
         for number, context in missing:
-            point = Resumption(context, replicated, plan.streams, number, cache.block_size)
+            point = Resumption(context, replicated, plan.streams, number, cache.block_size, void=UNFINISHED)
             result.points.append(point)
             try:
                 await _Point(plan, point, system, watcher, cache).measure()
+                point.void = None
                 say(told(point))
             except (Void, FaultDidNotHappen) as error:
                 point.void = str(error)

@@ -27,6 +27,9 @@ UNSEEN_FACTOR = 10
 UNKNOWN_FACTOR = 150
 """What has no size, and the first step of all, may compute for so many times the floor: nothing tells how long that
 takes, but it is to end some time."""
+UNKNOWN_SIZE = 8
+"""Up to this size, less than 256 tokens, the first step of all may compute for so long, and for longer in proportion if
+it is larger: a machine without instructions for the model's type takes a minute for a long prompt's chunk."""
 
 
 class Step(NamedTuple):
@@ -110,8 +113,11 @@ class Progress:
 
     def _limits(self, size: int | None) -> tuple[float, float]:
         """(seconds that a step of this size may compute, seconds that it may sleep)."""
-        if size is None or not self._longest:
+        if size is None:
             return UNKNOWN_FACTOR * self._floor, UNSEEN_FACTOR * self._floor
+        if not self._longest:
+            scale = 2.0 ** max(0, size - UNKNOWN_SIZE)
+            return scale * UNKNOWN_FACTOR * self._floor, UNSEEN_FACTOR * self._floor
         if size in self._longest:
             longest = self._longest[size]
             return (

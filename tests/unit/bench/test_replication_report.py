@@ -1,9 +1,12 @@
 """Tables of the experiments about replication, and what they say of the requirements."""
 
+import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from kevlarflow.bench import resume
 from kevlarflow.bench.kv_cache import Sent, counted, fullest_standby, kv_cache, lag_tokens, sent
 from kevlarflow.bench.measure import LoadSummary
 from kevlarflow.bench.memory_copy import copy_seconds
@@ -59,6 +62,29 @@ def test_it_is_told_where_the_time_above_that_of_the_shortest_contexts_goes():
         "An ordinary step takes +30 ms."
     ) in remarks(short, long)
     assert "the same beside the step that is issued again at most 1.5; worst 1.00: reached" in remarks(short, long)
+
+
+def test_a_point_that_is_interrupted_is_void_and_measured_again(monkeypatch):
+    class Interrupted:
+        def __init__(self, *_):
+            pass
+
+        async def measure(self):
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(resume, "_Point", Interrupted)
+    monkeypatch.setattr(resume, "kv_cache", lambda *_: SimpleNamespace(block_size=128))
+    monkeypatch.setattr(resume, "read_page", lambda *_: "")
+    monkeypatch.setattr(resume, "run_folder_of", lambda _: None)
+    monkeypatch.setattr(resume, "Watcher", lambda _: SimpleNamespace(start=lambda: None, close=lambda: None))
+    result, plan = Resume(2), Plan(Recipe(), contexts=(256,), rounds=1)
+    system = SimpleNamespace(address=SimpleNamespace(port=1))
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(resume._points(plan, [(1, 256)], True, result, system, lambda _: None))
+    assert plan.missing(result, replicated=True) == [(1, 256)]
+    table = resume_table(result)
+    assert table.rows == []
+    assert f"void: {resume.UNFINISHED}" in table.remarks[0]
 
 
 def test_every_block_that_was_put_in_place_counts_as_restored():

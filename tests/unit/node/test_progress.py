@@ -112,6 +112,17 @@ def test_work_without_a_size_and_a_first_step_end_some_time():
         assert progress.look().is_overdue
 
 
+def test_a_first_step_may_compute_for_longer_if_it_is_large():
+    clock = Endless()
+    progress = Progress(FLOOR, clock)
+    progress.begin(P)
+    progress.measure(8192)
+    clock.computing = 0.9 * 64 * UNKNOWN_FACTOR * FLOOR
+    assert not progress.look().is_overdue
+    clock.computing = 1.1 * 64 * UNKNOWN_FACTOR * FLOOR
+    assert progress.look().is_overdue
+
+
 class Asleep(Endless):
     """The clock of a thread that has slept since it was made."""
 
