@@ -34,7 +34,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 END_AT_ONCE = "a second Ctrl-C ends it at once"
 
 
-class Attendant(threading.Thread):
+class Foreground(threading.Thread):
     """See the module's text. `bell` is readable when a signal has come; `leave` ends the process."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Attendant(threading.Thread):
         say: Callable[[str], None],
         leave: Callable[[int], object] = os._exit,
     ) -> None:
-        super().__init__(name="attendant", daemon=True)
+        super().__init__(name="foreground", daemon=True)
         self._folder = folder
         self._member = member
         self._bell = bell
@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> int:
     member = Member(NodeId(node), int(incarnation))
     config = configuration.load()
     say = _terminal()
-    Attendant(Path(config.run_folder), member, _bell(), say).start()
+    Foreground(Path(config.run_folder), member, _bell(), say).start()
     from kevlarflow.node import alone
 
     try:

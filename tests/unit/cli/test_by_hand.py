@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kevlarflow.cli.by_hand import Attendant
+from kevlarflow.cli.by_hand import Foreground
 from kevlarflow.types import Member, NodeId
 from kevlarflow.wire.channel import ZmqHub
 from kevlarflow.wire.messages import Answered, AskStatus, DrainNode, Status, decode, encode
@@ -52,13 +52,13 @@ class Controller:
 
 
 class Terminal:
-    """An attendant, and what its node's person hears."""
+    """A node in the foreground, and what its node's person hears."""
 
     def __init__(self, folder: Path) -> None:
         self.said: queue.Queue[str] = queue.Queue()
         self.left: queue.Queue[int] = queue.Queue()
         bell, self.signals = socket.socketpair()
-        Attendant(folder, ME, bell, self.said.put, self.left.put).start()
+        Foreground(folder, ME, bell, self.said.put, self.left.put).start()
 
     def hears(self) -> str:
         return self.said.get(timeout=PATIENCE_SECONDS)
