@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -38,11 +39,13 @@ UNFINISHED = "it was not measured to its end"
 """Of a point until it is, for whoever interrupts it."""
 TOKENS_AFTER = 3
 """Tokens that each stream must still bring after the recovery."""
+TOKENS_OF_A_RUN = 64
+"""About as many are generated before the recovery is over."""
 MOST_TOKENS = 500
 LONGEST_CONTEXT = 8192
 """The window of the default model."""
-LEAST_KV_BYTES = 800 << 20
-"""Holds eight of its contexts of 7,500 tokens on one of two stages."""
+LEAST_KV_BYTES = 1600 << 20
+"""In 16 bits it holds eight of its contexts of 7,500 tokens on one of two stages, twice: a donor has two lanes."""
 STREAM_TIMEOUT_SECONDS = 1_200.0
 BEGIN_TIMEOUT_SECONDS = 900.0
 RECOVERY_TIMEOUT_SECONDS = 600.0
@@ -126,18 +129,22 @@ class _Point:
         self._watcher = watcher
         self._cache = cache
         self._stage = plan.recipe.stages - 1
+        self._random = random.Random(f"{plan.seed}/{point.replicated}/{point.number}/{point.context}")
         self._streams: dict[str, Stream] = {}
         self._live_tokens: list[int] = []
         """Of each stream, at the kill."""
 
     async def measure(self) -> None:
         """Run the load, kill, and write down what came of it."""
+        self._require_room()
         tasks = [asyncio.create_task(self._send(request)) for request in self._requests()]
         try:
             await until("every stream to have begun", self._begun, BEGIN_TIMEOUT_SECONDS)
             if self._point.replicated:
                 await until("the standby to have all full blocks", self._caught_up, CATCH_UP_TIMEOUT_SECONDS)
             self._note_load()
+            # Anywhere in a step: what was waited for came with a token, and then the newest copies are on their way.
+            await asyncio.sleep(self._random.random() * self._point.step_seconds)
             unix_time = time.time()
             struck = await self._kill()
             record = await until("a record of the recovery", lambda: self._record(unix_time), RECOVERY_TIMEOUT_SECONDS)
@@ -148,6 +155,17 @@ class _Point:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         self._note_recovery(record, struck)
+
+    def _require_room(self) -> None:
+        """The donor serves two lanes in the memory of one: whoever has no room there is computed again later."""
+        point = self._point
+        needed = point.streams * math.ceil((point.context + TOKENS_OF_A_RUN) / self._cache.block_size)
+        room = (self._cache.blocks - 1) // 2
+        if needed > room:
+            raise Void(
+                f"{point.streams} such contexts need {needed} KV blocks, and a node that serves two lanes has {room} "
+                "for each: give more --kv-cache-memory-bytes or fewer --resume-streams"
+            )
 
     def _requests(self) -> list[Request]:
         tokens = min(MOST_TOKENS, self._plan.recipe.max_model_len - self._point.context - 1)

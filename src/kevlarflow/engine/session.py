@@ -27,10 +27,10 @@ from kevlarflow.engine.orders import SchedulerOrders
 from kevlarflow.errors import StartupFailed
 from kevlarflow.recovery import pipeline_events as core
 from kevlarflow.recovery.forming import Standing
-from kevlarflow.recovery.ledger import Step
+from kevlarflow.recovery.ledger import Step, StepResult
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.recovery.watched import LaneLeft, TimePassed, WatchedPipeline
-from kevlarflow.types import LaneCoverage, Member, PipelineId, Stage
+from kevlarflow.types import Epoch, LaneCoverage, Member, PipelineId, Stage
 from kevlarflow.wire import steps
 from kevlarflow.wire.answers import event_of
 from kevlarflow.wire.commands import NOTHING, execute_header, letters
@@ -263,19 +263,17 @@ class Session:
         match header:
             case steps.Executed(epoch=epoch, sequence=sequence):
                 if epoch == self._core.epoch and sequence in self._futures:
-                    output, generators = pickle.loads(payload[0])
-                    self._outputs[sequence] = output
-                    result = translate.result_of(output, generators)
-                    self._handle(core.StepExecuted(epoch, sequence, result))
+                    self._handle(core.StepExecuted(epoch, sequence, self._result_of(sequence, payload[0])))
             case steps.Description(stage):
                 self._descriptions[stage] = payload[0]
             case steps.Refused() | steps.Unlinked():
                 self._receive_complaint(header)
             case _:
-                self._receive_answer(header)
+                self._receive_answer(header, payload)
 
-    def _receive_answer(self, header: steps.AnyStepMessage) -> None:
-        event = event_of(header)
+    def _receive_answer(self, header: steps.AnyStepMessage, payload: list[bytes]) -> None:
+        results = self._results_of(header, payload) if isinstance(header, steps.Joined) else {}
+        event = event_of(header, results)
         if event is None:
             self._links.dropped += 1
             return
@@ -288,6 +286,26 @@ class Session:
             case steps.Left(member=member):
                 self._links.part(member)
         self._handle(event)
+        for _, sequence in results:
+            # Those that the core did not take run again.
+            self._outputs.pop(sequence, None)
+
+    def _results_of(self, joined: steps.Joined, payload: list[bytes]) -> dict[tuple[Epoch, int], StepResult]:
+        """What came along with `Joined` of steps that are in flight."""
+        if joined.epoch != self._core.epoch:
+            return {}
+        came = zip(joined.results, payload, strict=True)
+        return {
+            (epoch, sequence): self._result_of(sequence, packed)
+            for (epoch, sequence), packed in came
+            if sequence in self._futures
+        }
+
+    def _result_of(self, sequence: int, packed: bytes) -> StepResult:
+        """Unpack what the last stage says of a step, and keep it for vLLM."""
+        output, generators = pickle.loads(packed)
+        self._outputs[sequence] = output
+        return translate.result_of(output, generators)
 
     def _receive_complaint(self, header: steps.Refused | steps.Unlinked) -> None:
         newest, _ = self._core.ordered

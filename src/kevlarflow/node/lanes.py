@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from kevlarflow.node.block_map import BlockMap, LaneBlocks
+from kevlarflow.node.kept import KeptSteps
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.replication.source import LaneReplication
 from kevlarflow.types import Epoch, PipelineId
@@ -58,6 +59,7 @@ class Lane:
     engine: bytes = b""
     """Address of the engine that opened it; a connection that is made anew has another one."""
     replication: LaneReplication | None = None
+    kept: KeptSteps = dataclasses.field(default_factory=KeptSteps)
     rest: list[tuple[Replica, memoryview]] = dataclasses.field(default_factory=list)
     """Replicas that `PlaceRest` will put in place."""
     flush_until: float | None = None
@@ -128,6 +130,7 @@ class Lanes:
         lane.rest.clear()
         lane.flush_until = None
         lane.runner.reset()
+        lane.kept.renew()
         if lane.replication is not None:
             # Until the lane is restored nobody knows what its blocks hold. And another thread may be copying one that
             # is about to be given away: it looks once more when it is done.
@@ -159,6 +162,7 @@ class Lanes:
         """Work of this lane has failed: drop what is queued, and take no more in this epoch."""
         lane.broken = True
         lane.queue.clear()
+        lane.kept.spoil()
 
     def add_activations(self, pipeline: PipelineId, epoch: Epoch, sequence: int, tensors: Activations) -> bool:
         """Keep activations until their step comes; False when they are old or too many wait."""
@@ -201,8 +205,15 @@ def _is_urgent(lane: Lane) -> bool:
             return True
         case Place(ahead=ahead):
             return not ahead
+        case Execute():
+            return kept_output(lane, lane.queue[0]) is not None
         case _:
             return False
+
+
+def kept_output(lane: Lane, work: Work) -> Any | None:
+    """What the lane passed on when this step came before, if it may pass it on again: see `node.kept`."""
+    return lane.kept.output(work.header.sequence, work.payload[0]) if isinstance(work.header, Execute) else None
 
 
 def _key(header: Header) -> tuple[PipelineId, Epoch, int]:

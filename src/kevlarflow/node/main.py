@@ -28,7 +28,7 @@ from kevlarflow.errors import KevlarFlowError
 from kevlarflow.node.device import stage_device
 from kevlarflow.node.heartbeat import HeartbeatThread
 from kevlarflow.node.lane_replicas import LaneReplicas
-from kevlarflow.node.lanes import Lane, Lanes, Work
+from kevlarflow.node.lanes import Lane, Lanes, Work, kept_output
 from kevlarflow.node.pace import PaceMeter
 from kevlarflow.node.progress import Progress
 from kevlarflow.node.replicator import Replicator
@@ -254,7 +254,9 @@ class NodeServer:
             lane.link.setsockopt(zmq.LINGER, 0)
             lane.link.setsockopt(zmq.SNDHWM, MAX_WAITING_MESSAGES)
             lane.link.connect(join.next_address)
-        self._answer(engine, steps.Joined(join.pipeline, join.epoch, join.stage))
+        results = lane.kept.results
+        joined = steps.Joined(join.pipeline, join.epoch, join.stage, tuple(results))
+        self._answer(engine, joined, *results.values())
 
     def _pass_on_outcomes(self) -> None:
         """Tell engines what the standbys have confirmed."""
@@ -316,6 +318,7 @@ class NodeServer:
                 self._answer(work.engine, steps.Restored(pipeline, epoch, self._stage))
             case steps.Recompute(pipeline, epoch, sequence, through):
                 chunk = pickle.loads(work.payload[0])
+                lane.kept.spoil()
                 with self._recorder.computing(pipeline, epoch, sequence):
                     output = lane.runner.recompute(chunk, activations)
                 if self._stage == through:
@@ -343,6 +346,7 @@ class NodeServer:
 
     def _place(self, lane: Lane, work: Work, *, ahead: bool) -> None:
         now, later = pickle.loads(work.payload[0])
+        lane.kept.spoil()
         if self._replicas is None:
             missing, fuller = [*now, *later], list[Replica]()
         elif ahead:
@@ -356,6 +360,17 @@ class NodeServer:
         written = [Replica(*each) for each in step.writes]
         if self._replicas:
             self._replicas.begin(lane, written, step.use)
+        kept = kept_output(lane, work)
+        if kept is not None:
+            lane.runner.follow(pickle.loads(work.payload[0]))
+            lane.kept.passed_on(step.sequence)
+            self._forward(lane, step.sequence, kept)
+        else:
+            self._compute(lane, work, step, activations)
+        if self._replicas:
+            self._replicas.end(lane, written)
+
+    def _compute(self, lane: Lane, work: Work, step: steps.Execute, activations: Activations | None) -> None:
         scheduled, grammar = pickle.loads(work.payload[0]), pickle.loads(work.payload[1])
         self._progress.measure(scheduled.total_num_scheduled_tokens)
         self._pace.begin(scheduled)
@@ -364,10 +379,13 @@ class NodeServer:
         if isinstance(result, Sampled):
             payload = pickle.dumps((result.output, result.generators), pickle.HIGHEST_PROTOCOL)
             self._answer(work.engine, steps.Executed(step.pipeline, step.epoch, step.sequence), payload)
+            lane.kept.sampled(step.epoch, step.sequence, payload, len(payload))
         elif result is not None:
             self._forward(lane, step.sequence, result)
-        if self._replicas:
-            self._replicas.end(lane, written)
+            # A copy: the runner may use the memory again.
+            output = {name: tensor.clone() for name, tensor in result.items()}
+            size = sum(tensor.nbytes for tensor in output.values())
+            lane.kept.computed(step.sequence, work.payload[0], output, size)
 
     # ---- going out
 

@@ -59,6 +59,9 @@ class LaneRunner(Protocol):
         `computed` is called when the device is done with the layers, and nothing is sampled yet.
         """
 
+    def follow(self, step: Any) -> None:
+        """Take note of a vLLM `SchedulerOutput` that was run in an earlier epoch already, as `execute` would."""
+
     def recompute(self, chunk: Chunk, activations: Activations | None) -> Activations | None:
         """Write the KV of a chunk without sampling; the last stage gathers owed prompt log-probabilities."""
 

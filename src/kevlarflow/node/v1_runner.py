@@ -81,6 +81,17 @@ class V1LaneRunner:
                 sampled: ModelRunnerOutput = self._runner.sample_tokens(grammar)
         return Sampled(sampled, self._generator_states(sampled))
 
+    def follow(self, step: Any) -> None:
+        """See `LaneRunner.follow`."""
+        translate_blocks(step, self._table)
+        # They hold what the step has written already.
+        step.new_block_ids_to_zero = None
+        # Without tokens the runner takes note of everything else, and computes nothing.
+        step.total_num_scheduled_tokens = 0
+        self._forget_withdrawn_tokens(step.scheduled_cached_reqs)
+        with torch.inference_mode():
+            self._runner.execute_model(step)
+
     def _forget_withdrawn_tokens(self, going_on: CachedRequestData) -> None:
         """Take back output tokens that the scheduler does not count.
 

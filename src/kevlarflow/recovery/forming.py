@@ -8,7 +8,7 @@ import enum
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.pipeline_events import ChunkRecomputed, StageJoined, StageRestored
 from kevlarflow.recovery.recompute import Chunk
-from kevlarflow.types import Phases, Stage
+from kevlarflow.types import Epoch, Phases, Stage
 
 MAX_FAILURES = 2
 """How often in a row work that is for no request in particular, such as a `Restore`, may fail before all requests end.
@@ -40,8 +40,13 @@ class Forming:
     lost: frozenset[Stage] = frozenset()
     to_place: set[Stage] = dataclasses.field(default_factory=set)
     """Stages whose answer about replicas is awaited; until then nothing is planned and no step goes out."""
+    to_hear: Epoch | None = None
+    """The epoch in which steps were last sent, until the node of the last stage has said which of them it has sampled.
+
+    It may have been in the middle of one when the order came: until then nothing is planned, nor does a step go out.
+    """
     issued_meanwhile: bool = False
-    """Whether a step was issued while replicas were awaited."""
+    """Whether a step was issued while nothing was planned yet."""
     placed: dict[Stage, dict[int, Replica]] = dataclasses.field(default_factory=dict)
     later: set[int] = dataclasses.field(default_factory=set)
     """Blocks that `PlaceRest` is for."""
@@ -49,6 +54,11 @@ class Forming:
     placed_at: float | None = None
     recomputed_at: float | None = None
     restored_at: float | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether the plan has to wait for what a node has yet to say."""
+        return bool(self.to_place) or self.to_hear is not None
 
     @property
     def prepared(self) -> bool:

@@ -104,9 +104,10 @@ class GivingWay:
             if before is None or before.known != known or reasons.get(request):
                 aside.append(Aside(request, reasons.get(request, ""), known))
                 self._aside[request] = _Told(count, known)
+        more_spoilt = not found.spoilt <= self._spoilt
         self._spoilt = found.spoilt
         self._books.generations.forget(found.spoilt)
-        if not aside:
+        if not aside and not more_spoilt:
             return []
         self._changed_at = count
         return [SetAside(tuple(aside), found.spoilt)]

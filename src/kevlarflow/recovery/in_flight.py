@@ -92,6 +92,17 @@ class InFlight:
         """The last stage has sampled."""
         self._results[sequence] = result
 
+    def executed_before(self, results: Mapping[int, StepResult]) -> None:
+        """The last stage had sampled these before a new epoch began.
+
+        They count as far as they come first: what was computed behind a step that has lost requests since comes again.
+        """
+        for sequence, step in self._steps.items():
+            if step.scheduled and (sequence not in results or self._left_out[sequence]):
+                return
+            if step.scheduled:
+                self._results[sequence] = results[sequence]
+
     def complete(self) -> tuple[Step, StepResult, frozenset[str]] | None:
         """Take the oldest step, its result and what was left out of it, if it is done; one without tokens always is."""
         for sequence, step in self._steps.items():
@@ -132,6 +143,11 @@ class InFlight:
         self.hold_back = False
         self.dispatched.begin(epoch)
         return doomed
+
+    @property
+    def may_be_sampled(self) -> bool:
+        """Whether a step with tokens was sent, in the current epoch."""
+        return any(self._steps[sequence].scheduled for sequence in self._sent)
 
     @property
     def running(self) -> bool:

@@ -179,6 +179,7 @@ class Pipeline:
         self._disagrees = False
         changed = {after.stage for before, after in zip(self.nodes, order.nodes, strict=False) if before != after}
         stages = {Stage(index) for index in range(len(order.nodes))}
+        to_hear = self._to_hear(stages - changed - ahead.joined)
         bereft = last_words(self.nodes, self._bereft(order, changed), order.losses)
         doomed = self._in_flight.recall(order.epoch, stages - changed, bereft, self._forming)
         # Whether or not the controller knows of them: one that has lost its memory may not.
@@ -197,6 +198,7 @@ class Pipeline:
             to_join=stages - ahead.joined,
             to_restore=set(stages),
             lost=lost,
+            to_hear=to_hear,
         )
         commands += [Leave(node) for node in sorted(left, key=_by_member)]
         commands += [Join(stage, self._giving_way.usable, order.orphans) for stage in sorted(stages - ahead.opened)]
@@ -204,8 +206,20 @@ class Pipeline:
             AssignStandby(stage, self._watermarks.standby_for(stage, self.nodes[stage].member), order.anew)
             for stage in self._watermarks.stages
         ]
-        commands += self._restoring.place(self._forming, self.nodes, ahead.placed) or self._resume(self._forming)
+        commands += self._restoring.place(self._forming, self.nodes, ahead.placed)
+        commands += self._resume(self._forming) if not self._forming.waits else ()
         return commands + self._assign_next_standbys()
+
+    def _to_hear(self, staying: set[Stage]) -> Epoch | None:
+        """The epoch in which steps were last sent, if the last stage may have sampled one and the engine not know.
+
+        That was by the nodes of that epoch, so what is believed of it goes with who is known to have its KV.
+        """
+        if len(self.nodes) - 1 not in staying:
+            return None
+        if self._in_flight.may_be_sampled:
+            return self.epoch
+        return self._forming.to_hear if self._forming is not None else None
 
     def _bereft(self, order: FormationOrdered, changed: set[Stage]) -> set[Stage]:
         """Of the stages that an order gives to others, those whose nodes were lost.
@@ -223,10 +237,9 @@ class Pipeline:
         if forming is None or event.stage not in forming.to_place:
             return self._rest_placed(event.stage, now)
         self._restoring.placed(forming, event)
-        if forming.to_place:
-            return []
-        forming.placed_at = now
-        return self._resume(forming)
+        if not forming.to_place:
+            forming.placed_at = now
+        return self._resume(forming) if not forming.waits else []
 
     def _rest_placed(self, stage: Stage, now: float) -> list[Command]:
         """The second answer of a new node: kept prefixes are in place as well."""
@@ -251,6 +264,8 @@ class Pipeline:
 
     def _set_aside_unreachable(self, forming: Forming) -> list[Command]:
         requests = unreachable_hits(list(self._in_flight), self._books.block_size) if forming.lost else set[str]()
+        if not requests:
+            return []
         commands = self._giving_way.set_aside(dict.fromkeys(requests, ""), self.formations + 1)
         self.formations += bool(commands)
         return commands
@@ -261,7 +276,18 @@ class Pipeline:
         if self._forming is None:
             return []
         self._forming.note(event, now)
-        return self._formed(now)
+        commands = self._heard(self._forming, event) if isinstance(event, StageJoined) else []
+        return commands + self._formed(now)
+
+    def _heard(self, forming: Forming, event: StageJoined) -> list[Command]:
+        """The last stage says what it had sampled: steps that are over by that, and need not come again."""
+        if forming.to_hear is None or event.stage != len(self.nodes) - 1:
+            return []
+        told = {number: result for (epoch, number), result in event.results.items() if epoch == forming.to_hear}
+        self._in_flight.executed_before(told)
+        commands = self._complete_in_order()
+        forming.to_hear = None
+        return commands + (self._resume(forming) if not forming.waits else [])
 
     def _formed(self, now: float) -> list[Command]:
         """Finish forming once every stage has answered and the first step that was issued again is done."""
@@ -348,7 +374,7 @@ class Pipeline:
         self._in_flight.add(step, effects, left_out, overtakes=bool(lost))
         if self.standing is Standing.WAITING:
             return commands + self._set_aside(dict.fromkeys(step.scheduled, ""))
-        if self._forming is not None and self._forming.to_place:
+        if self._forming is not None and self._forming.waits:
             self._forming.issued_meanwhile = True
             return commands
         if lost:
@@ -379,7 +405,7 @@ class Pipeline:
             step, result, left_out = done
             self.ledger.complete(step, result)
             commands.append(Deliver(step.sequence, left_out))
-        waits = self._forming is not None and self._forming.to_place
+        waits = self._forming is not None and self._forming.waits
         return commands if waits else [*commands, *self._in_flight.due()]
 
     def _broken(self, event: StepBroken, now: float) -> list[Command]:

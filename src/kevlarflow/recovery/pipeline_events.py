@@ -6,6 +6,7 @@ Stages and steps are named by number, nodes by what they said of themselves; not
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.ledger import LedgerEntry, Step, StepResult
@@ -102,6 +103,8 @@ class StageJoined:
 
     epoch: Epoch
     stage: Stage
+    results: Mapping[tuple[Epoch, int], StepResult] = dataclasses.field(default_factory=dict)
+    """Of the last stage: what it has sampled before, by the epoch and the number of the step."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ more work than what it has added to one. Of a block whose first tokens the stand
 copied. A copy is made first and the block looked at again afterwards: only if it still holds what it held is it sent.
 No step waits for any of it. A standby that is slow, stopped or gone costs nothing but coverage: a few messages may be
 unanswered; then copying stops, and what was not answered in time is due again. Traffic is capped, so that catching up
-after a failure does not take the memory bandwidth that decoding needs.
+after a failure does not take the memory bandwidth that decoding needs; that of a lane whose steps wait for it is not.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class Source:
             self._give_up(lane, channel)
         if not channel.buffers:
             return BLOCKED_SECONDS
-        if now < self._next_copy_at:
+        if now < self._next_copy_at and not lane.flushing:
             return self._next_copy_at - now
         if lane.queue.is_empty:
             return IDLE_SECONDS

@@ -104,14 +104,16 @@ class FleetChecks:
         for command in commands:
             if isinstance(command, (events.Form, events.Suspend)):
                 key = (command.pipeline, command.epoch)
+                again = key in self._orders
                 if self._orders.setdefault(key, command) != command:
                     raise NotFenced(f"epoch {command.epoch} of pipeline {command.pipeline} is given a second time")
                 if command.epoch < self._newest[command.pipeline]:
                     raise NotFenced(f"pipeline {command.pipeline} goes back to epoch {command.epoch}")
                 self._newest[command.pipeline] = command.epoch
-            if isinstance(command, events.Suspend):
-                self._check_wait(command)
-                self._check_suspension(command)
+                # One that is sent again, to whoever may not have had it, was right when it was given.
+                if isinstance(command, events.Suspend) and not again:
+                    self._check_wait(command)
+                    self._check_suspension(command)
 
     def left(self, engine: Engine) -> None:
         """No node that hears and works keeps a lane of a pipeline that has waited for a while."""

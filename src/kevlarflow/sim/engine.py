@@ -298,7 +298,9 @@ class Engine(Process):
             if not self.alive:
                 return
         event = self._event_of(header, payload)
-        if event is None:
+        if isinstance(event, core.StageJoined):
+            self._hear(source, event)
+        elif event is None:
             assert isinstance(header, steps.Refused | steps.Unlinked)
             if header.epoch == self.core.ordered[0]:
                 reason = header.reason if isinstance(header, steps.Refused) else ""
@@ -312,7 +314,22 @@ class Engine(Process):
     def _event_of(header: steps.AnyStepMessage, payload: Any) -> Any:
         if isinstance(header, steps.Executed):
             return core.StepExecuted(header.epoch, header.sequence, StepResult(tokens=payload, generators={}))
+        if isinstance(header, steps.Joined):
+            results = [StepResult(tokens=tokens, generators={}) for tokens in payload]
+            return event_of(header, dict(zip(header.results, results, strict=True)))
         return event_of(header)
+
+    def _hear(self, source: Node, event: core.StageJoined) -> None:
+        """The last stage says along what it has sampled before."""
+        of_these = {}
+        if event.epoch == self.core.epoch:
+            of_these = {number: each.tokens for (_, number), each in event.results.items() if number in self._steps}
+        self._outputs.update((number, {name: list(t) for name, t in each.items()}) for number, each in of_these.items())
+        before = len(self.core.in_flight)
+        self._take_answer(source, event)
+        self.fleet.counts["steps heard of late"] += max(0, before - len(self.core.in_flight))
+        for number in of_these:
+            self._outputs.pop(number, None)
 
     def _take_answer(self, source: Node, event: Any) -> None:
         """Nothing of an old epoch may have an effect, nor anything of a member that does not serve in this one."""

@@ -9,15 +9,15 @@ from __future__ import annotations
 import functools
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from kevlarflow.node.lane_replicas import FLUSH_SECONDS, LaneReplicas
-from kevlarflow.node.lanes import Header, Lane, Lanes, Work
+from kevlarflow.node.lanes import Header, Lane, Lanes, Work, kept_output
 from kevlarflow.recovery import standstill
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.detector import Beat
 from kevlarflow.sim.copies import SimReplicator, ToyKv, content_of
-from kevlarflow.sim.errors import NotFenced, Unbounded
+from kevlarflow.sim.errors import NotFenced, Unbounded, WrongKv
 from kevlarflow.sim.network import Process
 from kevlarflow.sim.speed import Speed
 from kevlarflow.sim.stage import LaneMemory, Memory, ToyStage
@@ -246,7 +246,9 @@ class Node(Process):
         tables = {each.pipeline: [block for block in each.blocks.table if block] for each in self.lanes}
         if len(set().union(*tables.values())) < sum(map(len, tables.values())):
             raise NotFenced(f"{self} has blocks that are two lanes': {tables}")
-        self._answer(engine, steps.Joined(join.pipeline, join.epoch, join.stage))
+        results = lane.kept.results
+        joined = steps.Joined(join.pipeline, join.epoch, join.stage, tuple(results))
+        self._answer(engine, joined, tuple(results.values()))
 
     # ---- running
 
@@ -262,10 +264,14 @@ class Node(Process):
         self.speed.begin(self.timeline.now)
         self.thread.begin(header.pipeline, _size(work))
         self.fleet.tell(self, header, work.payload if not isinstance(header, steps.Execute) else ())
-        if isinstance(header, (steps.Execute, steps.Recompute)):
+        kept = kept_output(lane, work)
+        computes = False
+        if isinstance(header, (steps.Execute, steps.Recompute)) and kept is None:
+            computes = True
             self.record = Record(Computing(header.pipeline, header.epoch, header.sequence), _requests(work))
-        ways = (ASLEEP, COMPUTING) if isinstance(header, steps.Execute) else (ASLEEP,)
-        if self.fleet.poisons(self, header, _computed(work, self.stage)) or self.thread.hangs_in(ways):
+        poisoned = computes and self.fleet.poisons(self, header, _computed(work, self.stage))
+        ways = (ASLEEP, COMPUTING) if computes and isinstance(header, steps.Execute) else (ASLEEP,)
+        if poisoned or self.thread.hangs_in(ways):
             return
         engine = self._engines[lane.pipeline]
         shape = self.fleet.plan.shape
@@ -279,8 +285,11 @@ class Node(Process):
             written = tuple(Replica(*each) for each in header.writes)
             if self.replicas is not None:
                 self.replicas.begin(lane, written, header.use)
+        if kept is not None:
+            self._end_after(0.0, functools.partial(self._pass_on, lane, work, kept, written))
+            return
         sampled = self._run(lane, work)
-        self._end_after(seconds, functools.partial(self._finish, lane, engine, header, written, sampled))
+        self._end_after(seconds, functools.partial(self._finish, lane, engine, work, written, sampled))
 
     def _end_after(self, seconds: float, finish: Callable[[], None]) -> None:
         self._works += 1
@@ -313,11 +322,13 @@ class Node(Process):
                 if self.replicas is not None:
                     self.replicas.hold(lane, payload[1])
             case steps.Recompute():
+                lane.kept.spoil()
                 runner.recompute(payload)
             case steps.Flush() if self.replicas is not None:
                 self.replicas.flush(lane, self.timeline.now)
                 self.after(FLUSH_SECONDS, self.look)
             case steps.Place(ahead=ahead):
+                lane.kept.spoil()
                 return self._place(lane, *payload, ahead=ahead)
             case steps.PlaceRest() if self.replicas is not None:
                 for replica, data in lane.rest:
@@ -325,7 +336,19 @@ class Node(Process):
                 self.replicas.place_rest(lane)
         return None
 
-    def _finish(self, lane: Lane, engine: Line, header: Any, written: tuple[Replica, ...], sampled: Any) -> None:
+    def _pass_on(self, lane: Lane, work: Work, kept: Any, written: tuple[Replica, ...]) -> None:
+        """The output of a step that was computed in an earlier epoch."""
+        header, runner = cast("Any", (work.header, lane.runner))
+        runner.follow(*work.payload)
+        if runner.output != kept:
+            raise WrongKv(f"{self} passes on {kept} for {header}, which gives {runner.output}")
+        lane.kept.passed_on(header.sequence)
+        self.fleet.counts["steps passed on"] += 1
+        self._forward(lane, header.sequence)
+        self._note_written(lane, written)
+
+    def _finish(self, lane: Lane, engine: Line, work: Work, written: tuple[Replica, ...], sampled: Any) -> None:
+        header: Any = work.header
         pipeline, epoch = header.pipeline, header.epoch
         if isinstance(header, steps.Execute):
             self.speed.end(lane.runner.decoded, self.timeline.now)  # type: ignore[attr-defined]
@@ -343,8 +366,15 @@ class Node(Process):
                 self._answer(engine, steps.Recomputed(pipeline, epoch, header.sequence))
             case steps.Execute(has_tokens=True) if self.stage == self.fleet.plan.shape.stages - 1:
                 self._answer(engine, steps.Executed(pipeline, epoch, header.sequence), sampled)
-            case steps.Recompute() | steps.Execute(has_tokens=True):
+                lane.kept.sampled(epoch, header.sequence, sampled, 1)
+            case steps.Recompute():
                 self._forward(lane, header.sequence)
+            case steps.Execute(has_tokens=True):
+                self._forward(lane, header.sequence)
+                lane.kept.computed(header.sequence, work.payload[0], lane.runner.output, 1)  # type: ignore[attr-defined]
+        self._note_written(lane, written)
+
+    def _note_written(self, lane: Lane, written: tuple[Replica, ...]) -> None:
         if written and self.replicas is not None:
             self.fleet.checks.note_written(lane, self.stage, written)
             self.replicas.end(lane, written)

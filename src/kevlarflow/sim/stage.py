@@ -116,6 +116,8 @@ class ToyStage:
     is_last: bool
     aborted: set[str]
     requests: dict[str, Running] = field(default_factory=dict)
+    output: dict[str, list[int]] = field(default_factory=dict)
+    """What the last step has passed on: the KV of its tokens stands for it."""
     decoded: tuple[int, int] | None = None
     """Size of the last step, as `node.pace.size_of` has it."""
 
@@ -145,6 +147,24 @@ class ToyStage:
 
     def execute(self, step: Step, known_tokens: dict[str, list[int]]) -> dict[str, list[int]]:
         """Run a step; `known_tokens` are all tokens that the scheduler knows of each scheduled request."""
+        self._note(step, known_tokens)
+        self.decoded = self._size(step)
+        self.output = {}
+        return {request: self._compute(request, self.requests[request], n) for request, n in step.scheduled.items()}
+
+    def follow(self, step: Step, known_tokens: dict[str, list[int]]) -> None:
+        """See `LaneRunner.follow`.
+
+        What the step has written need not be there any more: a later one may have taken blocks that it had.
+        """
+        self._note(step, known_tokens)
+        self.output = {}
+        for request, count in step.scheduled.items():
+            running = self.requests[request]
+            running.computed += count
+            self.output[request] = self.memory.contents(running.tokens, running.computed)[-count:]
+
+    def _note(self, step: Step, known_tokens: dict[str, list[int]]) -> None:
         for request in step.finished:
             self.requests.pop(request, None)
         for admission in step.admissions:
@@ -155,14 +175,10 @@ class ToyStage:
             running = self.requests[going_on.request]
             running.computed = going_on.computed
             running.blocks = [*([] if going_on.resumed else running.blocks), *going_on.new_blocks]
-        sampled = {}
-        self.decoded = self._size(step)
-        for request, count in step.scheduled.items():
+        for request in step.scheduled:
             running = self.requests[request]
             if not self.is_last or len(running.tokens) < len(known_tokens[request]):
                 running.tokens = list(known_tokens[request])
-            sampled[request] = self._compute(request, running, count)
-        return sampled
 
     def _size(self, step: Step) -> tuple[int, int] | None:
         if not step.scheduled or max(step.scheduled.values()) > 1:
@@ -174,6 +190,7 @@ class ToyStage:
         end = running.computed + count
         contents = self.memory.contents(running.tokens, end)
         self.memory.write(running.blocks, running.computed, end, contents)
+        self.output[request] = contents[running.computed :]
         if request not in self.aborted:
             self.memory.check(request, running.blocks, end, contents)
         running.computed = end

@@ -48,6 +48,8 @@ class Lane:
     """Replicas that the node kept as the standby of the node before it."""
     rest: dict[int, tuple[Replica, Content]] = field(default_factory=dict)
     standby: Member | None = None
+    sampled: dict[tuple[Epoch, int], StepResult] = field(default_factory=dict)
+    """At the last stage: every result, by epoch and step."""
     broken: bool = False
     """A step has raised: the lane does nothing until it is opened again."""
 
@@ -87,7 +89,9 @@ class Lane:
                 self.tags = {}
                 self.rest = {}
                 self.activations = {key for key in self.activations if key[0] >= epoch}
-                self.world.answers.append(core.StageJoined(Epoch(epoch), stage))
+                for (_, sequence), result in self.sampled.items():
+                    self.world.outputs.setdefault(sequence, dict(result.tokens))  # type: ignore[arg-type]
+                self.world.answers.append(core.StageJoined(Epoch(epoch), stage, dict(self.sampled)))
             case core.AssignStandby() | core.Place() | core.PlaceRest():
                 self._work_on_replicas(epoch, command)
             case core.Restore(entries, held):
@@ -143,7 +147,7 @@ class Lane:
         if self.stage.is_last:
             if epoch == self.world.pipeline.epoch:
                 self.world.outputs.setdefault(sequence, sampled)
-            result = StepResult(tokens=sampled, generators={})
+            result = self.sampled[Epoch(epoch), sequence] = StepResult(tokens=sampled, generators={})
             self.world.answers.append(core.StepExecuted(Epoch(epoch), sequence, result))
         else:
             self._pass_on((epoch, sequence))

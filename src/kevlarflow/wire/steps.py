@@ -141,11 +141,13 @@ class Description(StepMessage, frozen=True):
 
 
 class Joined(StepMessage, frozen=True):
-    """The lane is open in this epoch."""
+    """The lane is open in this epoch; payload: of each of `results`, what `Executed` says of that step."""
 
     pipeline: PipelineId
     epoch: Epoch
     stage: Stage
+    results: tuple[tuple[Epoch, int], ...] = ()
+    """(epoch, number) of the newest steps that were sampled here. The answers of old epochs themselves are dropped."""
 
 
 class Left(StepMessage, frozen=True):

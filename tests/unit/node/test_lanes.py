@@ -25,7 +25,7 @@ def lanes(first_stage=False, runners=2):
 
 
 def execute(sequence, pipeline=0, epoch=1, has_tokens=True):
-    return Work(b"engine", Execute(pipeline, epoch, sequence, has_tokens, ()), [])
+    return Work(b"engine", Execute(pipeline, epoch, sequence, has_tokens, ()), [b"step %d" % sequence])
 
 
 def test_a_lane_opens_with_a_free_runner_and_forgets_its_requests():

@@ -20,8 +20,10 @@ class Runner(SimpleNamespace):
         self.requests: dict = {}
         self.input_batch = SimpleNamespace(req_id_to_index={})
         self.outputs: dict[str, list[int]] = {}
+        self.step = SchedulerOutput.make_empty()
 
     def execute_model(self, step: SchedulerOutput, activations: object = None) -> object:
+        self.step = step
         self.outputs = {name: list(each.output_token_ids) for name, each in self.requests.items()}
         return EMPTY_MODEL_RUNNER_OUTPUT
 
@@ -43,3 +45,27 @@ def test_a_token_that_the_scheduler_has_dropped_is_not_believed_after_a_recovery
     )
     lane.execute(step, None, None, lambda: None)
     assert runner.outputs == {"reset": [3], "other": [3, 4]}
+
+
+def test_a_step_that_was_run_before_changes_the_state_and_neither_computes_nor_empties_blocks() -> None:
+    runner = Runner()
+    lane = V1LaneRunner(runner)
+    lane.use_blocks(range(10, 20))
+    lane.restore([LedgerEntry("r", [1, 2], [3, 4], [1], 3, SamplingParams())])
+    step = SchedulerOutput.make_empty()
+    step.num_scheduled_tokens, step.total_num_scheduled_tokens = {"r": 1}, 1
+    step.new_block_ids_to_zero = [2]
+    step.scheduled_cached_reqs = CachedRequestData(
+        req_ids=["r"],
+        resumed_req_ids=set(),
+        new_token_ids=[[4]],
+        all_token_ids={},
+        new_block_ids=[([2],)],
+        num_computed_tokens=[3],
+        num_output_tokens=[2],
+    )
+    lane.follow(step)
+    assert runner.step.scheduled_cached_reqs.new_block_ids == [([12],)]
+    assert runner.step.num_scheduled_tokens == {"r": 1}
+    assert runner.step.total_num_scheduled_tokens == 0, "so the runner returns before it computes"
+    assert runner.step.new_block_ids_to_zero is None

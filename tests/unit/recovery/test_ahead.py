@@ -6,7 +6,7 @@ from kevlarflow.recovery import pipeline_events as p
 from kevlarflow.recovery.ahead import PREPARE_SECONDS
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.ledger import Admission, Step
-from unit.recovery.test_pipeline import A0, A1, B1, confirm, executed, go_on, kinds, node, replicating, sent
+from unit.recovery.test_pipeline import A0, A1, B1, confirm, executed, go_on, heard, kinds, node, replicating, sent
 
 ORDER = p.FormationOrdered(2, (A0, B1), released=(A1,), planned=True)
 KEPT = (Replica(1, 1, 4), Replica(2, 1, 2))
@@ -99,7 +99,7 @@ def test_a_loss_replaces_what_was_prepared_and_the_lane_is_left_again():
     pipeline, _ = preparing(*KEPT)
     commands = pipeline.handle(p.FormationOrdered(3, (A0, A1)), 2.1)
     assert p.Leave(B1) in commands
-    assert sent(commands) == [2]
+    assert sent(heard(pipeline)) == [2]
 
 
 def test_a_node_that_cannot_prepare_is_reported_while_steps_go_on():

@@ -21,7 +21,8 @@ FULL = Replica(1, 1, 4)
 def form(pipeline, epoch, *nodes):
     commands = pipeline.handle(p.FormationOrdered(epoch, nodes), float(epoch))
     for stage in (0, 1):
-        pipeline.handle(p.StageJoined(epoch, stage), epoch + 0.1)
+        commands += pipeline.handle(p.StageJoined(epoch, stage), epoch + 0.1)
+    for stage in (0, 1):
         pipeline.handle(p.StageRestored(epoch, stage), epoch + 0.2)
     return commands
 

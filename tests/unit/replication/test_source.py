@@ -468,6 +468,22 @@ def test_a_lane_is_flushed_once_the_standby_has_answered_everything():
     assert bench.told[-1] == steps.Flushed(0, 5, 0)
 
 
+def test_the_bandwidth_does_not_hold_up_a_lane_that_is_flushed():
+    bench = Bench(bytes_per_second=8)
+    lane, other = bench.lane(), bench.lane(pipeline=1, first_block=100)
+    for block in range(5):
+        bench.write(lane, block)
+    bench.write(other, 0)
+    lane.flushing = True
+    copies = []
+    for _ in range(6):
+        bench.turn(0.01)
+        copies += (came := bench.arrived())
+        bench.confirm(came)
+    assert {copy.pipeline for _, copy, _ in copies} == {0}
+    assert blocks_of(copies) == [0, 1, 2, 3, 4]
+
+
 def test_a_lane_without_a_standby_is_flushed_at_once():
     bench = Bench()
     lane = bench.lane()

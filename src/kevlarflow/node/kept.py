@@ -1,0 +1,89 @@
+"""What a stage has computed in steps that may come again, since another stage's node can be lost before they complete.
+
+Then the steps in flight are issued once more, to all stages. One that stays has done its part of some of them: their KV
+is in its memory. So the output that it passed on is kept, and passed on again, at no cost; and what the last stage has
+sampled goes to the engine with `Joined`, since an answer of the old epoch is not believed any more.
+
+An output may be passed on again only while the lane's KV is what it was when that step was done. It is as long as
+the steps come as they came before, byte for byte: the first that differs (a request was taken out of it) is computed,
+and so are all after it. What is computed or put in place for a recovery makes all of them void.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from kevlarflow.types import Epoch
+
+MAX_STEPS = 16
+"""Steps that are kept, the newest ones; an engine has as many in flight as there are stages."""
+MAX_BYTES = 64 << 20
+"""Of a lane's outputs together, or of its results: long prompts are computed again rather than fill the memory."""
+
+
+class _Kept(NamedTuple):
+    asked: Any
+    """The step as it came."""
+    output: Any
+    size: int
+    """In bytes."""
+
+
+class KeptSteps:
+    """See the module's text: one lane's. A stage keeps outputs, or, if it is the last one, results."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, _Kept] = {}
+        """Of earlier epochs, and still good."""
+        self._now: collections.OrderedDict[int, _Kept] = collections.OrderedDict()
+        """Of this epoch, by the step's number."""
+        self._results: collections.OrderedDict[tuple[Epoch, int], _Kept] = collections.OrderedDict()
+
+    def renew(self) -> None:
+        """The lane is opened under a new epoch: steps may come again."""
+        self._before |= self._now
+        self._now.clear()
+
+    def spoil(self) -> None:
+        """The lane's KV is not what those steps have left."""
+        self._before.clear()
+        self._now.clear()
+
+    # ---- outputs
+
+    def output(self, sequence: int, asked: Any) -> Any | None:
+        """What may be passed on for a step that comes as `asked`; None if it has to be computed."""
+        kept = self._before.get(sequence)
+        return kept.output if kept is not None and kept.asked == asked else None
+
+    def passed_on(self, sequence: int) -> None:
+        """That output was passed on again."""
+        self._now[sequence] = self._before.pop(sequence)
+        _trim(self._now)
+
+    def computed(self, sequence: int, asked: Any, output: Any, size: int) -> None:
+        """A step was computed, not passed on; `output` is of `size` bytes."""
+        # What comes after it, it may have changed.
+        self._before.clear()
+        self._now[sequence] = _Kept(asked, output, size)
+        _trim(self._now)
+
+    # ---- results
+
+    @property
+    def results(self) -> Mapping[tuple[Epoch, int], Any]:
+        """What was sampled in the newest steps, by the epoch in which they ran and their numbers."""
+        return {key: kept.output for key, kept in self._results.items()}
+
+    def sampled(self, epoch: Epoch, sequence: int, result: Any, size: int) -> None:
+        """The last stage has sampled, and answered the engine."""
+        self._results[epoch, sequence] = _Kept(None, result, size)
+        _trim(self._results)
+
+
+def _trim(kept: collections.OrderedDict[Any, _Kept]) -> None:
+    """Give up the oldest until the rest may be kept."""
+    while kept and (len(kept) > MAX_STEPS or sum(each.size for each in kept.values()) > MAX_BYTES):
+        kept.popitem(last=False)
