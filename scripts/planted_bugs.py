@@ -52,8 +52,8 @@ MUTANTS = (
     Mutant(
         "a step is passed on as it was, though it has changed",
         "node/kept.py",
-        "return kept.output if kept is not None and kept.asked == asked else None",
-        "return kept.output if kept is not None else None",
+        "kept is not None and kept.asked == asked and",
+        "kept is not None and",
         "tests/unit/node/test_kept.py",
     ),
     Mutant(
@@ -69,6 +69,41 @@ MUTANTS = (
         "        self._before.clear()\n        self._now.clear()\n",
         "        pass\n",
         "tests/unit/node/test_kept.py",
+    ),
+    Mutant(
+        "rows are passed on in the order that they had",
+        "node/v1_runner.py",
+        "return reordered(output, batch, self.batch, step.num_scheduled_tokens)",
+        "return output",
+        "tests/unit/node/test_rows.py",
+    ),
+    Mutant(
+        "a chunk leaves the first stages with rows in another order",
+        "node/v1_runner.py",
+        "            if batch:\n                self._batch_again(batch)\n",
+        "",
+        "tests/unit/node/test_rows.py",
+    ),
+    Mutant(
+        "a step is passed on as it was, though a later one was given its block",
+        "node/kept.py",
+        " and self._is_there(sequence, kept) else None",
+        " else None",
+        "tests/unit/node/test_kept.py",
+    ),
+    Mutant(
+        "what is put in place last is chosen as if no step in flight could be over",
+        "recovery/restoring.py",
+        "wanted = self._touched(list(self._books.in_flight))",
+        "wanted = blocks_in_use(self._books.ledger, self._books.in_flight)",
+        "tests/unit/recovery/test_late_results.py",
+    ),
+    Mutant(
+        "what was sampled before the order clears its requests",
+        "recovery/in_flight.py",
+        "dataclasses.replace(step, scheduled={}) if sequence in self._heard else step",
+        "step",
+        "tests/unit/recovery/test_late_results.py",
     ),
     Mutant(
         "a node runs work of an old epoch",

@@ -4,9 +4,10 @@ Then the steps in flight are issued once more, to all stages. One that stays has
 is in its memory. So the output that it passed on is kept, and passed on again, at no cost; and what the last stage has
 sampled goes to the engine with `Joined`, since an answer of the old epoch is not believed any more.
 
-An output may be passed on again only while the lane's KV is what it was when that step was done. It is as long as
+An output may be passed on again only if who comes after it finds the KV that this step has written. It does as long as
 the steps come as they came before, byte for byte: the first that differs (a request was taken out of it) is computed,
-and so are all after it. What is computed or put in place for a recovery makes all of them void.
+and so are all after it. So is a step that wrote a block which a later one was given, and has overwritten already. What
+is computed or put in place for a recovery makes all of them void.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class _Kept(NamedTuple):
     output: Any
     size: int
     """In bytes."""
+    writes: Mapping[int, int]
+    """The KV blocks that it has written, with the generation of each."""
 
 
 class KeptSteps:
@@ -56,18 +59,23 @@ class KeptSteps:
     def output(self, sequence: int, asked: Any) -> Any | None:
         """What may be passed on for a step that comes as `asked`; None if it has to be computed."""
         kept = self._before.get(sequence)
-        return kept.output if kept is not None and kept.asked == asked else None
+        return kept.output if kept is not None and kept.asked == asked and self._is_there(sequence, kept) else None
 
-    def passed_on(self, sequence: int) -> None:
-        """That output was passed on again."""
-        self._now[sequence] = self._before.pop(sequence)
+    def _is_there(self, sequence: int, kept: _Kept) -> bool:
+        """Whether no later step that has run was given a block that this one wrote: who comes between may read it."""
+        later = [each.writes for number, each in self._before.items() if number > sequence]
+        return all(writes.get(block, own) == own for writes in later for block, own in kept.writes.items())
+
+    def passed_on(self, sequence: int, output: Any) -> None:
+        """The step's output was passed on again, like this."""
+        self._now[sequence] = self._before.pop(sequence)._replace(output=output)
         _trim(self._now)
 
-    def computed(self, sequence: int, asked: Any, output: Any, size: int) -> None:
-        """A step was computed, not passed on; `output` is of `size` bytes."""
+    def computed(self, sequence: int, asked: Any, output: Any, size: int, writes: Mapping[int, int]) -> None:
+        """A step was computed, not passed on; `output` is of `size` bytes. `writes`: its blocks, with generations."""
         # What comes after it, it may have changed.
         self._before.clear()
-        self._now[sequence] = _Kept(asked, output, size)
+        self._now[sequence] = _Kept(asked, output, size, writes)
         _trim(self._now)
 
     # ---- results
@@ -79,7 +87,7 @@ class KeptSteps:
 
     def sampled(self, epoch: Epoch, sequence: int, result: Any, size: int) -> None:
         """The last stage has sampled, and answered the engine."""
-        self._results[epoch, sequence] = _Kept(None, result, size)
+        self._results[epoch, sequence] = _Kept(None, result, size, {})
         _trim(self._results)
 
 

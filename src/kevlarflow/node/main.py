@@ -362,9 +362,9 @@ class NodeServer:
             self._replicas.begin(lane, written, step.use)
         kept = kept_output(lane, work)
         if kept is not None:
-            lane.runner.follow(pickle.loads(work.payload[0]))
-            lane.kept.passed_on(step.sequence)
-            self._forward(lane, step.sequence, kept)
+            output = lane.runner.follow(pickle.loads(work.payload[0]), *kept)
+            lane.kept.passed_on(step.sequence, (output, lane.runner.batch))
+            self._forward(lane, step.sequence, output)
         else:
             self._compute(lane, work, step, activations)
         if self._replicas:
@@ -385,7 +385,8 @@ class NodeServer:
             # A copy: the runner may use the memory again.
             output = {name: tensor.clone() for name, tensor in result.items()}
             size = sum(tensor.nbytes for tensor in output.values())
-            lane.kept.computed(step.sequence, work.payload[0], output, size)
+            generations = {block: generation for block, generation, *_ in step.writes}
+            lane.kept.computed(step.sequence, work.payload[0], (output, lane.runner.batch), size, generations)
 
     # ---- going out
 

@@ -59,8 +59,15 @@ class LaneRunner(Protocol):
         `computed` is called when the device is done with the layers, and nothing is sampled yet.
         """
 
-    def follow(self, step: Any) -> None:
-        """Take note of a vLLM `SchedulerOutput` that was run in an earlier epoch already, as `execute` would."""
+    @property
+    def batch(self) -> tuple[str, ...]:
+        """The requests of the last step, in the order of their rows. It depends on the steps before as well."""
+
+    def follow(self, step: Any, output: Activations, batch: Sequence[str]) -> Activations:
+        """Take note of a vLLM `SchedulerOutput` that was run in an earlier epoch already, as `execute` would.
+
+        Returns its output, which was of rows in the order of `batch`, as it is to be passed on now.
+        """
 
     def recompute(self, chunk: Chunk, activations: Activations | None) -> Activations | None:
         """Write the KV of a chunk without sampling; the last stage gathers owed prompt log-probabilities."""

@@ -11,7 +11,8 @@ Non-public names of vLLM that are used, all checked by `check_runner`: `requests
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,7 +82,12 @@ class V1LaneRunner:
                 sampled: ModelRunnerOutput = self._runner.sample_tokens(grammar)
         return Sampled(sampled, self._generator_states(sampled))
 
-    def follow(self, step: Any) -> None:
+    @property
+    def batch(self) -> tuple[str, ...]:
+        """See `LaneRunner.batch`."""
+        return tuple(self._runner.input_batch.req_ids)
+
+    def follow(self, step: Any, output: Activations, batch: Sequence[str]) -> Activations:
         """See `LaneRunner.follow`."""
         translate_blocks(step, self._table)
         # They hold what the step has written already.
@@ -91,6 +97,7 @@ class V1LaneRunner:
         self._forget_withdrawn_tokens(step.scheduled_cached_reqs)
         with torch.inference_mode():
             self._runner.execute_model(step)
+        return reordered(output, batch, self.batch, step.num_scheduled_tokens)
 
     def _forget_withdrawn_tokens(self, going_on: CachedRequestData) -> None:
         """Take back output tokens that the scheduler does not count.
@@ -130,6 +137,7 @@ class V1LaneRunner:
     def recompute(self, chunk: Chunk, activations: Activations | None) -> Activations | None:
         """See `LaneRunner.recompute`."""
         names = [f"recompute-{index}" for index in range(len(chunk.spans))]
+        batch = self.batch
         step = SchedulerOutput.make_empty()
         step.scheduled_new_reqs = [self._new(n, s) for n, s in zip(names, chunk.spans, strict=True)]
         step.num_scheduled_tokens = {n: s.end - s.start for n, s in zip(names, chunk.spans, strict=True)}
@@ -142,7 +150,26 @@ class V1LaneRunner:
         finally:
             self._runner.execute_model_state = None
             self._forget(names)
+            # The stages behind the lost one do not run it: the order of the rows must not come to differ from theirs.
+            if batch:
+                self._batch_again(batch)
         return output.tensors if isinstance(output, IntermediateTensors) else None
+
+    def _batch_again(self, batch: Sequence[str]) -> None:
+        """Put these requests into the empty batch, in this order, as they are."""
+        known = [self._runner.requests[request] for request in batch]
+        step = SchedulerOutput.make_empty()
+        step.scheduled_cached_reqs = CachedRequestData(
+            req_ids=list(batch),
+            resumed_req_ids=set(),
+            new_token_ids=[],
+            all_token_ids={},
+            new_block_ids=[None] * len(batch),
+            num_computed_tokens=[each.num_computed_tokens for each in known],
+            num_output_tokens=[len(each.output_token_ids) for each in known],
+        )
+        step.num_scheduled_tokens = dict.fromkeys(batch, 1)
+        self._runner.execute_model(step)
 
     def _new(self, name: str, span: Span) -> NewRequestData:
         """A request that is all prompt: nothing will be sampled from it."""
@@ -220,6 +247,16 @@ class V1LaneRunner:
 
 def _wrap(activations: Activations | None) -> IntermediateTensors | None:
     return None if activations is None else IntermediateTensors(dict(activations))
+
+
+def reordered(output: Activations, before: Sequence[str], now: Sequence[str], tokens: Mapping[str, int]) -> Activations:
+    """A step's output, whose rows are those of a batch in one order, with the rows of the same batch in another."""
+    if tuple(before) == tuple(now):
+        return output
+    first_row = dict(zip(before, itertools.accumulate((tokens[each] for each in before), initial=0), strict=False))
+    rows = [row for each in now for row in range(first_row[each], first_row[each] + tokens[each])]
+    # What is behind them is padding.
+    return {name: tensor[[*rows, *range(len(rows), len(tensor))]] for name, tensor in output.items()}
 
 
 def translate_blocks(step: SchedulerOutput, table: Sequence[int]) -> None:

@@ -45,8 +45,6 @@ class Forming:
 
     It may have been in the middle of one when the order came: until then nothing is planned, nor does a step go out.
     """
-    issued_meanwhile: bool = False
-    """Whether a step was issued while nothing was planned yet."""
     placed: dict[Stage, dict[int, Replica]] = dataclasses.field(default_factory=dict)
     later: set[int] = dataclasses.field(default_factory=set)
     """Blocks that `PlaceRest` is for."""

@@ -33,6 +33,8 @@ class InFlight:
         self._recalled: dict[Stage, dict[int, Step]] = {}
         """What the node of a stage may have been running when another order came; nothing once a node was lost."""
         self._held: set[int] = set()
+        self._heard: set[int] = set()
+        """Steps that were over before the last order."""
         self._suspicion = Suspicion()
         self.dispatched = Dispatched()
         self.hold_back = False
@@ -62,7 +64,8 @@ class InFlight:
 
     def clear(self) -> None:
         """None will ever complete."""
-        for part in (self._steps, self._effects, self._results, self._left_out, self._sent, self._recalled, self._held):
+        books = (self._steps, self._effects, self._results, self._left_out, self._recalled)
+        for part in (*books, self._sent, self._held, self._heard):
             part.clear()
         self._suspicion.clear()
         self.dispatched.clear()
@@ -102,6 +105,7 @@ class InFlight:
                 return
             if step.scheduled:
                 self._results[sequence] = results[sequence]
+                self._heard.add(sequence)
 
     def complete(self) -> tuple[Step, StepResult, frozenset[str]] | None:
         """Take the oldest step, its result and what was left out of it, if it is done; one without tokens always is."""
@@ -112,7 +116,9 @@ class InFlight:
             self._effects.pop(sequence)
             self._sent.discard(sequence)
             self._held.discard(sequence)
-            self._suspicion.acquit(step)
+            # What was over before the order clears nobody who goes on: the node may have died of it a moment later.
+            self._suspicion.acquit(dataclasses.replace(step, scheduled={}) if sequence in self._heard else step)
+            self._heard.discard(sequence)
             if step.scheduled:
                 self.dispatched.done(sequence)
             self._note_done(step)

@@ -375,7 +375,6 @@ class Pipeline:
         if self.standing is Standing.WAITING:
             return commands + self._set_aside(dict.fromkeys(step.scheduled, ""))
         if self._forming is not None and self._forming.waits:
-            self._forming.issued_meanwhile = True
             return commands
         if lost:
             chunks = plan_hits(self.ledger, before, step, lost, self._books.limits)

@@ -49,7 +49,7 @@ class Restoring:
 
         What it has put in place `ahead` it has still, where the blocks are not others' by now.
         """
-        wanted = blocks_in_use(self._books.ledger, self._books.in_flight)
+        wanted = self._touched(list(self._books.in_flight))
         commands: list[Place] = []
         for stage in sorted(forming.lost):
             known = self._watermarks.is_standby(stage, nodes[stage].member)
@@ -97,10 +97,12 @@ class Restoring:
         numbered = forming.chunks = books.in_flight.dispatched.add_chunks(chunks)
         forming.recomputed_tokens = sum(chunk.num_tokens for chunk in chunks)
         forming.first_step = next((step.sequence for step in steps if step.scheduled), None)
-        keep = frozenset(restored) - blocks_in_use(books.ledger, steps)
+        # Of blocks that were in use when they were put in place, some may have been of requests that are over since.
+        full = {block for block, filled in restored.items() if filled == books.block_size}
+        keep = frozenset(full) - blocks_in_use(books.ledger, steps)
         rest: list[Command] = [PlaceRest(stage) for stage in sorted(forming.placed)]
-        # A step that was issued while replicas were awaited may hit or overwrite a prefix that nobody used before.
-        rest_first = forming.issued_meanwhile and not forming.later.isdisjoint(self._touched(steps))
+        # A step that was issued since then may hit or overwrite a prefix that nobody used before.
+        rest_first = not forming.later.isdisjoint(self._touched(steps))
         commands = [*rest] if rest_first else []
         commands += [Recompute(number, chunk) for number, chunk in numbered.items()]
         held = holdings(books.ledger, steps, keep, books.generations, books.tables.depths, books.block_size)

@@ -160,9 +160,9 @@ class Node(Process):
         self._inbox.append((Line(engine, number, f"{engine.name}/{number}".encode()), header, payload))
         self.look()
 
-    def deliver_activations(self, pipeline: PipelineId, epoch: Epoch, sequence: int) -> None:
-        """The stage before is done with a step."""
-        self.lanes.add_activations(pipeline, epoch, sequence, {"epoch": epoch})
+    def deliver_activations(self, pipeline: PipelineId, epoch: Epoch, sequence: int, rows: tuple[str, ...]) -> None:
+        """The stage before is done with a step; `rows` are its requests, in the order of their activations."""
+        self.lanes.add_activations(pipeline, epoch, sequence, {"epoch": epoch, "rows": rows})
         self.look()
 
     def look(self) -> None:
@@ -286,9 +286,10 @@ class Node(Process):
             if self.replicas is not None:
                 self.replicas.begin(lane, written, header.use)
         if kept is not None:
-            self._end_after(0.0, functools.partial(self._pass_on, lane, work, kept, written))
+            self._end_after(0.0, functools.partial(self._pass_on, lane, work, kept, activations, written))
             return
         sampled = self._run(lane, work)
+        self._check_rows(lane, header, activations)
         self._end_after(seconds, functools.partial(self._finish, lane, engine, work, written, sampled))
 
     def _end_after(self, seconds: float, finish: Callable[[], None]) -> None:
@@ -336,13 +337,20 @@ class Node(Process):
                 self.replicas.place_rest(lane)
         return None
 
-    def _pass_on(self, lane: Lane, work: Work, kept: Any, written: tuple[Replica, ...]) -> None:
+    def _check_rows(self, lane: Lane, header: Header, activations: Any) -> None:
+        """Nothing but their order says whose the rows of activations are."""
+        rows = tuple(lane.runner.output)  # type: ignore[attr-defined]
+        if isinstance(header, steps.Execute) and activations is not None and activations["rows"] != rows:
+            raise WrongKv(f"{self} takes {activations['rows']} for {rows}: {header}")
+
+    def _pass_on(self, lane: Lane, work: Work, kept: Any, activations: Any, written: tuple[Replica, ...]) -> None:
         """The output of a step that was computed in an earlier epoch."""
         header, runner = cast("Any", (work.header, lane.runner))
         runner.follow(*work.payload)
         if runner.output != kept:
             raise WrongKv(f"{self} passes on {kept} for {header}, which gives {runner.output}")
-        lane.kept.passed_on(header.sequence)
+        lane.kept.passed_on(header.sequence, runner.output)
+        self._check_rows(lane, header, activations)
         self.fleet.counts["steps passed on"] += 1
         self._forward(lane, header.sequence)
         self._note_written(lane, written)
@@ -371,7 +379,10 @@ class Node(Process):
                 self._forward(lane, header.sequence)
             case steps.Execute(has_tokens=True):
                 self._forward(lane, header.sequence)
-                lane.kept.computed(header.sequence, work.payload[0], lane.runner.output, 1)  # type: ignore[attr-defined]
+                output = lane.runner.output  # type: ignore[attr-defined]
+                lane.kept.computed(
+                    header.sequence, work.payload[0], output, 1, {r.block: r.generation for r in written}
+                )
         self._note_written(lane, written)
 
     def _note_written(self, lane: Lane, written: tuple[Replica, ...]) -> None:
@@ -388,7 +399,8 @@ class Node(Process):
     def _forward(self, lane: Lane, sequence: int) -> None:
         target = self.fleet.node_at(self._next_addresses[lane.pipeline])
         if target is not None:
-            deliver = functools.partial(target.deliver_activations, lane.pipeline, lane.epoch, sequence)
+            rows = tuple(lane.runner.output)  # type: ignore[attr-defined]
+            deliver = functools.partial(target.deliver_activations, lane.pipeline, lane.epoch, sequence, rows)
             self._send(target, ("activations", self.name, lane.pipeline, lane.epoch), deliver)
 
     def _answer(self, line: Line, header: steps.AnyStepMessage, payload: Any = None) -> None:

@@ -27,6 +27,8 @@ class Shape:
     """Whether nobody knows what lost nodes were computing, so that losses are held against the steps in flight."""
     wait_rate: float = 0.0
     """How likely a lost node has no successor for a while."""
+    copies: int = 1
+    """Blocks that are copied to a standby at a time."""
 
 
 def draw(rng: random.Random) -> Shape:
@@ -44,6 +46,7 @@ def draw(rng: random.Random) -> Shape:
         raise_rate=rng.choice([0.0, 0.0, 0.02]),
         blames=rng.random() < 0.2,
         wait_rate=rng.choice([0.0, 0.3, 1.0]),
+        copies=rng.choice([1, 8]),
     )
 
 
@@ -54,8 +57,12 @@ TIGHT = Shape(
 REPLICATED = Shape(
     stages=2, blocks=14, block_size=2, budget=6, requests=8, losses=4, loss_rate=0.05, replicates=True, wait_rate=0.2
 )
+PROMPTS = Shape(
+    stages=3, blocks=24, block_size=2, budget=4, requests=3, losses=8, loss_rate=0.05, replicates=True, copies=24
+)
+"""Prompts in many chunks, which are copied as soon as they are computed."""
 
 
 def shape_of(seed: int) -> Shape | None:
-    """One run in three is tight, one replicates, and the shape of the third is drawn."""
-    return (TIGHT, REPLICATED, None)[seed % 3]
+    """One run in four is tight, one replicates, one has long prompts, and the shape of the fourth is drawn."""
+    return (TIGHT, REPLICATED, PROMPTS, None)[seed % 4]

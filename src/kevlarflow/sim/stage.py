@@ -1,4 +1,5 @@
-"""A toy stage: KV memory whose content can be checked, and the bookkeeping of vLLM's V1 model runner.
+"""A toy stage: KV memory whose content can be checked, and the bookkeeping of vLLM's V1 model runner: what it knows of
+each request, and the order of its batch, which is that of the rows of its activations and depends on the steps before.
 
 The "KV" of position i at stage s is a hash of s and of the tokens up to i. Computing a position reads every slot
 before it through the request's block table; a slot that does not hold exactly what it should is a `WrongKv`, the
@@ -116,8 +117,10 @@ class ToyStage:
     is_last: bool
     aborted: set[str]
     requests: dict[str, Running] = field(default_factory=dict)
+    batch: list[str | None] = field(default_factory=list)
+    """The requests of the last step, in the order of their rows; None is a gap."""
     output: dict[str, list[int]] = field(default_factory=dict)
-    """What the last step has passed on: the KV of its tokens stands for it."""
+    """What the last step has passed on, in the order of its rows: the KV of its tokens stands for it."""
     decoded: tuple[int, int] | None = None
     """Size of the last step, as `node.pace.size_of` has it."""
 
@@ -129,6 +132,7 @@ class ToyStage:
     def reset(self) -> None:
         """Forget requests, keep KV."""
         self.requests.clear()
+        self.batch.clear()
 
     def restore(self, entries: Sequence[LedgerEntry]) -> None:
         """Rebuild requests."""
@@ -150,7 +154,10 @@ class ToyStage:
         self._note(step, known_tokens)
         self.decoded = self._size(step)
         self.output = {}
-        return {request: self._compute(request, self.requests[request], n) for request, n in step.scheduled.items()}
+        sampled = {}
+        for request in filter(None, self.batch):
+            sampled[request] = self._compute(request, self.requests[request], step.scheduled[request])
+        return sampled
 
     def follow(self, step: Step, known_tokens: dict[str, list[int]]) -> None:
         """See `LaneRunner.follow`.
@@ -159,8 +166,8 @@ class ToyStage:
         """
         self._note(step, known_tokens)
         self.output = {}
-        for request, count in step.scheduled.items():
-            running = self.requests[request]
+        for request in filter(None, self.batch):
+            running, count = self.requests[request], step.scheduled[request]
             running.computed += count
             self.output[request] = self.memory.contents(running.tokens, running.computed)[-count:]
 
@@ -175,10 +182,28 @@ class ToyStage:
             running = self.requests[going_on.request]
             running.computed = going_on.computed
             running.blocks = [*([] if going_on.resumed else running.blocks), *going_on.new_blocks]
+        self._batch_anew(step)
         for request in step.scheduled:
             running = self.requests[request]
             if not self.is_last or len(running.tokens) < len(known_tokens[request]):
                 running.tokens = list(known_tokens[request])
+
+    def _batch_anew(self, step: Step) -> None:
+        """As `GPUModelRunner._update_states` does it: newcomers fill the gaps, then the last ones do."""
+        staying = step.scheduled.keys() - {each.request for each in step.continuations if each.resumed}
+        self.batch = [request if request in staying else None for request in self.batch]
+        new = [each.request for each in step.admissions] + [each.request for each in step.continuations]
+        for request in new:
+            if request in self.batch:
+                continue
+            if None in self.batch:
+                self.batch[self.batch.index(None)] = request
+            else:
+                self.batch.append(request)
+        while None in self.batch:
+            last = self.batch.pop()
+            if last is not None:
+                self.batch[self.batch.index(None)] = last
 
     def _size(self, step: Step) -> tuple[int, int] | None:
         if not step.scheduled or max(step.scheduled.values()) > 1:

@@ -228,13 +228,15 @@ class World:
         self._handle(core.StandbysAssigned(tuple(standby.info for standby in self.standbys)))
 
     def _replicate(self, lane: Lane) -> None:
-        """Copy one block to the standby; the confirmation travels like any answer."""
+        """Copy some blocks to the standby; the confirmation travels like any answer."""
         standby = self.standbys[lane.info.stage]
         if lane.standby != standby.info.member or not lane.tags:
             return
-        replica = self.rng.choice(list(lane.tags.values()))
-        standby.store[replica.block] = (replica, lane.stage.memory.read(replica.block))
-        self._confirm(lane, standby, stored=(replica,))
+        held = list(lane.tags.values())
+        replicas = tuple(self.rng.sample(held, min(self.shape.copies, len(held))))
+        for replica in replicas:
+            standby.store[replica.block] = (replica, lane.stage.memory.read(replica.block))
+        self._confirm(lane, standby, stored=replicas)
 
     def _drop_replica(self) -> None:
         lane = self.rng.choice(self.lanes)

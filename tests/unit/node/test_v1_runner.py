@@ -18,7 +18,7 @@ class Runner(SimpleNamespace):
     def __init__(self) -> None:
         super().__init__(**dict.fromkeys(USED_NAMES))
         self.requests: dict = {}
-        self.input_batch = SimpleNamespace(req_id_to_index={})
+        self.input_batch = SimpleNamespace(req_id_to_index={}, req_ids=["r"])
         self.outputs: dict[str, list[int]] = {}
         self.step = SchedulerOutput.make_empty()
 
@@ -64,7 +64,7 @@ def test_a_step_that_was_run_before_changes_the_state_and_neither_computes_nor_e
         num_computed_tokens=[3],
         num_output_tokens=[2],
     )
-    lane.follow(step)
+    lane.follow(step, {}, ("r",))
     assert runner.step.scheduled_cached_reqs.new_block_ids == [([12],)]
     assert runner.step.num_scheduled_tokens == {"r": 1}
     assert runner.step.total_num_scheduled_tokens == 0, "so the runner returns before it computes"

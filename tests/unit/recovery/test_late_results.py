@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from kevlarflow.recovery import pipeline_events as p
 from kevlarflow.recovery.coverage import Replica
-from kevlarflow.recovery.ledger import StepResult
+from kevlarflow.recovery.ledger import Admission, Continuation, Step, StepResult
 from kevlarflow.recovery.pipeline import Pipeline
-from unit.recovery.test_pipeline import A0, A1, B0, B1, admit, executed, kinds, sent, serving
+from kevlarflow.recovery.suspicion import MAX_POSSIBLE_COST
+from kevlarflow.types import Computing, Loss
+from unit.recovery.test_pipeline import (
+    A0,
+    A1,
+    B0,
+    B1,
+    admit,
+    executed,
+    go_on,
+    kinds,
+    node,
+    prepared,
+    sent,
+    serving,
+)
 
 
 def two_in_flight() -> Pipeline:
@@ -115,3 +130,67 @@ def test_a_step_that_is_issued_meanwhile_goes_out_with_the_others():
     pipeline.handle(p.FormationOrdered(2, (B0, A1)), 1.5)
     assert pipeline.handle(p.StepIssued(admit(3, "c", blocks=(5, 6), formation=pipeline.formations)), 1.6) == []
     assert sent(joined(pipeline, 2, a=7)) == [2, 3]
+
+
+# ---- what it changes for the rest of a recovery
+
+
+def chunk(sequence, computed, *blocks, tokens=4):
+    going_on = Continuation("r", False, blocks, computed, 0)
+    return Step(sequence, (), (going_on,), {"r": tokens}, frozenset(), frozenset(), 1)
+
+
+def prompt_in_chunks(*chunks):
+    """Its first chunk is done; stage 0 has run `chunks` as well, and its standby has blocks 1 and 2."""
+    pipeline = serving()
+    first = Admission("r", tuple(range(40)), (1,), 0, None)
+    pipeline.handle(p.StepIssued(Step(1, (first,), (), {"r": 4}, frozenset(), frozenset(), 1)), 1.0)
+    pipeline.handle(executed(1, 1, r=[]), 1.1)
+    pipeline.handle(p.StandbysAssigned((B0, None)), 1.2)
+    for each in chunks:
+        pipeline.handle(p.StepIssued(each), 1.3)
+    copies = (Replica(1, 1, 4), Replica(2, 2, 4))
+    pipeline.handle(p.ReplicasConfirmed(0, A0.member, B0.member, copies), 1.4)
+    return pipeline
+
+
+def recover(pipeline):
+    """Stage 0 is lost, the last one has sampled step 2; returns which blocks come last, and what is done before."""
+    commands = pipeline.handle(p.FormationOrdered(2, (B0, A1), lost=True), 1.5)
+    (place,) = [each for each in commands if isinstance(each, p.Place)]
+    assert pipeline.handle(p.StageJoined(2, 1, {(1, 2): StepResult({"r": []}, {})}), 1.6) == [p.Deliver(2)]
+    commands = pipeline.handle(p.ReplicasPlaced(2, 0, ()), 1.7)
+    return {each.block for each in place.later}, commands[: kinds(commands).index("PlaceRest")]
+
+
+def test_what_it_has_made_part_of_a_request_is_in_place_before_a_step_reads_it():
+    later, first = recover(prompt_in_chunks(chunk(2, 4, 2), chunk(3, 8, 9)))
+    assert sent(first) == [3]
+    assert 2 not in later
+
+
+def test_and_before_it_is_read_to_compute_what_has_no_replica():
+    later, first = recover(prompt_in_chunks(chunk(2, 4, 2, 3, tokens=8)))
+    (computed,) = [each.chunk.spans for each in first if isinstance(each, p.Recompute)]
+    assert [(span.start, span.end) for span in computed] == [(8, 12)]
+    assert 2 not in later
+
+
+def test_a_request_that_kills_its_node_a_moment_after_each_step_costs_no_more_for_it():
+    """What was sampled in time is delivered, but it clears nobody."""
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "r")), 1.0)
+    dead = A0
+    for number in range(1, MAX_POSSIBLE_COST + 1):
+        donor, loss = node(f"node-{number}-0", 0), Loss(dead.member, Computing())
+        commands = pipeline.handle(p.FormationOrdered(number + 1, (donor, A1), lost=True, losses=(loss,)), 2.0)
+        if number == MAX_POSSIBLE_COST:
+            break
+        told = {(number, number): StepResult({"r": [7]}, {})}
+        commands = [*commands, *pipeline.handle(p.StageJoined(number + 1, 1, told), 2.1)]
+        assert p.Deliver(number) in commands
+        prepared(pipeline, number + 1, commands)
+        pipeline.handle(p.StepIssued(go_on(number + 1, "r", computed=2 + number, formation=99)), 2.2)
+        dead = donor
+    (aside,) = [each for command in commands if isinstance(command, p.SetAside) for each in command.requests]
+    assert (aside.request, bool(aside.reason)) == ("r", True)
