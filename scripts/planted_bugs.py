@@ -106,6 +106,13 @@ MUTANTS = (
         "tests/unit/recovery/test_late_results.py",
     ),
     Mutant(
+        "replicas of what a block held before are asked for",
+        "recovery/coverage.py",
+        "return {b: r for b, r in self._replicas.items() if r.generation == generations[b]}",
+        "return dict(self._replicas)",
+        "tests/unit/recovery/test_ahead.py",
+    ),
+    Mutant(
         "a node runs work of an old epoch",
         "node/lanes.py",
         " or work.header.epoch != lane.epoch",

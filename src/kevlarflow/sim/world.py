@@ -233,7 +233,7 @@ class World:
         if lane.standby != standby.info.member or not lane.tags:
             return
         held = list(lane.tags.values())
-        replicas = tuple(self.rng.sample(held, min(self.shape.copies, len(held))))
+        replicas = tuple(dict.fromkeys(self.rng.choice(held) for _ in range(self.shape.copies)))
         for replica in replicas:
             standby.store[replica.block] = (replica, lane.stage.memory.read(replica.block))
         self._confirm(lane, standby, stored=replicas)

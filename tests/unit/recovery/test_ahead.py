@@ -95,6 +95,18 @@ def test_a_block_that_was_given_away_meanwhile_is_not_believed():
     assert ("s", 0, 4) in [(span.request, span.start, span.end) for span in chunk.spans]
 
 
+def test_nor_is_its_replica_asked_for_when_the_node_is_lost():
+    pipeline = replicating()
+    confirm(pipeline, *KEPT)
+    admission = Admission("s", tuple(range(4)), (1,), 0, None)
+    pipeline.handle(p.StepIssued(Step(2, (admission,), (), {"s": 4}, frozenset({"r"}), frozenset(), 2)), 1.3)
+    pipeline.handle(executed(1, 2, s=[8]), 1.4)
+    commands = pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 2.0)
+    assert not [each for each in commands if isinstance(each, p.Place)], (
+        "block 1 is of another request, block 2 of none"
+    )
+
+
 def test_a_loss_replaces_what_was_prepared_and_the_lane_is_left_again():
     pipeline, _ = preparing(*KEPT)
     commands = pipeline.handle(p.FormationOrdered(3, (A0, A1)), 2.1)

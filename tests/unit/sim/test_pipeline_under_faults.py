@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kevlarflow.recovery import coverage, pipeline, pipeline_events, recompute, restoring
+from kevlarflow.recovery import pipeline, pipeline_events, recompute, restoring
 from kevlarflow.recovery.ledger import Ledger
 from kevlarflow.sim.errors import Violation
 from kevlarflow.sim.shapes import REPLICATED, TIGHT, Shape
@@ -90,10 +90,6 @@ def short_by_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recompute, "_need", short)
 
 
-def old_replicas_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coverage.Coverage, "valid", lambda self, _: dict(self._replicas))
-
-
 def watermark_off_by_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     original = restoring.filled_everywhere
 
@@ -126,7 +122,6 @@ def missing_replicas_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
         (steps_out_of_order, TIGHT),
         (preemption_ignored, TIGHT),
         (short_by_a_block, TIGHT),
-        (old_replicas_believed, REPLICATED),
         (watermark_off_by_a_block, REPLICATED),
         (missing_replicas_ignored, REPLICATED),
         (no_eviction, REPLICATED),
