@@ -187,17 +187,21 @@ def pauses_table(result: Failover) -> Table:
     remarks = [f"kill {kill.number}: void: {kill.void}" for kill in result.kills if kill.void is not None]
     remarks += [f"no further kills: {result.void}"] if result.void is not None else []
     remarks.append(
-        "resumed: from SIGKILL to the token that ended the stream's pause; next token: to the very next one, even if "
-        "it was on its way when the node died; others: longest wait for a token on the pipelines that lost no node."
+        "next token: from SIGKILL to the very next one, even if it was on its way when the node died; longest wait: "
+        "of each stream for a token, around the kill; resumed: from SIGKILL to the end of that wait, which may be a "
+        "later one than that of the recovery, since a fresh node loads next; others: longest wait for a token on the "
+        "pipelines that lost no node."
     )
-    headers = ("killed", "kills", "streams", "resumed p50", "worst", "next token p50", "worst", "others p50", "worst")
+    numbers = ("next token p50", "worst", "longest wait p50", "worst", "resumed p50", "worst", "others p50", "worst")
+    headers = ("killed", "kills", "streams", *numbers)
     return Table(f"Failover under {result.streams} streams", headers, rows, remarks)
 
 
 def _pause_cells(affected: Sequence[Pause], others: Sequence[Pause]) -> Iterator[str]:
     resumed = [pause.resumed_seconds for pause in affected]
     following = [pause.next_token_seconds for pause in affected]
-    for values in (resumed, following, [pause.gap_seconds for pause in others]):
+    longest = [pause.gap_seconds for pause in affected]
+    for values in (following, longest, resumed, [pause.gap_seconds for pause in others]):
         yield milliseconds(percentile(values, 0.5)) if values else NOTHING
         yield milliseconds(max(values)) if values else NOTHING
 

@@ -106,7 +106,7 @@ def test_startup_row():
 
 def test_pauses_are_split_by_stage_and_leave_void_kills_out():
     rows = pauses_table(failover()).rows
-    assert [row[:5] for row in rows] == [
+    assert [(*row[:3], *row[7:9]) for row in rows] == [
         ("all", "2", "3", "300 ms", "400 ms"),
         ("first stage", "1", "2", "300 ms", "400 ms"),
         ("last stage", "1", "1", "300 ms", "300 ms"),
