@@ -113,6 +113,13 @@ MUTANTS = (
         "tests/unit/recovery/test_ahead.py",
     ),
     Mutant(
+        "a step is passed on as it was, though a block of it was repaired for another",
+        "node/kept.py",
+        "if not given.isdisjoint(blocks):",
+        "if False:",
+        "tests/unit/node/test_kept.py",
+    ),
+    Mutant(
         "a node runs work of an old epoch",
         "node/lanes.py",
         " or work.header.epoch != lane.epoch",

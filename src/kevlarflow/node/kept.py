@@ -7,19 +7,22 @@ sampled goes to the engine with `Joined`, since an answer of the old epoch is no
 An output may be passed on again only if who comes after it finds the KV that this step has written. It does as long as
 the steps come as they came before, byte for byte: the first that differs (a request was taken out of it) is computed,
 and so are all after it. So is a step that wrote a block which a later one was given, and has overwritten already. What
-is computed or put in place for a recovery makes all of them void.
+is put in place for a recovery makes all of them void; so does what is computed for it, if it goes into a block that one
+of them was given: otherwise it writes what is there already.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from kevlarflow.types import Epoch
 
 MAX_STEPS = 16
-"""Steps that are kept, the newest ones; an engine has as many in flight as there are stages."""
+"""Steps whose outputs are kept, the newest ones; an engine has as many in flight as there are stages."""
+MAX_RESULTS = 4
+"""Results that are kept. They travel with every `Joined`, and hardly ever has a last stage run further ahead."""
 MAX_BYTES = 64 << 20
 """Of a lane's outputs together, or of its results: long prompts are computed again rather than fill the memory."""
 
@@ -53,6 +56,14 @@ class KeptSteps:
         """The lane's KV is not what those steps have left."""
         self._before.clear()
         self._now.clear()
+
+    def recomputed(self, blocks: Iterable[int]) -> None:
+        """These blocks were computed again for whom the ledger says they are of."""
+        kept = self._before | self._now
+        # A block's generation is the number of the step that was given it.
+        given = {block for each in kept.values() for block, step in each.writes.items() if step in kept}
+        if not given.isdisjoint(blocks):
+            self.spoil()
 
     # ---- outputs
 
@@ -88,10 +99,10 @@ class KeptSteps:
     def sampled(self, epoch: Epoch, sequence: int, result: Any, size: int) -> None:
         """The last stage has sampled, and answered the engine."""
         self._results[epoch, sequence] = _Kept(None, result, size, {})
-        _trim(self._results)
+        _trim(self._results, MAX_RESULTS)
 
 
-def _trim(kept: collections.OrderedDict[Any, _Kept]) -> None:
+def _trim(kept: collections.OrderedDict[Any, _Kept], most: int = MAX_STEPS) -> None:
     """Give up the oldest until the rest may be kept."""
-    while kept and (len(kept) > MAX_STEPS or sum(each.size for each in kept.values()) > MAX_BYTES):
+    while kept and (len(kept) > most or sum(each.size for each in kept.values()) > MAX_BYTES):
         kept.popitem(last=False)

@@ -155,14 +155,18 @@ class Lanes:
         lane = self.current(pipeline, epoch)
         if lane is None or engine == lane.engine:
             return False
-        self.break_off(lane)
+        self._break_off(lane)
         return True
 
-    def break_off(self, lane: Lane) -> None:
-        """Work of this lane has failed: drop what is queued, and take no more in this epoch."""
+    def fail(self, lane: Lane) -> None:
+        """Its work has failed: drop what is queued, take no more in this epoch, and pass nothing on again."""
+        self._break_off(lane)
+        lane.kept.spoil()
+
+    @staticmethod
+    def _break_off(lane: Lane) -> None:
         lane.broken = True
         lane.queue.clear()
-        lane.kept.spoil()
 
     def add_activations(self, pipeline: PipelineId, epoch: Epoch, sequence: int, tensors: Activations) -> bool:
         """Keep activations until their step comes; False when they are old or too many wait."""

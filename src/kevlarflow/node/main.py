@@ -27,6 +27,7 @@ from kevlarflow.config import ServeConfig
 from kevlarflow.errors import KevlarFlowError
 from kevlarflow.node.device import stage_device
 from kevlarflow.node.heartbeat import HeartbeatThread
+from kevlarflow.node.kept import MAX_BYTES
 from kevlarflow.node.lane_replicas import LaneReplicas
 from kevlarflow.node.lanes import Lane, Lanes, Work, kept_output
 from kevlarflow.node.pace import PaceMeter
@@ -92,6 +93,8 @@ class NodeServer:
         self._pace = pace
         self._lanes = Lanes([], 0, is_first_stage=stage == 0)
         self._description = b""
+        self._block_size = 0
+        """Tokens of a KV block; known once it has loaded."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         run_folder = Path(config.run_folder)
         remove_of_former_lives(run_folder, member)
@@ -121,6 +124,7 @@ class NodeServer:
         description, runners = device.description(), device.runners()
         self._lanes = Lanes(runners, description.num_blocks, is_first_stage=self._stage == 0)
         self._description = pickle.dumps(description)
+        self._block_size = description.block_size
         replica_address = self._replicate(device) if self._config.standby_memory_bytes else ""
         return NodeInfo(
             member=self._member,
@@ -303,7 +307,7 @@ class NodeServer:
             log.exception("%s: %s failed on lane %d", self._member, type(header).__name__, header.pipeline)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             sequence = header.sequence if isinstance(header, steps.Execute | steps.Recompute) else 0
-            self._lanes.break_off(lane)
+            self._lanes.fail(lane)
             self._answer(work.engine, steps.StepFailed(header.pipeline, header.epoch, sequence, self._stage, reason))
         finally:
             self._progress.end()
@@ -318,7 +322,7 @@ class NodeServer:
                 self._answer(work.engine, steps.Restored(pipeline, epoch, self._stage))
             case steps.Recompute(pipeline, epoch, sequence, through):
                 chunk = pickle.loads(work.payload[0])
-                lane.kept.spoil()
+                lane.kept.recomputed(chunk.written_blocks(self._block_size))
                 with self._recorder.computing(pipeline, epoch, sequence):
                     output = lane.runner.recompute(chunk, activations)
                 if self._stage == through:
@@ -382,11 +386,17 @@ class NodeServer:
             lane.kept.sampled(step.epoch, step.sequence, payload, len(payload))
         elif result is not None:
             self._forward(lane, step.sequence, result)
-            # A copy: the runner may use the memory again.
-            output = {name: tensor.clone() for name, tensor in result.items()}
-            size = sum(tensor.nbytes for tensor in output.values())
-            generations = {block: generation for block, generation, *_ in step.writes}
-            lane.kept.computed(step.sequence, work.payload[0], (output, lane.runner.batch), size, generations)
+            self._keep(lane, work, step, result)
+
+    def _keep(self, lane: Lane, work: Work, step: steps.Execute, output: Activations) -> None:
+        size = sum(tensor.nbytes for tensor in output.values())
+        if size > MAX_BYTES:
+            lane.kept.spoil()
+            return
+        # A copy: the runner may use the memory again.
+        copied = {name: tensor.clone() for name, tensor in output.items()}
+        generations = {block: generation for block, generation, *_ in step.writes}
+        lane.kept.computed(step.sequence, work.payload[0], (copied, lane.runner.batch), size, generations)
 
     # ---- going out
 

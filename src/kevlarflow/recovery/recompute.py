@@ -57,6 +57,11 @@ class Chunk:
         """Tokens of the forward pass."""
         return sum(span.end - span.start for span in self.spans)
 
+    def written_blocks(self, block_size: int) -> set[int]:
+        """KV blocks that it writes into."""
+        spans = ((span.start // block_size, -(-span.end // block_size), span.blocks) for span in self.spans)
+        return {block for first, end, blocks in spans for block in blocks[first:end]}
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Limits:

@@ -45,7 +45,7 @@ class FleetChecks:
         self._newest: collections.Counter[PipelineId] = collections.Counter()
         self._bereft_at: dict[PipelineId, float] = {}
         """Since when a pipeline has not served for want of a node."""
-        self._waits_since: dict[str, float] = {}
+        self._waits_since: dict[tuple[str, Epoch], float] = {}
         """Since when an engine reports that it waits."""
 
     def note_written(self, lane: Lane, stage: Stage, written: Iterable[Replica]) -> None:
@@ -118,9 +118,11 @@ class FleetChecks:
     def left(self, engine: Engine) -> None:
         """No node that hears and works keeps a lane of a pipeline that has waited for a while."""
         now, network = self._fleet.timeline.now, self._fleet.network
-        since = self._waits_since.setdefault(engine.name, now)
+        # One wait is not the next, though nobody looked in between.
+        wait = (engine.name, engine.core.epoch)
+        since = self._waits_since.setdefault(wait, now)
         if engine.core.standing is not Standing.WAITING:
-            del self._waits_since[engine.name]
+            del self._waits_since[wait]
         elif now > since + LEAVING_SECONDS and not network.cuts and network.slowness == 1.0:
             # What was lost with a connection is said again a while later.
             heard = (each for each in self._fleet.living_nodes() if not network.connection(engine, each))

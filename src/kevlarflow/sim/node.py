@@ -323,7 +323,7 @@ class Node(Process):
                 if self.replicas is not None:
                     self.replicas.hold(lane, payload[1])
             case steps.Recompute():
-                lane.kept.spoil()
+                lane.kept.recomputed(payload.written_blocks(self.fleet.plan.shape.block_size))
                 runner.recompute(payload)
             case steps.Flush() if self.replicas is not None:
                 self.replicas.flush(lane, self.timeline.now)
@@ -391,7 +391,7 @@ class Node(Process):
             self.replicas.end(lane, written)
 
     def _fail(self, engine: Line, lane: Lane, header: Header) -> None:
-        self.lanes.break_off(lane)
+        self.lanes.fail(lane)
         reason = "a drawn error"
         sequence = header.sequence if isinstance(header, steps.Execute | steps.Recompute) else 0
         self._answer(engine, steps.StepFailed(header.pipeline, header.epoch, sequence, self.stage, reason))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kevlarflow.node import kept
-from kevlarflow.node.kept import MAX_STEPS, KeptSteps
+from kevlarflow.node.kept import MAX_RESULTS, MAX_STEPS, KeptSteps
 
 
 def with_steps(*numbers: int) -> KeptSteps:
@@ -39,6 +39,16 @@ def test_a_step_that_has_changed_is_computed_and_so_is_all_behind_it() -> None:
     assert steps.output(2, asked(2)) is not None
     steps.computed(1, b"without a request", "another output", 1, {})
     assert steps.output(2, asked(2)) is None, "step 1 may have written what step 2 reads"
+
+
+def test_what_is_computed_again_changes_nothing_unless_a_kept_step_was_given_the_block() -> None:
+    steps = KeptSteps()
+    steps.computed(7, asked(7), "output", 1, {3: 2, 4: 7})
+    steps.renew()
+    steps.recomputed([1, 3])
+    assert steps.output(7, asked(7)) == "output", "block 3 has other tokens of the same request"
+    steps.recomputed([4])
+    assert steps.output(7, asked(7)) is None, "somebody had block 4 before, and has it again"
 
 
 def test_what_is_put_in_place_for_a_recovery_makes_all_of_them_void() -> None:
@@ -78,9 +88,9 @@ def test_only_so_many_are_kept_and_so_many_bytes(monkeypatch) -> None:
 
 def test_results_bear_their_epoch_and_the_newest_are_kept() -> None:
     steps = KeptSteps()
-    for number in range(MAX_STEPS + 1):
+    for number in range(MAX_RESULTS + 1):
         steps.sampled(1, number, b"result", 6)
     steps.renew()
-    steps.sampled(2, MAX_STEPS, b"once more", 9)
+    steps.sampled(2, MAX_RESULTS, b"once more", 9)
     assert next(iter(steps.results)) == (1, 2)
-    assert list(steps.results)[-2:] == [(1, MAX_STEPS), (2, MAX_STEPS)]
+    assert list(steps.results)[-2:] == [(1, MAX_RESULTS), (2, MAX_RESULTS)]

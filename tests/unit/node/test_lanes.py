@@ -168,7 +168,7 @@ def test_a_broken_lane_takes_no_work_until_it_is_opened_again():
     table = lanes(first_stage=True)
     lane = table.open(0, 1)
     table.add_work(execute(1))
-    table.break_off(lane)
+    table.fail(lane)
     assert table.next_work() is None
     assert not table.add_work(execute(2))
     table.open(0, 2)
