@@ -17,6 +17,8 @@ from kevlarflow.bench.streams import Stream
 
 DRAIN_SECONDS = 1.0
 """A pause that is due to a fault begins at most this long after it; by then what was on its way has arrived."""
+USUAL_WAITS = 5
+"""So many waits of a stream before a fault say how long it takes at most for what was on its way to arrive."""
 
 
 class Pause(msgspec.Struct, frozen=True):
@@ -113,10 +115,12 @@ def pause_after(stream: Stream, fault_at: float) -> Pause | None:
     marks = [stream.sent_at, *stream.times]
     if stream.sent_at >= fault_at or marks[-1] <= fault_at:
         return None
+    usual = [later - earlier for earlier, later in itertools.pairwise(stream.times) if later <= fault_at]
+    drain = min(DRAIN_SECONDS, max(usual[-USUAL_WAITS:], default=DRAIN_SECONDS))
     waits = [
         (later - earlier, later, position)
         for position, (earlier, later) in enumerate(itertools.pairwise(marks))
-        if later > fault_at and earlier <= fault_at + DRAIN_SECONDS
+        if later > fault_at and earlier <= fault_at + drain
     ]
     gap, ended_at, position = max(waits)
     return Pause(

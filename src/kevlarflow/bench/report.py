@@ -188,9 +188,9 @@ def pauses_table(result: Failover) -> Table:
     remarks += [f"no further kills: {result.void}"] if result.void is not None else []
     remarks.append(
         "next token: from SIGKILL to the very next one, even if it was on its way when the node died; longest wait: "
-        "of each stream for a token, around the kill; resumed: from SIGKILL to the end of that wait, which may be a "
-        "later one than that of the recovery, since a fresh node loads next; others: longest wait for a token on the "
-        "pipelines that lost no node."
+        "of each stream for a token, of those that began before the kill or at most one ordinary wait after it; "
+        "resumed: from SIGKILL to the end of that wait; others: longest wait for a token on the pipelines that lost "
+        "no node."
     )
     numbers = ("next token p50", "worst", "longest wait p50", "worst", "resumed p50", "worst", "others p50", "worst")
     headers = ("killed", "kills", "streams", *numbers)

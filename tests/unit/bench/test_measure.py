@@ -84,6 +84,15 @@ def test_a_token_that_was_on_its_way_does_not_end_the_pause():
     assert pause.tokens_before == 3
 
 
+def test_a_wait_that_begins_when_what_was_on_its_way_must_have_arrived_is_no_pause():
+    """A token each 0.1 s; after the recovery a fresh node loads, which takes longer than the recovery did."""
+    before = [0.1 * number for number in range(1, 11)]
+    pause = pause_after(stream(0.0, *before, 1.3, 1.4, 2.0), fault_at=1.05)
+    assert pause.resumed_seconds == pytest.approx(0.25)
+    on_its_way = pause_after(stream(0.0, *before, 1.1, 1.4, 1.5), fault_at=1.05)
+    assert on_its_way.resumed_seconds == pytest.approx(0.35)
+
+
 def test_a_longer_wait_well_after_the_fault_is_not_the_faults():
     late = 2.0 + DRAIN_SECONDS + 0.5
     pause = pause_after(stream(0.0, 1.0, 2.0, 2.6, late, late + 9.0), fault_at=2.0)
