@@ -17,6 +17,8 @@ from kevlarflow.bench.streams import Stream
 
 DRAIN_SECONDS = 1.0
 """A pause that is due to a fault begins at most this long after it; by then what was on its way has arrived."""
+LEAST_DRAIN_SECONDS = 0.25
+"""It counts that long after a fault in any case: a step that another stage was in may end that late."""
 USUAL_WAITS = 5
 """So many waits of a stream before a fault say how long it takes at most for what was on its way to arrive."""
 
@@ -116,7 +118,8 @@ def pause_after(stream: Stream, fault_at: float) -> Pause | None:
     if stream.sent_at >= fault_at or marks[-1] <= fault_at:
         return None
     usual = [later - earlier for earlier, later in itertools.pairwise(stream.times) if later <= fault_at]
-    drain = min(DRAIN_SECONDS, max(usual[-USUAL_WAITS:], default=DRAIN_SECONDS))
+    longest_usual = max(usual[-USUAL_WAITS:], default=DRAIN_SECONDS)
+    drain = min(DRAIN_SECONDS, max(LEAST_DRAIN_SECONDS, longest_usual))
     waits = [
         (later - earlier, later, position)
         for position, (earlier, later) in enumerate(itertools.pairwise(marks))
