@@ -7,10 +7,11 @@ controller) and carries out the commands that come back. Forming a pipeline and 
                          ──► Recompute what it still lacks ──► Restore the ledger
                          ──► issue the steps in flight again ──► FormationDone
 
-All of it is sent in one go, since each channel keeps its order; the answers only tell how far it has come. Only one
-is waited for: which replicas the new node turned out not to have, because the plan depends on it. A newer order at
-any point starts the path again under its own epoch. A stage whose node does not hold all KV of the lane is lost
-(`recovery.lost_stages`); `recovery.restoring` knows how its KV comes back.
+All of it is sent in one go, since each channel keeps its order; the answers only tell how far it has come. Two are
+waited for, because the plan depends on them: which replicas the new node turned out not to have, and what the last
+stage, if its node stays, has sampled since. A newer order at any point starts the path again under its own epoch. A
+stage whose node does not hold all KV of the lane is lost (`recovery.lost_stages`); `recovery.restoring` knows how its
+KV comes back.
 
 A planned change of nodes waits until the new ones are prepared (`recovery.ahead`), then for the steps in flight, which
 have living nodes to complete on. Steps that are issued meanwhile are held back and go out to the new nodes. If one of

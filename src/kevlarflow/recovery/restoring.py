@@ -1,7 +1,7 @@
 """How KV comes back to the stages that have lost it, and request state to all of them.
 
-place  ──► a new node that was the standby of the lost one puts the replicas in place that are in use,
-           and says which of them it did not have after all
+place  ──► a new node that was the standby of the lost one puts the replicas in place that are in use, those of
+           steps in flight included, and says which of them it did not have after all
 resume ──► what they do not cover is computed again; every stage rebuilds its requests from the ledger, and is told
            what each block holds now; the steps in flight go out again; kept prefixes, which no request uses
            yet, are put in place last
