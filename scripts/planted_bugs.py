@@ -43,6 +43,20 @@ MUTANTS = (
         "tests/unit/recovery/test_late_results.py",
     ),
     Mutant(
+        "a step that nobody is left in delivers what it had sampled before",
+        "recovery/in_flight.py",
+        "            if step.scheduled:\n                self._results[sequence] = results[sequence]",
+        "            if sequence in results:\n                self._results[sequence] = results[sequence]",
+        "tests/unit/recovery/test_late_results.py",
+    ),
+    Mutant(
+        "the ledger does not keep where a random generator is",
+        "recovery/ledger.py",
+        "entry.generator = result.generators.get(entry.request, entry.generator)",
+        "pass",
+        "tests/unit/recovery/test_ledger.py",
+    ),
+    Mutant(
         "the plan does not wait for what the last stage has sampled",
         "recovery/forming.py",
         "return bool(self.to_place) or self.to_hear is not None",

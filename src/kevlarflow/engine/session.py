@@ -74,7 +74,6 @@ class Session:
         self._links.use(())
         self._futures: dict[int, StepFuture] = {}
         self._payloads: dict[int, tuple[bytes, bytes]] = {}
-        self._outputs: dict[int, Any] = {}
         self._descriptions: dict[Stage, bytes] = {}
         self._read_all_at = 0.0
         """When no message was waiting to be read. What waits unread is nobody's fault but ours."""
@@ -263,7 +262,7 @@ class Session:
         match header:
             case steps.Executed(epoch=epoch, sequence=sequence):
                 if epoch == self._core.epoch and sequence in self._futures:
-                    self._handle(core.StepExecuted(epoch, sequence, self._result_of(sequence, payload[0])))
+                    self._handle(core.StepExecuted(epoch, sequence, _result_of(payload[0])))
             case steps.Description(stage):
                 self._descriptions[stage] = payload[0]
             case steps.Refused() | steps.Unlinked():
@@ -286,9 +285,6 @@ class Session:
             case steps.Left(member=member):
                 self._links.part(member)
         self._handle(event)
-        for _, sequence in results:
-            # Those that the core did not take run again.
-            self._outputs.pop(sequence, None)
 
     def _results_of(self, joined: steps.Joined, payload: list[bytes]) -> dict[tuple[Epoch, int], StepResult]:
         """What came along with `Joined` of steps that are in flight."""
@@ -296,16 +292,10 @@ class Session:
             return {}
         came = zip(joined.results, payload, strict=True)
         return {
-            (epoch, sequence): self._result_of(sequence, packed)
+            (epoch, sequence): _result_of(packed)
             for (epoch, sequence), packed in came
             if sequence in self._futures
         }
-
-    def _result_of(self, sequence: int, packed: bytes) -> StepResult:
-        """Unpack what the last stage says of a step, and keep it for vLLM."""
-        output, generators = pickle.loads(packed)
-        self._outputs[sequence] = output
-        return translate.result_of(output, generators)
 
     def _receive_complaint(self, header: steps.Refused | steps.Unlinked) -> None:
         newest, _ = self._core.ordered
@@ -359,8 +349,8 @@ class Session:
         match command:
             case core.Execute():
                 self._execute(command)
-            case core.Deliver(sequence, left_out):
-                self._finish(sequence, translate.completed(self._outputs.pop(sequence, None), left_out))
+            case core.Deliver(sequence, left_out, output):
+                self._finish(sequence, translate.completed(output, left_out))
             case core.Abandon(sequence, reason):
                 self._finish(sequence, translate.abandoned(reason))
             case core.AbandonEverything(reason):
@@ -397,7 +387,6 @@ class Session:
 
     def _finish(self, sequence: int, value: Any) -> None:
         self._payloads.pop(sequence, None)
-        self._outputs.pop(sequence, None)
         self._futures.pop(sequence).set_result(value)
 
     def _member_failed(self, stage: Stage, reason: str, *, unlinked: bool = False) -> None:
@@ -407,6 +396,11 @@ class Session:
     def _report(self, message: AnyMessage) -> None:
         self.reports.append(message)
         os.eventfd_write(self.report_bell, 1)
+
+
+def _result_of(packed: bytes) -> StepResult:
+    """Unpack what the last stage says of a step."""
+    return translate.result_of(*pickle.loads(packed))
 
 
 _NONE = pickle.dumps(None)

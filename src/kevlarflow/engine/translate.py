@@ -47,8 +47,9 @@ def has_news(output: SchedulerOutput) -> bool:
 
 
 def result_of(output: ModelRunnerOutput, generators: dict[str, bytes]) -> StepResult:
-    """What the ledger has to know of a `ModelRunnerOutput`."""
-    return StepResult(tokens=dict(zip(output.req_ids, output.sampled_token_ids, strict=True)), generators=generators)
+    """What the ledger has to know of a `ModelRunnerOutput`, with that itself for the scheduler."""
+    tokens = dict(zip(output.req_ids, output.sampled_token_ids, strict=True))
+    return StepResult(tokens=tokens, generators=generators, output=output)
 
 
 @dataclasses.dataclass

@@ -76,6 +76,8 @@ class StepResult:
     """Sampled tokens of each request; empty while its prompt is not finished."""
     generators: Mapping[str, bytes]
     """State of the random generator of each seeded request that sampled."""
+    output: Any = None
+    """What the scheduler is given of it: vLLM's own output, opaque here."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -177,6 +179,11 @@ class Ledger:
         entry = self._entries.get(continuation.request)
         if entry is None:
             raise ProtocolViolation(f"{continuation.request} goes on, but the ledger does not hold it")
+        if continuation.outputs > len(entry.output):
+            raise ProtocolViolation(
+                f"{continuation.request} goes on behind {continuation.outputs} output tokens, "
+                f"but the ledger knows of {len(entry.output)}"
+            )
         if continuation.resumed:
             entry.blocks = list(continuation.new_blocks)
         else:

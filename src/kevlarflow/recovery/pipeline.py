@@ -404,7 +404,7 @@ class Pipeline:
         while (done := self._in_flight.complete()) is not None:
             step, result, left_out = done
             self.ledger.complete(step, result)
-            commands.append(Deliver(step.sequence, left_out))
+            commands.append(Deliver(step.sequence, left_out, result.output))
         waits = self._forming is not None and self._forming.waits
         return commands if waits else [*commands, *self._in_flight.due()]
 

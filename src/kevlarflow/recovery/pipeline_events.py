@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.ledger import LedgerEntry, Step, StepResult
@@ -248,6 +249,8 @@ class Deliver:
 
     sequence: int
     left_out: frozenset[str] = frozenset()
+    output: Any = None
+    """The `StepResult.output` that was believed; None of a step that nobody is left in."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

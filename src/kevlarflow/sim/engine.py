@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kevlarflow.recovery import pipeline_events as core
 from kevlarflow.recovery.capacity import without
 from kevlarflow.recovery.forming import Standing
-from kevlarflow.recovery.ledger import LedgerEntry, Step, StepResult
+from kevlarflow.recovery.ledger import LedgerEntry, Step
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.recovery.suspicion import POSSIBLE_REASON, REASON
 from kevlarflow.recovery.watched import LaneLeft, TimePassed, WatchedPipeline
@@ -74,7 +74,6 @@ class Engine(Process):
         self._mailbox: deque[Order] = deque()
         self._inputs: deque[tuple[str, Request]] = deque()
         self._steps: dict[int, tuple[Step, dict[str, list[int]]]] = {}
-        self._outputs: dict[int, dict[str, list[int]]] = {}
         self._finished: dict[int, dict[str, list[int]] | str] = {}
         """Steps whose futures are done: their tokens, or why there are none."""
         self._waits_for: deque[int] = deque()
@@ -313,30 +312,21 @@ class Engine(Process):
     @staticmethod
     def _event_of(header: steps.AnyStepMessage, payload: Any) -> Any:
         if isinstance(header, steps.Executed):
-            return core.StepExecuted(header.epoch, header.sequence, StepResult(tokens=payload, generators={}))
+            return core.StepExecuted(header.epoch, header.sequence, payload)
         if isinstance(header, steps.Joined):
-            results = [StepResult(tokens=tokens, generators={}) for tokens in payload]
-            return event_of(header, dict(zip(header.results, results, strict=True)))
+            return event_of(header, dict(zip(header.results, payload, strict=True)))
         return event_of(header)
 
     def _hear(self, source: Node, event: core.StageJoined) -> None:
         """The last stage says along what it has sampled before."""
-        of_these = {}
-        if event.epoch == self.core.epoch:
-            of_these = {number: each.tokens for (_, number), each in event.results.items() if number in self._steps}
-        self._outputs.update((number, {name: list(t) for name, t in each.items()}) for number, each in of_these.items())
         before = len(self.core.in_flight)
         self._take_answer(source, event)
         self.fleet.counts["steps heard of late"] += max(0, before - len(self.core.in_flight))
-        for number in of_these:
-            self._outputs.pop(number, None)
 
     def _take_answer(self, source: Node, event: Any) -> None:
         """Nothing of an old epoch may have an effect, nor anything of a member that does not serve in this one."""
         current = event.epoch == self.core.epoch
         awaited = current or (event.epoch == self.core.ordered[0] and source.info in self.core.ordered[1])
-        if current and isinstance(event, core.StepExecuted):
-            self._outputs[event.sequence] = {name: list(each) for name, each in event.result.tokens.items()}
         if isinstance(event, core.StageRestored):
             self.prepared[event.epoch].add(source.member)
         before, epoch = self.core.in_flight, self.core.epoch
@@ -369,11 +359,9 @@ class Engine(Process):
                 payload = without(step, left_out, self.fleet.plan.shape.block_size), known
                 for node in self.core.nodes:
                     self._send(node, header, payload)
-            case core.Deliver(sequence, left_out):
-                outputs = self._outputs.pop(sequence, {})
-                self._finish(sequence, {r: tokens for r, tokens in outputs.items() if r not in left_out})
+            case core.Deliver(sequence=sequence, output=output):
+                self._finish(sequence, output or {})
             case core.Abandon(sequence, reason):
-                self._outputs.pop(sequence, None)
                 self._finish(sequence, reason)
             case core.AbandonEverything(reason):
                 self._abandonment = reason

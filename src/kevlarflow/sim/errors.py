@@ -11,6 +11,10 @@ class WrongKv(Violation):
     """A request would have read KV that is not its own."""
 
 
+class WrongDraw(Violation):
+    """A request's random generator is not where its output is: what is sampled next would differ."""
+
+
 class WrongTokens(Violation):
     """A request did not get the tokens of a run without failure."""
 

@@ -3,7 +3,8 @@ each request, and the order of its batch, which is that of the rows of its activ
 
 The "KV" of position i at stage s is a hash of s and of the tokens up to i. Computing a position reads every slot
 before it through the request's block table; a slot that does not hold exactly what it should is a `WrongKv`, the
-error that in a real system would be a silently wrong token. The next token is a hash of all tokens before it.
+error that in a real system would be a silently wrong token. The next token is a hash of all tokens before it. It takes
+one draw, and a random generator is how many it has made: one that is not where the output is, is a `WrongDraw`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kevlarflow.recovery.ledger import LedgerEntry, Step
+from kevlarflow.recovery.ledger import LedgerEntry, Step, StepResult
 from kevlarflow.recovery.recompute import Chunk
-from kevlarflow.sim.errors import WrongBlocks, WrongKv
+from kevlarflow.sim.errors import WrongBlocks, WrongDraw, WrongKv
 
 VOCABULARY = 50
 # The hash of a tuple of integers is the same in every process; only that of strings is salted.
@@ -107,6 +108,8 @@ class Running:
     prompt_length: int
     blocks: list[int]
     computed: int
+    draws: int = 0
+    """How often its random generator was used."""
 
 
 @dataclass
@@ -138,7 +141,11 @@ class ToyStage:
         """Rebuild requests."""
         for entry in entries:
             self.requests[entry.request] = Running(
-                list(entry.tokens), len(entry.prompt), list(entry.blocks), entry.computed
+                list(entry.tokens),
+                len(entry.prompt),
+                list(entry.blocks),
+                entry.computed,
+                int.from_bytes(entry.generator or b"", "big"),
             )
 
     def recompute(self, chunk: Chunk) -> None:
@@ -149,7 +156,7 @@ class ToyStage:
         for span, content in zip(chunk.spans, contents, strict=True):
             self.memory.check(span.request, span.blocks, span.end, content)
 
-    def execute(self, step: Step, known_tokens: dict[str, list[int]]) -> dict[str, list[int]]:
+    def execute(self, step: Step, known_tokens: dict[str, list[int]]) -> StepResult:
         """Run a step; `known_tokens` are all tokens that the scheduler knows of each scheduled request."""
         self._note(step, known_tokens)
         self.decoded = self._size(step)
@@ -157,7 +164,8 @@ class ToyStage:
         sampled = {}
         for request in filter(None, self.batch):
             sampled[request] = self._compute(request, self.requests[request], step.scheduled[request])
-        return sampled
+        generators = {r: self.requests[r].draws.to_bytes(4, "big") for r, tokens in sampled.items() if tokens}
+        return StepResult(sampled, generators, output=sampled)
 
     def follow(self, step: Step, known_tokens: dict[str, list[int]]) -> None:
         """See `LaneRunner.follow`.
@@ -221,6 +229,10 @@ class ToyStage:
         running.computed = end
         if not self.is_last or end < len(running.tokens):
             return []
+        if running.draws != len(running.tokens) - running.prompt_length and request not in self.aborted:
+            outputs = len(running.tokens) - running.prompt_length
+            raise WrongDraw(f"{request} has {outputs} output tokens, and its random generator made {running.draws}")
+        running.draws += 1
         token = next_token(running.tokens)
         running.tokens.append(token)
         return [token]

@@ -52,14 +52,14 @@ class World:
         self.answers: deque[core.Event] = deque()
         self.steps: dict[int, tuple[Step, dict[str, list[int]]]] = {}
         """All of them: a node that lags behind may still run one that has completed elsewhere."""
-        self.outputs: dict[int, dict[str, list[int]]] = {}
         self.expected = self._draw_requests()
         self.losses_left, self.reshares_left = shape.losses, shape.reshares
         self.delivered: deque[int] = deque()
         self.waits_for: deque[int] = deque()
         self.for_scheduler: list[core.EvictPrefixCache | core.SetAside | core.UseBlocks] = []
         """What it has to do before it schedules."""
-        self.left_out: dict[int, frozenset[str]] = {}
+        self.outputs: dict[int, dict[str, list[int]]] = {}
+        """Of the steps that were delivered."""
         self.blamed: dict[str, set[str]] = {}
         """Requests that may end with an error, and with which ones."""
         self.epoch = 0
@@ -191,9 +191,7 @@ class World:
         if self.rng.random() < 0.5:
             self._obey()
         self.scheduled_nothing = False
-        left_out = self.left_out.pop(sequence)
-        outputs = {r: tokens for r, tokens in self.outputs.pop(sequence, {}).items() if r not in left_out}
-        self.scheduler.update(self.steps[sequence][0], outputs)
+        self.scheduler.update(self.steps[sequence][0], self.outputs.pop(sequence))
 
     def _abort(self) -> None:
         request = self.rng.choice(self.scheduler.running)
@@ -292,8 +290,8 @@ class World:
             case core.Restore() | core.Execute():
                 for lane in self.lanes:
                     lane.inbox.append((self.pipeline.epoch, command))
-            case core.Deliver(sequence, left_out):
-                self.left_out[sequence] = left_out
+            case core.Deliver(sequence=sequence, output=output):
+                self.outputs[sequence] = output or {}
                 if self.steps[sequence][0].scheduled:
                     self.delivered.append(sequence)
             case core.EvictPrefixCache() | core.SetAside() | core.UseBlocks():

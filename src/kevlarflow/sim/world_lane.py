@@ -89,8 +89,6 @@ class Lane:
                 self.tags = {}
                 self.rest = {}
                 self.activations = {key for key in self.activations if key[0] >= epoch}
-                for (_, sequence), result in self.sampled.items():
-                    self.world.outputs.setdefault(sequence, dict(result.tokens))  # type: ignore[arg-type]
                 self.world.answers.append(core.StageJoined(Epoch(epoch), stage, dict(self.sampled)))
             case core.AssignStandby() | core.Place() | core.PlaceRest():
                 self._work_on_replicas(epoch, command)
@@ -140,14 +138,12 @@ class Lane:
             self._break(epoch, step)
             return
         self.tags.update((replica.block, Replica(replica.block, replica.generation, 0)) for replica in written)
-        sampled = self.stage.execute(step, known)
+        result = self.stage.execute(step, known)
         self.tags.update((replica.block, replica) for replica in written)
         if not step.scheduled:
             return
         if self.stage.is_last:
-            if epoch == self.world.pipeline.epoch:
-                self.world.outputs.setdefault(sequence, sampled)
-            result = self.sampled[Epoch(epoch), sequence] = StepResult(tokens=sampled, generators={})
+            self.sampled[Epoch(epoch), sequence] = result
             self.world.answers.append(core.StepExecuted(Epoch(epoch), sequence, result))
         else:
             self._pass_on((epoch, sequence))

@@ -3,19 +3,94 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
+import pytest
+
+from kevlarflow.recovery import pipeline_events as core
 from kevlarflow.recovery.recompute import Limits
-from kevlarflow.types import Epoch, PipelineId
+from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import steps
 
-
-def test_the_output_of_a_step_that_is_over_is_not_kept():
-    from vllm.v1.outputs import ModelRunnerOutput
-
+if TYPE_CHECKING:
     from kevlarflow.engine.session import Session
 
-    session = Session(PipelineId(0), Limits(max_batched_tokens=8, max_requests=2, block_size=4, stages=1))
-    output = ModelRunnerOutput(req_ids=["r"], req_id_to_index={"r": 0}, sampled_token_ids=[[7]])
-    # All its requests were set aside, and it was delivered without them.
-    session._receive(steps.Executed(PipelineId(0), Epoch(0), 5), [pickle.dumps((output, {}))])
-    assert not session._outputs
+PIPELINE = PipelineId(0)
+BLOCK_SIZE = 4
+
+
+@pytest.fixture
+def session() -> Iterator[Session]:
+    """Its pipeline of two stages is formed, in epoch 1, of nodes that never answer by themselves."""
+    from kevlarflow.engine.session import Session
+
+    session = Session(PIPELINE, Limits(max_batched_tokens=256, max_requests=8, block_size=BLOCK_SIZE, stages=2))
+    session._handle(core.FormationOrdered(Epoch(1), (node("a", 0), node("a", 1))))
+    for stage in (Stage(0), Stage(1)):
+        session._receive(steps.Joined(PIPELINE, Epoch(1), stage), [])
+        session._receive(steps.Restored(PIPELINE, Epoch(1), stage), [])
+    yield session
+    session.close()
+
+
+def node(name: str, stage: int) -> NodeInfo:
+    """One that no process stands behind."""
+    member = Member(f"{name}-{stage}", 1)
+    return NodeInfo(member, Stage(stage), "here", 1, (1,), f"ipc://{name}{stage}.s", f"ipc://{name}{stage}.a", 2, 50)
+
+
+def issue(session: Session, sequence: int, **requests: tuple[int, ...]) -> Any:
+    """A step that admits these requests, each with its blocks full of prompt."""
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+
+    from kevlarflow.engine.translate import step_of
+
+    scheduled = SchedulerOutput.make_empty()
+    scheduled.scheduled_new_reqs = [
+        NewRequestData(name, list(range(len(blocks) * BLOCK_SIZE)), [], None, None, (list(blocks),), 0, None)
+        for name, blocks in requests.items()
+    ]
+    scheduled.num_scheduled_tokens = {name: len(blocks) * BLOCK_SIZE for name, blocks in requests.items()}
+    scheduled.total_num_scheduled_tokens = sum(scheduled.num_scheduled_tokens.values())
+    return session.issue(step_of(scheduled, sequence, session._core.formations), scheduled, None)
+
+
+def sampled(**tokens: int) -> bytes:
+    """What the last stage says of a step: a token of each of these requests."""
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    output = ModelRunnerOutput(
+        req_ids=list(tokens),
+        req_id_to_index={name: index for index, name in enumerate(tokens)},
+        sampled_token_ids=[[token] for token in tokens.values()],
+    )
+    return pickle.dumps((output, dict.fromkeys(tokens, b"state")))
+
+
+def tokens_of(future: Any) -> dict[str, list[int]]:
+    """What vLLM is given of a step that is over."""
+    output = future.result(timeout=0)
+    return dict(zip(output.req_ids, output.sampled_token_ids, strict=True))
+
+
+def test_vllm_is_given_what_the_last_stage_has_sampled(session: Session) -> None:
+    future = issue(session, 1, a=(1, 2))
+    session._receive(steps.Executed(PIPELINE, Epoch(1), 1), [sampled(a=7)])
+    assert tokens_of(future) == {"a": [7]}
+
+
+def test_what_a_step_had_sampled_before_all_its_requests_gave_way_is_not_given_to_vllm(session: Session) -> None:
+    """The scheduler would count a token that the ledger, and so the random generator, does not know of."""
+    future = issue(session, 1, long=tuple(range(1, 31)))
+    session._handle(core.FormationOrdered(Epoch(2), (node("b", 0), node("a", 1)), lost=True, shares=2))
+    assert not future.done()
+    session._receive(steps.Joined(PIPELINE, Epoch(2), Stage(1), ((1, 1),)), [sampled(long=7)])
+    assert tokens_of(future) == {"long": []}
+
+
+def test_what_it_had_sampled_counts_if_nobody_gave_way(session: Session) -> None:
+    future = issue(session, 1, a=(1, 2))
+    session._handle(core.FormationOrdered(Epoch(2), (node("b", 0), node("a", 1)), lost=True))
+    session._receive(steps.Joined(PIPELINE, Epoch(2), Stage(1), ((1, 1),)), [sampled(a=7)])
+    assert tokens_of(future) == {"a": [7]}

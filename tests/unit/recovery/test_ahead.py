@@ -16,7 +16,7 @@ def preparing(*kept):
     """A request of 6 tokens, a step of it in flight, and stage 1 on its way to its standby, which keeps `kept`."""
     pipeline = replicating()
     confirm(pipeline, *kept)
-    pipeline.handle(p.StepIssued(go_on(2, computed=6, formation=2)), 1.3)
+    pipeline.handle(p.StepIssued(go_on(2, computed=6, formation=2, prompt=6)), 1.3)
     return pipeline, pipeline.handle(ORDER, 2.0)
 
 
@@ -29,7 +29,7 @@ def test_a_standby_puts_in_place_what_it_has_while_steps_go_on():
     pipeline, commands = preparing(*KEPT)
     assert commands == [p.Prepare(1, ORDER, KEPT)]
     assert pipeline.handle(executed(1, 2), 2.05) == [p.Deliver(2)]
-    assert sent(pipeline.handle(p.StepIssued(go_on(3, computed=7, formation=2)), 2.06)) == [3]
+    assert sent(pipeline.handle(p.StepIssued(go_on(3, computed=7, formation=2, prompt=6)), 2.06)) == [3]
     assert (pipeline.epoch, pipeline.ordered) == (1, (2, (A0, B1)))
 
 
@@ -37,14 +37,14 @@ def test_steps_are_held_back_once_the_standby_has_what_it_kept():
     pipeline, _ = preparing(*KEPT)
     assert prepared(pipeline) == [p.Flush(1)]
     assert pipeline.handle(executed(1, 2), 2.2) == [p.Deliver(2)]
-    assert pipeline.handle(p.StepIssued(go_on(3, computed=7, formation=2)), 2.3) == []
+    assert pipeline.handle(p.StepIssued(go_on(3, computed=7, formation=2, prompt=6)), 2.3) == []
 
 
 def test_with_everything_in_place_the_nodes_change_without_an_answer_in_between():
     pipeline, _ = preparing(*KEPT)
     prepared(pipeline)
     pipeline.handle(executed(1, 2), 2.2)
-    pipeline.handle(p.StepIssued(go_on(3, computed=7, formation=2)), 2.3)
+    pipeline.handle(p.StepIssued(go_on(3, computed=7, formation=2, prompt=6)), 2.3)
     confirm(pipeline, Replica(2, 1, 3))
     commands = pipeline.handle(p.StageFlushed(1, 1), 2.4)
     # The step in flight has changed the last block: that one alone is placed anew.
@@ -124,14 +124,14 @@ def test_a_node_that_cannot_prepare_is_reported_while_steps_go_on():
 def test_a_node_that_will_share_its_memory_is_not_prepared():
     pipeline = replicating()
     confirm(pipeline, *KEPT)
-    pipeline.handle(p.StepIssued(go_on(2, computed=6, formation=2)), 1.3)
+    pipeline.handle(p.StepIssued(go_on(2, computed=6, formation=2, prompt=6)), 1.3)
     order = p.FormationOrdered(2, (A0, B1), planned=True, shares=2)
     assert pipeline.handle(order, 2.0) == [p.Flush(1)]
 
 
 def test_a_node_that_is_not_the_standby_is_neither_prepared_nor_flushed_to():
     pipeline = replicating()
-    pipeline.handle(p.StepIssued(go_on(2, computed=6, formation=2)), 1.3)
+    pipeline.handle(p.StepIssued(go_on(2, computed=6, formation=2, prompt=6)), 1.3)
     assert pipeline.handle(p.FormationOrdered(2, (A0, node("node-2-1", 1)), planned=True), 2.0) == []
     assert "Join" in kinds(pipeline.handle(executed(1, 2), 2.1))
 

@@ -113,6 +113,22 @@ def test_a_step_that_has_lost_a_request_comes_again():
     assert sent(pipeline.handle(p.StageJoined(2, 1, told), 2.0)) == [1]
 
 
+def test_a_step_that_has_lost_everybody_is_over_without_what_it_had_sampled():
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "big", blocks=range(1, 31), tokens=120)), 1.0)
+    pipeline.handle(p.FormationOrdered(2, (B0, A1), shares=2, lost=True), 1.5)
+    told = {(1, 1): StepResult({"big": [7]}, {"big": b"state"}, output="what vLLM would be given")}
+    assert p.Deliver(1, frozenset({"big"}), output=None) in pipeline.handle(p.StageJoined(2, 1, told), 2.0)
+    assert "big" not in pipeline.ledger
+
+
+def test_what_was_believed_is_delivered():
+    pipeline = two_in_flight()
+    pipeline.handle(p.FormationOrdered(2, (B0, A1), lost=True), 1.5)
+    told = {(1, 1): StepResult({"a": [7]}, {}, output="of the old epoch")}
+    assert p.Deliver(1, output="of the old epoch") in pipeline.handle(p.StageJoined(2, 1, told), 2.0)
+
+
 def test_a_new_node_of_the_last_stage_is_not_waited_for():
     pipeline = two_in_flight()
     assert sent(pipeline.handle(p.FormationOrdered(2, (A0, B1)), 1.5)) == [1, 2]

@@ -86,3 +86,10 @@ def test_the_newest_generator_state_is_kept():
 def test_a_step_for_an_unknown_request_is_refused():
     with pytest.raises(ProtocolViolation, match="ghost"):
         Ledger().complete(step(scheduled={"ghost": 1}), result(ghost=[1]))
+
+
+def test_a_request_that_goes_on_behind_more_tokens_than_are_known_is_refused():
+    """Its random generator would not be where its output is."""
+    going_on = Continuation("a", False, (), 3, 2)
+    with pytest.raises(ProtocolViolation, match="behind 2 output tokens, but the ledger knows of 1"):
+        admitted().complete(step(2, continuations=(going_on,), scheduled={"a": 1}), result(a=[8]))

@@ -27,8 +27,8 @@ def admit(sequence, request="r", formation=1, computed=0, blocks=(1, 2), tokens=
     return Step(sequence, (admission,), (), {request: tokens}, frozenset(), frozenset(), formation)
 
 
-def go_on(sequence, request="r", computed=3, formation=1):
-    going_on = Continuation(request, False, (), computed, computed - 2)
+def go_on(sequence, request="r", computed=3, formation=1, prompt=3):
+    going_on = Continuation(request, False, (), computed, computed - prompt + 1)
     return Step(sequence, (), (going_on,), {request: 1}, frozenset(), frozenset(), formation)
 
 
@@ -419,7 +419,7 @@ def test_a_request_that_has_to_give_way_on_the_new_node_stays_suspect():
     # Its first tokens do no harm.
     pipeline.handle(p.StepIssued(admit(3, "deadly", blocks=(24,), formation=9)), 2.1)
     pipeline.handle(executed(2, 3, deadly=[]), 2.2)
-    pipeline.handle(p.StepIssued(go_on(4, "big", computed=96, formation=9)), 2.3)
+    pipeline.handle(p.StepIssued(go_on(4, "big", computed=96, formation=9, prompt=96)), 2.3)
     assert sent(pipeline.handle(p.StepIssued(go_on(5, "deadly", formation=9)), 2.4)) == [], "it runs alone"
     assert sent(pipeline.handle(executed(2, 4, big=[8]), 2.5)) == [5]
     commands = pipeline.handle(p.FormationOrdered(3, (A0, A1), shares=2, lost=True), 2.6)
