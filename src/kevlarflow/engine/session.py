@@ -292,9 +292,7 @@ class Session:
             return {}
         came = zip(joined.results, payload, strict=True)
         return {
-            (epoch, sequence): _result_of(packed)
-            for (epoch, sequence), packed in came
-            if sequence in self._futures
+            (epoch, sequence): _result_of(packed) for (epoch, sequence), packed in came if sequence in self._futures
         }
 
     def _receive_complaint(self, header: steps.Refused | steps.Unlinked) -> None:
