@@ -57,6 +57,33 @@ MUTANTS = (
         "tests/unit/recovery/test_ledger.py",
     ),
     Mutant(
+        "what is put in place leaves outputs of earlier steps as they were",
+        "node/work.py",
+        "        lane.kept.spoil()\n        if self._replicas is None:",
+        "        if self._replicas is None:",
+        "tests/unit/node/test_work.py",
+    ),
+    Mutant(
+        "chunks leave outputs of earlier steps as they were",
+        "node/work.py",
+        "lane.kept.recomputed(chunk.written_blocks(self._block_size))",
+        "pass",
+        "tests/unit/node/test_work.py",
+    ),
+    Mutant(
+        "replication is not told that a step is about to write",
+        "node/work.py",
+        "self._replicas.begin(lane, _written(step), step.use)",
+        "pass",
+    ),
+    Mutant(
+        "a lane that was restored does not know what it holds",
+        "node/work.py",
+        "self._replicas.hold(lane, held)",
+        "pass",
+        "tests/unit/node/test_work.py",
+    ),
+    Mutant(
         "the plan does not wait for what the last stage has sampled",
         "recovery/forming.py",
         "return bool(self.to_place) or self.to_hear is not None",

@@ -1,8 +1,9 @@
 """The life of a node: load the stage alone, say so, then serve lanes until told to leave.
 
 Follow a step from here: it comes in at `_take_from_engines`, waits in its lane (`node.lanes`) for the activations that
-arrive at `_take_activations`, runs in `_run`, and leaves to the next node or, at the last stage, back to the engine.
-Everything but the heartbeat happens on this one thread, so a lane is never touched while it computes.
+arrive at `_take_activations`, runs in `_run` as `node.work` says, and leaves to the next node (`pass_on`) or, at the
+last stage, back to the engine (`answer`). Everything but the heartbeat happens on this one thread, so a lane is never
+touched while it computes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pickle
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,15 @@ from kevlarflow.config import ServeConfig
 from kevlarflow.errors import KevlarFlowError
 from kevlarflow.node.device import stage_device
 from kevlarflow.node.heartbeat import HeartbeatThread
-from kevlarflow.node.kept import MAX_BYTES
 from kevlarflow.node.lane_replicas import LaneReplicas
-from kevlarflow.node.lanes import Lane, Lanes, Work, kept_output
+from kevlarflow.node.lanes import Lane, Lanes, Work
 from kevlarflow.node.pace import PaceMeter
 from kevlarflow.node.progress import Progress
 from kevlarflow.node.replicator import Replicator
 from kevlarflow.node.sockets import Sockets, remove_of_former_lives
 from kevlarflow.node.stage import Activations, Sampled, StageDevice
-from kevlarflow.recovery.coverage import Replica
+from kevlarflow.node.work import Computed, Workflow
+from kevlarflow.recovery.recompute import Chunk
 from kevlarflow.replication.standby import Bounds
 from kevlarflow.replication.zmq_transfer import ZmqTransfer
 from kevlarflow.types import Member, NodeInfo, Stage
@@ -93,8 +94,8 @@ class NodeServer:
         self._pace = pace
         self._lanes = Lanes([], 0, is_first_stage=stage == 0)
         self._description = b""
-        self._block_size = 0
-        """Tokens of a KV block; known once it has loaded."""
+        self._workflow: Workflow | None = None
+        """Once it has loaded."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         run_folder = Path(config.run_folder)
         remove_of_former_lives(run_folder, member)
@@ -124,8 +125,8 @@ class NodeServer:
         description, runners = device.description(), device.runners()
         self._lanes = Lanes(runners, description.num_blocks, is_first_stage=self._stage == 0)
         self._description = pickle.dumps(description)
-        self._block_size = description.block_size
         replica_address = self._replicate(device) if self._config.standby_memory_bytes else ""
+        self._workflow = Workflow(self._stage, description.block_size, self._replicas, self, time.monotonic)
         return NodeInfo(
             member=self._member,
             stage=self._stage,
@@ -302,7 +303,8 @@ class NodeServer:
         header = work.header
         self._progress.begin(header.pipeline)
         try:
-            self._run_work(lane, work, activations)
+            assert self._workflow is not None, "who serves has loaded"
+            self._workflow.end(lane, work, self._workflow.begin(lane, work, activations))
         except Exception as error:
             log.exception("%s: %s failed on lane %d", self._member, type(header).__name__, header.pipeline)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -312,69 +314,14 @@ class NodeServer:
         finally:
             self._progress.end()
 
-    def _run_work(self, lane: Lane, work: Work, activations: Activations | None) -> None:
-        match work.header:
-            case steps.Restore(pipeline, epoch):
-                entries, held = pickle.loads(work.payload[0])
-                lane.runner.restore(entries)
-                if self._replicas:
-                    self._replicas.hold(lane, held)
-                self._answer(work.engine, steps.Restored(pipeline, epoch, self._stage))
-            case steps.Recompute(pipeline, epoch, sequence, through):
-                chunk = pickle.loads(work.payload[0])
-                lane.kept.recomputed(chunk.written_blocks(self._block_size))
-                with self._recorder.computing(pipeline, epoch, sequence):
-                    output = lane.runner.recompute(chunk, activations)
-                if self._stage == through:
-                    self._answer(work.engine, steps.Recomputed(pipeline, epoch, sequence))
-                elif output is not None:
-                    self._forward(lane, sequence, output)
-            case steps.Flush() | steps.Place() | steps.PlaceRest():
-                self._run_work_on_replicas(lane, work)
-            case steps.Execute():
-                self._execute(lane, work, work.header, activations)
+    # ---- what the workflow computes with: see `node.work.Shell`
 
-    def _run_work_on_replicas(self, lane: Lane, work: Work) -> None:
-        match work.header:
-            case steps.Flush(pipeline, epoch):
-                if self._replicas:
-                    self._replicas.flush(lane, time.monotonic())
-                else:
-                    self._answer(work.engine, steps.Flushed(pipeline, epoch, self._stage))
-            case steps.Place(ahead=ahead):
-                self._place(lane, work, ahead=ahead)
-            case steps.PlaceRest(pipeline, epoch):
-                if self._replicas:
-                    self._replicas.place_rest(lane)
-                self._answer(work.engine, steps.Placed(pipeline, epoch, self._stage, ()))
+    def content(self, work: Work) -> Any:
+        """Unpack what came along."""
+        return pickle.loads(work.payload[0])
 
-    def _place(self, lane: Lane, work: Work, *, ahead: bool) -> None:
-        now, later = pickle.loads(work.payload[0])
-        lane.kept.spoil()
-        if self._replicas is None:
-            missing, fuller = [*now, *later], list[Replica]()
-        elif ahead:
-            missing, fuller = self._replicas.place_ahead(lane, now)
-        else:
-            missing, fuller = self._replicas.place(lane, now, later)
-        placed = steps.Placed(lane.pipeline, lane.epoch, self._stage, _tags(missing), _tags(fuller), ahead)
-        self._answer(work.engine, placed)
-
-    def _execute(self, lane: Lane, work: Work, step: steps.Execute, activations: Activations | None) -> None:
-        written = [Replica(*each) for each in step.writes]
-        if self._replicas:
-            self._replicas.begin(lane, written, step.use)
-        kept = kept_output(lane, work)
-        if kept is not None:
-            output = lane.runner.follow(pickle.loads(work.payload[0]), *kept)
-            lane.kept.passed_on(step.sequence, (output, lane.runner.batch))
-            self._forward(lane, step.sequence, output)
-        else:
-            self._compute(lane, work, step, activations)
-        if self._replicas:
-            self._replicas.end(lane, written)
-
-    def _compute(self, lane: Lane, work: Work, step: steps.Execute, activations: Activations | None) -> None:
+    def execute(self, lane: Lane, work: Work, step: steps.Execute, activations: Activations | None) -> Computed:
+        """Run a step with vLLM."""
         scheduled, grammar = pickle.loads(work.payload[0]), pickle.loads(work.payload[1])
         self._progress.measure(scheduled.total_num_scheduled_tokens)
         self._pace.begin(scheduled)
@@ -382,29 +329,37 @@ class NodeServer:
             result = lane.runner.execute(scheduled, activations, grammar, self._pace.end)
         if isinstance(result, Sampled):
             payload = pickle.dumps((result.output, result.generators), pickle.HIGHEST_PROTOCOL)
-            self._answer(work.engine, steps.Executed(step.pipeline, step.epoch, step.sequence), payload)
-            lane.kept.sampled(step.epoch, step.sequence, payload, len(payload))
-        elif result is not None:
-            self._forward(lane, step.sequence, result)
-            self._keep(lane, work, step, result)
+            return Computed(sampled=payload, size=len(payload))
+        return Computed(result, size=sum(tensor.nbytes for tensor in result.values()) if result is not None else 0)
 
-    def _keep(self, lane: Lane, work: Work, step: steps.Execute, output: Activations) -> None:
-        size = sum(tensor.nbytes for tensor in output.values())
-        if size > MAX_BYTES:
-            lane.kept.spoil()
-            return
-        # A copy: the runner may use the memory again.
-        copied = {name: tensor.clone() for name, tensor in output.items()}
-        generations = {block: generation for block, generation, *_ in step.writes}
-        lane.kept.computed(step.sequence, work.payload[0], (copied, lane.runner.batch), size, generations)
+    def follow(self, lane: Lane, work: Work, kept: tuple[Activations, Sequence[str]]) -> tuple[Activations, Any]:
+        """Have vLLM take note of a step, and put the rows of its output into the order that they have now."""
+        output = lane.runner.follow(pickle.loads(work.payload[0]), *kept)
+        return output, (output, lane.runner.batch)
 
-    # ---- going out
+    def recompute(
+        self, lane: Lane, recompute: steps.Recompute, chunk: Chunk, activations: Activations | None
+    ) -> Activations | None:
+        """Run a chunk with vLLM."""
+        with self._recorder.computing(recompute.pipeline, recompute.epoch, recompute.sequence):
+            return lane.runner.recompute(chunk, activations)
 
-    def _forward(self, lane: Lane, sequence: int, output: Activations) -> None:
+    def to_keep(self, lane: Lane, output: Activations) -> tuple[Activations, Sequence[str]]:
+        """A copy, with whose rows it has: the runner may use the memory again."""
+        return {name: tensor.clone() for name, tensor in output.items()}, lane.runner.batch
+
+    def pass_on(self, lane: Lane, sequence: int, output: Activations) -> None:
+        """Send activations to the next stage."""
         tensors = {name: tensor.contiguous() for name, tensor in output.items()}
         shapes = tuple((name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items())
         header = steps.encode(steps.Activations(lane.pipeline, lane.epoch, sequence, shapes))
         self._send(lane.link, [header, *(t.view(torch.uint8).numpy() for t in tensors.values())])
+
+    def answer(self, lane: Lane, answer: steps.AnyStepMessage, *payload: bytes) -> None:
+        """Send to the lane's engine."""
+        self._answer(lane.engine, answer, *payload)
+
+    # ---- going out
 
     def _answer(self, engine: bytes, header: steps.AnyStepMessage, *payload: bytes) -> None:
         self._send(self._engines, [engine, steps.encode(header), *payload])
@@ -416,10 +371,6 @@ class NodeServer:
         except zmq.Again:
             self.dropped += 1
             log.warning("%s: a message was dropped: %d wait for a peer already", self._member, MAX_WAITING_MESSAGES)
-
-
-def _tags(replicas: Iterable[Replica]) -> tuple[tuple[int, int, int], ...]:
-    return tuple((replica.block, replica.generation, replica.filled) for replica in replicas)
 
 
 def _unlink(lane: Lane) -> None:

@@ -10,9 +10,12 @@ import collections
 import functools
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from kevlarflow.node.lane_replicas import FLUSH_SECONDS, LaneReplicas
+from kevlarflow.node.lanes import Lane
+from kevlarflow.recovery.coverage import Replica
 from kevlarflow.replication.queue import ReplicationQueue
 from kevlarflow.replication.source import LaneReplication, Source
 from kevlarflow.replication.standby import Bounds, Standby
@@ -161,6 +164,50 @@ class SimOutlet:
 
     def close(self) -> None:
         """See `Outlet.close`."""
+
+
+class CheckedReplicas(LaneReplicas):
+    """The real thing; what it notes and what it puts in place is checked against what was computed."""
+
+    def __init__(self, fleet: Fleet, node: Node, replicator: SimReplicator, kv: ToyKv) -> None:
+        super().__init__(replicator, kv)  # type: ignore[arg-type]
+        self._fleet = fleet
+        self._node = node
+        self._store = replicator.store
+
+    def end(self, lane: Lane, writes: Iterable[Replica]) -> None:
+        """See `LaneReplicas.end`."""
+        writes = tuple(writes)
+        self._fleet.checks.note_written(lane, self._node.stage, writes)
+        super().end(lane, writes)
+
+    def flush(self, lane: Lane, now: float) -> None:
+        """See `LaneReplicas.flush`."""
+        super().flush(lane, now)
+        self._node.after(FLUSH_SECONDS, self._node.look)
+
+    def place(
+        self, lane: Lane, now: Sequence[Replica], later: Sequence[Replica]
+    ) -> tuple[list[Replica], list[Replica]]:
+        """See `LaneReplicas.place`."""
+        self._check(lane, [*now, *later])
+        return super().place(lane, now, later)
+
+    def place_ahead(self, lane: Lane, wanted: Sequence[Replica]) -> tuple[list[Replica], list[Replica]]:
+        """See `LaneReplicas.place_ahead`."""
+        self._check(lane, wanted)
+        return super().place_ahead(lane, wanted)
+
+    def place_rest(self, lane: Lane) -> None:
+        """See `LaneReplicas.place_rest`."""
+        for replica, data in lane.rest:
+            self._fleet.checks.copy(lane.pipeline, self._node.stage, replica, content_of(data))
+        super().place_rest(lane)
+
+    def _check(self, lane: Lane, wanted: Sequence[Replica]) -> None:
+        found, _ = self._store.find(lane.pipeline, wanted)
+        for replica, data in found:
+            self._fleet.checks.copy(lane.pipeline, self._node.stage, replica, content_of(data))
 
 
 class SimReplicator:

@@ -1,4 +1,4 @@
-"""A simulated node: the real `node.lanes` and `node.lane_replicas`, over toy stages.
+"""A simulated node: the real `node.lanes`, `node.work` and `node.lane_replicas`, over toy stages.
 
 It follows `node.main` message by message: one thread that takes what has arrived, then runs one piece of work. Beside
 it, replication copies one block at a time (`sim.copies`), and its copies may be overtaken by a step.
@@ -11,12 +11,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from kevlarflow.node.lane_replicas import FLUSH_SECONDS, LaneReplicas
 from kevlarflow.node.lanes import Header, Lane, Lanes, Work, kept_output
+from kevlarflow.node.work import Computed, Done, Workflow
 from kevlarflow.recovery import standstill
-from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.detector import Beat
-from kevlarflow.sim.copies import SimReplicator, ToyKv, content_of
+from kevlarflow.recovery.recompute import Chunk
+from kevlarflow.sim.copies import CheckedReplicas, SimReplicator, ToyKv
 from kevlarflow.sim.errors import NotFenced, Unbounded, WrongKv
 from kevlarflow.sim.network import Process
 from kevlarflow.sim.speed import Speed
@@ -26,6 +26,8 @@ from kevlarflow.types import Computing, Epoch, Member, NodeInfo, PipelineId, Sta
 from kevlarflow.wire import messages, steps
 
 if TYPE_CHECKING:
+    # The simulator runs without torch.
+    from kevlarflow.node.stage import LaneRunner
     from kevlarflow.sim.engine import Engine
     from kevlarflow.sim.fleet import Fleet
 
@@ -57,6 +59,11 @@ class Node(Process):
     """When its connection to the controller last broke."""
     stopped = False
     """Whether it was frozen for good."""
+    hard_to_kill = False
+    raises = False
+    """Whether its next piece of work fails."""
+    deaf = False
+    """Whether it hears nothing of the controller, for good."""
     _works_for: PipelineId | None = None
 
     def __init__(self, fleet: Fleet, member: Member, stage: Stage, pid: int) -> None:
@@ -67,11 +74,6 @@ class Node(Process):
         self.pid = pid
         self.ready = False
         self.speed = Speed()
-        self.hard_to_kill = False
-        self.raises = False
-        """Whether its next piece of work fails."""
-        self.deaf = False
-        """Whether it hears nothing of the controller, for good."""
         self.beats = self._heard = 0
         self.thread = Thread(fleet.timeline, fleet.controller.config.timeouts.step_floor_ms / 1_000)
         self.record = Record()
@@ -88,18 +90,17 @@ class Node(Process):
             shape.blocks,
             f"replicas {member}" if shape.replicates else "",
         )
-        is_last = stage == shape.stages - 1
+        self._is_last = stage == shape.stages - 1
         memory = Memory(stage, shape.block_size)
-        runners: list[Any] = [
-            ToyStage(LaneMemory(memory), is_last, fleet.clients.cancelled) for _ in range(shape.lanes)
-        ]
-        self.lanes = Lanes(runners, shape.blocks, is_first_stage=stage == 0)
+        runners = [ToyStage(LaneMemory(memory), self._is_last, fleet.clients.cancelled) for _ in range(shape.lanes)]
+        self.lanes = Lanes(cast("list[LaneRunner]", runners), shape.blocks, is_first_stage=stage == 0)
         self.replicator: SimReplicator | None = None
-        self.replicas: LaneReplicas | None = None
+        self.replicas: CheckedReplicas | None = None
         if shape.replicates:
             kv = ToyKv(memory)
             self.replicator = SimReplicator(fleet, self, kv)
-            self.replicas = LaneReplicas(self.replicator, kv)  # type: ignore[arg-type]
+            self.replicas = CheckedReplicas(fleet, self, self.replicator, kv)
+        self._workflow = Workflow(stage, shape.block_size, self.replicas, self, lambda: self.timeline.now)
         self._next_addresses: dict[PipelineId, str] = {}
         self._engines: dict[PipelineId, Line] = {}
         self._inbox: deque[tuple[Line, steps.AnyStepMessage, Any]] = deque()
@@ -264,33 +265,24 @@ class Node(Process):
         self.speed.begin(self.timeline.now)
         self.thread.begin(header.pipeline, _size(work))
         self.fleet.tell(self, header, work.payload if not isinstance(header, steps.Execute) else ())
-        kept = kept_output(lane, work)
+        again = kept_output(lane, work) is not None
         computes = False
-        if isinstance(header, (steps.Execute, steps.Recompute)) and kept is None:
+        if isinstance(header, (steps.Execute, steps.Recompute)) and not again:
             computes = True
             self.record = Record(Computing(header.pipeline, header.epoch, header.sequence), _requests(work))
         poisoned = computes and self.fleet.poisons(self, header, _computed(work, self.stage))
         ways = (ASLEEP, COMPUTING) if computes and isinstance(header, steps.Execute) else (ASLEEP,)
         if poisoned or self.thread.hangs_in(ways):
             return
-        engine = self._engines[lane.pipeline]
         shape = self.fleet.plan.shape
         seconds = shape.step * self.speed.factor * (0.2 + self.fleet.rng.random())
         if self.raises:
             self.raises = False
-            self._end_after(seconds, functools.partial(self._fail, engine, lane, header))
+            self._end_after(seconds, functools.partial(self._fail, self._engines[lane.pipeline], lane, header))
             return
-        written: tuple[Replica, ...] = ()
-        if isinstance(header, steps.Execute):
-            written = tuple(Replica(*each) for each in header.writes)
-            if self.replicas is not None:
-                self.replicas.begin(lane, written, header.use)
-        if kept is not None:
-            self._end_after(0.0, functools.partial(self._pass_on, lane, work, kept, activations, written))
-            return
-        sampled = self._run(lane, work)
+        done = self._workflow.begin(lane, work, activations)
         self._check_rows(lane, header, activations)
-        self._end_after(seconds, functools.partial(self._finish, lane, engine, work, written, sampled))
+        self._end_after(0.0 if again else seconds, functools.partial(self._finish, lane, work, done))
 
     def _end_after(self, seconds: float, finish: Callable[[], None]) -> None:
         self._works += 1
@@ -312,83 +304,16 @@ class Node(Process):
         """End the work that runs now, and begin the next: another thread of the node is in the middle of something."""
         self._end(self._works)
 
-    def _run(self, lane: Lane, work: Work) -> Any:
-        runner: Any = lane.runner
-        payload: Any = work.payload
-        match work.header:
-            case steps.Execute():
-                return runner.execute(*payload)
-            case steps.Restore():
-                runner.restore(payload[0])
-                if self.replicas is not None:
-                    self.replicas.hold(lane, payload[1])
-            case steps.Recompute():
-                lane.kept.recomputed(payload.written_blocks(self.fleet.plan.shape.block_size))
-                runner.recompute(payload)
-            case steps.Flush() if self.replicas is not None:
-                self.replicas.flush(lane, self.timeline.now)
-                self.after(FLUSH_SECONDS, self.look)
-            case steps.Place(ahead=ahead):
-                lane.kept.spoil()
-                return self._place(lane, *payload, ahead=ahead)
-            case steps.PlaceRest() if self.replicas is not None:
-                for replica, data in lane.rest:
-                    self.fleet.checks.copy(lane.pipeline, self.stage, replica, content_of(data))
-                self.replicas.place_rest(lane)
-        return None
-
     def _check_rows(self, lane: Lane, header: Header, activations: Any) -> None:
         """Nothing but their order says whose the rows of activations are."""
         rows = tuple(lane.runner.output)  # type: ignore[attr-defined]
         if isinstance(header, steps.Execute) and activations is not None and activations["rows"] != rows:
             raise WrongKv(f"{self} takes {activations['rows']} for {rows}: {header}")
 
-    def _pass_on(self, lane: Lane, work: Work, kept: Any, activations: Any, written: tuple[Replica, ...]) -> None:
-        """The output of a step that was computed in an earlier epoch."""
-        header, runner = cast("Any", (work.header, lane.runner))
-        runner.follow(*work.payload)
-        if runner.output != kept:
-            raise WrongKv(f"{self} passes on {kept} for {header}, which gives {runner.output}")
-        lane.kept.passed_on(header.sequence, runner.output)
-        self._check_rows(lane, header, activations)
-        self.fleet.counts["steps passed on"] += 1
-        self._forward(lane, header.sequence)
-        self._note_written(lane, written)
-
-    def _finish(self, lane: Lane, engine: Line, work: Work, written: tuple[Replica, ...], sampled: Any) -> None:
-        header: Any = work.header
-        pipeline, epoch = header.pipeline, header.epoch
-        if isinstance(header, steps.Execute):
+    def _finish(self, lane: Lane, work: Work, done: Done) -> None:
+        if isinstance(work.header, steps.Execute) and done.kept_again is None:
             self.speed.end(lane.runner.decoded, self.timeline.now)  # type: ignore[attr-defined]
-        match header:
-            case steps.Restore():
-                self._answer(engine, steps.Restored(pipeline, epoch, self.stage))
-            case steps.Place(ahead=ahead):
-                missing, fuller = sampled
-                self._answer(engine, steps.Placed(pipeline, epoch, self.stage, missing, fuller, ahead))
-            case steps.Flush() if self.replicas is None:
-                self._answer(engine, steps.Flushed(pipeline, epoch, self.stage))
-            case steps.PlaceRest():
-                self._answer(engine, steps.Placed(pipeline, epoch, self.stage, ()))
-            case steps.Recompute(through=through) if self.stage == through:
-                self._answer(engine, steps.Recomputed(pipeline, epoch, header.sequence))
-            case steps.Execute(has_tokens=True) if self.stage == self.fleet.plan.shape.stages - 1:
-                self._answer(engine, steps.Executed(pipeline, epoch, header.sequence), sampled)
-                lane.kept.sampled(epoch, header.sequence, sampled, 1)
-            case steps.Recompute():
-                self._forward(lane, header.sequence)
-            case steps.Execute(has_tokens=True):
-                self._forward(lane, header.sequence)
-                output = lane.runner.output  # type: ignore[attr-defined]
-                lane.kept.computed(
-                    header.sequence, work.payload[0], output, 1, {r.block: r.generation for r in written}
-                )
-        self._note_written(lane, written)
-
-    def _note_written(self, lane: Lane, written: tuple[Replica, ...]) -> None:
-        if written and self.replicas is not None:
-            self.fleet.checks.note_written(lane, self.stage, written)
-            self.replicas.end(lane, written)
+        self._workflow.end(lane, work, done)
 
     def _fail(self, engine: Line, lane: Lane, header: Header) -> None:
         self.lanes.fail(lane)
@@ -396,12 +321,51 @@ class Node(Process):
         sequence = header.sequence if isinstance(header, steps.Execute | steps.Recompute) else 0
         self._answer(engine, steps.StepFailed(header.pipeline, header.epoch, sequence, self.stage, reason))
 
-    def _forward(self, lane: Lane, sequence: int) -> None:
+    # ---- what the workflow computes with: see `node.work.Shell`
+
+    def content(self, work: Work) -> Any:
+        """What came along; nothing is packed here."""
+        return work.payload
+
+    def execute(self, lane: Lane, work: Work, step: steps.Execute, activations: Any) -> Computed:
+        """Run a step on the toy stage."""
+        runner: Any = lane.runner
+        sampled = runner.execute(*work.payload)
+        if not step.has_tokens:
+            return Computed()
+        if self._is_last:
+            return Computed(sampled=sampled, size=1)
+        return Computed(runner.output, size=1)
+
+    def follow(self, lane: Lane, work: Work, kept: Any) -> tuple[Any, Any]:
+        """Take note of a step. Raises `WrongKv` if computing it again would not give what was kept."""
+        runner: Any = lane.runner
+        runner.follow(*work.payload)
+        if runner.output != kept:
+            raise WrongKv(f"{self} passes on {kept} for {work.header}, which gives {runner.output}")
+        self.fleet.counts["steps passed on"] += 1
+        return runner.output, runner.output
+
+    def recompute(self, lane: Lane, recompute: steps.Recompute, chunk: Chunk, activations: Any) -> Any:
+        """Write the toy KV of a chunk; the next stage gets no rows that could be in a wrong order."""
+        runner: Any = lane.runner
+        runner.recompute(chunk)
+        return {}
+
+    def to_keep(self, lane: Lane, output: Any) -> Any:
+        """An output is made anew for each step."""
+        return output
+
+    def pass_on(self, lane: Lane, sequence: int, output: dict[str, list[int]]) -> None:
+        """Send whose rows they are, in order."""
         target = self.fleet.node_at(self._next_addresses[lane.pipeline])
         if target is not None:
-            rows = tuple(lane.runner.output)  # type: ignore[attr-defined]
-            deliver = functools.partial(target.deliver_activations, lane.pipeline, lane.epoch, sequence, rows)
+            deliver = functools.partial(target.deliver_activations, lane.pipeline, lane.epoch, sequence, tuple(output))
             self._send(target, ("activations", self.name, lane.pipeline, lane.epoch), deliver)
+
+    def answer(self, lane: Lane, answer: steps.AnyStepMessage, *payload: Any) -> None:
+        """Send to the lane's engine."""
+        self._answer(self._engines[lane.pipeline], answer, *payload)
 
     def _answer(self, line: Line, header: steps.AnyStepMessage, payload: Any = None) -> None:
         """An answer over a connection that is no more goes nowhere."""
@@ -417,22 +381,6 @@ class Node(Process):
             if lane.flush_until is not None and self.timeline.now >= lane.flush_until:
                 lane.flush_until = None
                 self._answer(self._engines[lane.pipeline], steps.Flushed(lane.pipeline, lane.epoch, self.stage))
-
-    def _place(
-        self, lane: Lane, now: tuple[Replica, ...], later: tuple[Replica, ...], *, ahead: bool
-    ) -> tuple[Any, ...]:
-        """Put replicas in place; returns the tags of what is not here, and of what holds more than was asked for."""
-        missing, fuller = [*now, *later], list[Replica]()
-        if self.replicas is not None and self.replicator is not None:
-            place = self.replicas
-            missing, fuller = place.place_ahead(lane, now) if ahead else place.place(lane, now, later)
-            found, _ = self.replicator.store.find(lane.pipeline, [*now, *later])
-            for replica, data in found:
-                self.fleet.checks.copy(lane.pipeline, self.stage, replica, content_of(data))
-        return tuple(
-            tuple((replica.block, replica.generation, replica.filled) for replica in replicas)
-            for replicas in (missing, fuller)
-        )
 
 
 def _size(work: Work) -> int | None:
