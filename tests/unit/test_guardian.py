@@ -14,6 +14,7 @@ from kevlarflow.config import RUN_FOLDER_VARIABLE, RUN_ID_VARIABLE
 from kevlarflow.control import guardian
 from kevlarflow.control.run_folder import LOGS_KEPT, RunFolder, make_private
 from kevlarflow.errors import UsageError
+from kevlarflow.faults.processes import identify
 from standins import members, wait_until
 
 
@@ -76,6 +77,16 @@ def test_a_sweep_takes_the_run_and_nobody_else(sleepers: Sleepers, folder: Path)
     assert other_run.poll() is None
     assert other_folder.poll() is None
     assert not folder.exists()
+
+
+def test_who_takes_long_to_die_is_waited_for(sleepers: Sleepers, folder: Path) -> None:
+    """The kernel gives the memory back first: then the environment is gone, but the process is not, nor its sockets."""
+    script = "held = b'x' * (1 << 30); print(flush=True); import time; time.sleep(1000)"
+    heavy = sleepers.start(folder, "one", script)
+    assert heavy.stdout is not None
+    heavy.stdout.readline()
+    assert guardian.sweep(str(folder), "one") == []
+    assert identify(heavy.pid) is None
 
 
 def test_forked_and_renamed_children_are_found(sleepers: Sleepers, folder: Path) -> None:

@@ -7,7 +7,9 @@ folder, and gives back the lock on the port.
 
 Who belongs to the run is read from ``/proc/<pid>/environ``: the supervisor starts every child with an
 environment that names the run folder and carries a random id, and a fork keeps the environment that its
-ancestor was executed with. This also finds orphans, strangers to any process tree, and stopped processes.
+ancestor was executed with. This also finds orphans, strangers to any process tree, and stopped processes. Who is found
+is waited for by its number: a process that ends gives its memory back first, environment included, and may keep its
+sockets for a good part of a second after that.
 
 The guardian must survive what kills the others, and must cost nothing. So it imports the standard library
 only, and is started by its path (``python -I -S guardian.py``), in a process group of its own.
@@ -28,7 +30,7 @@ RUN_ID_VARIABLE = "KEVLARFLOW_RUN_ID"
 SHARED_MEMORY = "/dev/shm/"
 
 ROUNDS = 200
-"""How often the process table is searched at most. A killed process is gone after one or two."""
+"""How often the process table is searched at most. A killed process is gone after a few."""
 PAUSE_SECONDS = 0.05
 
 
@@ -47,12 +49,15 @@ def sweep(run_folder: str, run_id: str, spared: frozenset[int] = frozenset()) ->
     """Kill every process of the run, free its shared memory, remove its folder; return who could not be killed."""
     spared |= {os.getpid()}
     shared: set[str] = set()
+    births: dict[int, str] = {}
     left: list[int] = []
     for _ in range(ROUNDS):
-        left = [pid for pid in processes_of(run_folder, run_id) if pid not in spared]
+        found = [pid for pid in processes_of(run_folder, run_id) if pid not in spared]
+        births |= {pid: birth(pid) for pid in found}
+        left = [pid for pid, born in births.items() if born and birth(pid) == born]
         if not left:
             break
-        for pid in left:
+        for pid in found:
             shared |= shared_memory_of(pid)
             kill(pid)
         time.sleep(PAUSE_SECONDS)
@@ -68,9 +73,16 @@ def processes_of(run_folder: str, run_id: str) -> Iterator[int]:
     identity = os.fsencode(f"{RUN_ID_VARIABLE}={run_id}")
     for pid in all_processes():
         environment = read(f"/proc/{pid}/environ").split(b"\0")
-        # A process that is only waiting to be reaped has an empty environment.
+        # A process that is ending, or only waiting to be reaped, has an empty environment.
         if folder in environment and identity in environment:
             yield pid
+
+
+def birth(pid: int) -> str:
+    """Return when a living process started, in ticks of the kernel; nothing of one that only waits to be reaped."""
+    # Its name is in brackets, and may hold anything.
+    fields = read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    return fields[19].decode() if fields and fields[0] not in (b"Z", b"X", b"x") else ""
 
 
 def all_processes() -> list[int]:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +18,7 @@ from typing import BinaryIO
 from kevlarflow.kinship import die_with_parent
 
 LAST_LINES = 200
+REAP_POLL_SECONDS = 0.005
 
 
 class Process:
@@ -89,6 +91,14 @@ def reap() -> list[tuple[int, int]]:
         while (child := os.waitpid(-1, os.WNOHANG))[0]:
             ended.append((child[0], os.waitstatus_to_exitcode(child[1])))
     return ended
+
+
+def reap_all(seconds: float) -> None:
+    """Wait until no child is left, adopted ones included; give up after so long."""
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0] or time.monotonic() < deadline:
+            time.sleep(REAP_POLL_SECONDS)
 
 
 def last_words(log: Path) -> str:

@@ -32,7 +32,7 @@ import zmq
 from kevlarflow.config import RUN_FOLDER_VARIABLE, RUN_ID_VARIABLE, ServeConfig
 from kevlarflow.control import guardian
 from kevlarflow.control.awaited import awaited
-from kevlarflow.control.process import Process, last_words, reap, spawn
+from kevlarflow.control.process import Process, last_words, reap, reap_all, spawn
 from kevlarflow.control.run_folder import RunFolder
 from kevlarflow.errors import INTERRUPTED, StartupFailed, UsageError
 from kevlarflow.kinship import adopt_orphans
@@ -61,6 +61,7 @@ FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 10.0
 LAUNCH_TIMEOUT_SECONDS = 2.0
 GUARDIAN_TIMEOUT_MS = 15_000
+LAST_CHILD_SECONDS = 5.0
 
 Say = Callable[[str], None]
 
@@ -364,7 +365,8 @@ class Supervisor:
             poller.poll(GUARDIAN_TIMEOUT_MS)
         if Path(self.config.run_folder).exists():
             self.run_folder.sweep()
-        reap()
+        # Who ended by itself a moment ago may still be giving its memory and its sockets back.
+        reap_all(LAST_CHILD_SECONDS)
 
 
 def healthy(config: ServeConfig, *, serving: bool = False) -> bool:
