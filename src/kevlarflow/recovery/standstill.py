@@ -26,7 +26,11 @@ RECENT_SECONDS = 30.0
 WELL_SECONDS = 5.0
 """A pipeline that was formed and did not stand still for so long is well: what befalls it next is another trouble."""
 FAIR_STEPS = 8
-"""A lane that has work gets its turn before its node has done so many pieces of work for others."""
+"""A lane that has work gets its turn before its node has done so many pieces of work for others.
+
+They count from when there may be work for it: since the engine waits, and no node has done anything for the pipeline. A
+node may be in a single step of another pipeline for seconds.
+"""
 
 
 class Work(NamedTuple):
@@ -40,11 +44,12 @@ class Work(NamedTuple):
 
 @dataclasses.dataclass
 class _Rest:
-    """Since when a node has done nothing for a pipeline, and what it had done for all by then."""
+    """Since when a node has done nothing for a pipeline."""
 
     done: int
     since: float
     total: int
+    """What the node had done for all when there may have been work for this one."""
 
 
 @dataclasses.dataclass
@@ -62,6 +67,8 @@ class Stillness:
         self._gap = 4 * timeouts.heartbeat_interval_ms / 1_000
         self._pipelines = [PipelineId(number) for number in range(pipelines)]
         self._nodes: dict[Member, _Node] = {}
+        self._waits = dict.fromkeys(self._pipelines, float("-inf"))
+        """Since when the engine of each pipeline waits, as it last said."""
 
     def beat(self, member: Member, work: Work, now: float) -> None:
         """A node says what it does."""
@@ -75,6 +82,13 @@ class Stillness:
             rest = node.rests.get(pipeline)
             if rest is None or rest.done != done or work.pipeline == pipeline:
                 node.rests[pipeline] = _Rest(done, now, total)
+                self._count_anew(pipeline)
+
+    def _count_anew(self, pipeline: PipelineId) -> None:
+        """Only from now on there may be work for the pipeline, at whichever node."""
+        for node in self._nodes.values():
+            if pipeline in node.rests:
+                node.rests[pipeline].total = sum(node.work.done.values())
 
     def forget(self, member: Member) -> None:
         """A node is gone."""
@@ -83,7 +97,11 @@ class Stillness:
     def judge(
         self, report: events.EngineReport, members: Iterable[Member | None], now: float
     ) -> events.PipelineStill | None:
-        """What a report amounts to, of an engine whose pipeline has these members."""
+        """What a report amounts to, of an engine whose pipeline has these members; each report has to pass here."""
+        since = now - report.still_seconds
+        if report.still_seconds == 0.0 or since - self._waits[report.pipeline] > self._gap:
+            self._waits[report.pipeline] = since
+            self._count_anew(report.pipeline)
         if report.still_seconds < self._patience:
             return None
         if not all(member is not None and self._rests(member, report.pipeline, now) for member in members):

@@ -21,12 +21,17 @@ def report(still_seconds=1.2, epoch=1):
     return events.EngineReport(OURS, 8, 0, 2, 100, epoch=Epoch(epoch), still_seconds=still_seconds)
 
 
-def beats(works, seconds=2.0):
-    """What is known after each node has beaten for `seconds`; `works` says what a node does, by time."""
+def beats(works, seconds=2.0, waits_since=0.8):
+    """What is known after each node has beaten for `seconds`; `works` says what a node does, by time.
+
+    The engine has waited for an answer since `waits_since`.
+    """
     stillness = Stillness(TIMES, 2)
     for tick in range(round(seconds * 10) + 1):
         for each, work in zip(NODES, works, strict=True):
             stillness.beat(each, work(tick / 10), tick / 10)
+        if tick < round(seconds * 10):
+            stillness.judge(report(max(0.0, tick / 10 - waits_since)), NODES, tick / 10)
     return stillness
 
 
@@ -54,6 +59,19 @@ def test_a_node_that_may_come_to_it_yet_is_waited_for(work):
 def test_a_node_that_only_works_for_others_has_nothing_to_do_for_this_one():
     busy = beats([idle, lambda now: Work(OTHERS, {OURS: 7, OTHERS: int(now * FAIR_STEPS)})])
     assert busy.judge(report(), NODES, 2.0) is not None
+
+
+def test_what_it_did_for_others_before_the_engine_waited_does_not_count():
+    """The donor of a lane, in a long step when the order to open it comes, has not been unfair."""
+    donor = beats([idle, lambda now: Work(OTHERS, {OURS: 0, OTHERS: min(99, int(now * 124))})])
+    assert donor.judge(report(), NODES, 2.0) is None
+
+
+def test_nor_does_what_it_did_while_another_stage_was_at_work_for_the_pipeline():
+    """It was in a long step when the stage before was done."""
+    before = lambda now: Work(OURS if now < 1.3 else None, {OURS: 7})  # noqa: E731
+    busy = beats([before, lambda now: Work(OTHERS, {OURS: 7, OTHERS: min(20, int(now * 16))})], waits_since=0.2)
+    assert busy.judge(report(1.8), NODES, 2.0) is None
 
 
 def test_nothing_is_said_of_nodes_that_are_not_heard_or_of_engines_that_do_not_wait():
