@@ -65,14 +65,21 @@ def abandoned(reason: str) -> AbandonedOutput:
 
 
 def completed(output: ModelRunnerOutput | None, left_out: frozenset[str]) -> ModelRunnerOutput | None:
-    """The output for vLLM, in which requests that were left out of the step have sampled nothing."""
+    """The output for vLLM, in which requests that were left out of the step have sampled nothing.
+
+    They may be in it: if another step raises, its requests are taken out of those that are under way with them.
+    """
     if not left_out:
         return output
     output = output or ModelRunnerOutput(req_ids=[], req_id_to_index={})
-    for request in sorted(left_out - output.req_id_to_index.keys()):
-        output.req_id_to_index[request] = len(output.req_ids)
-        output.req_ids.append(request)
-        output.sampled_token_ids.append([])
+    for request in sorted(left_out):
+        if request in output.req_id_to_index:
+            output.sampled_token_ids[output.req_id_to_index[request]] = []
+            output.prompt_logprobs_dict.pop(request, None)
+        else:
+            output.req_id_to_index[request] = len(output.req_ids)
+            output.req_ids.append(request)
+            output.sampled_token_ids.append([])
     return output
 
 

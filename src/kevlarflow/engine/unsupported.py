@@ -141,6 +141,11 @@ MODEL = (
         "serve another model, or add --disable-sliding-window if it has one",
     ),
     Row(
+        "a model with multi-head latent attention (MLA)",
+        lambda config: config.model_config.use_mla,
+        "vLLM sorts its batch, and stages that rebuild it must not come to differ; serve another model",
+    ),
+    Row(
         "a mixture-of-experts model with -dp above 1",
         lambda config: config.model_config.is_moe and config.parallel_config.data_parallel_size > 1,
         "its engines wait for each other; use -dp 1 or a dense model",

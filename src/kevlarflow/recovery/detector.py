@@ -87,6 +87,8 @@ class Evidence(NamedTuple):
     """Completes "node-0-1 ..."."""
     since: float
     confirmed: bool
+    from_outside: bool = False
+    """Whether nothing that it computes can have brought it about."""
 
 
 class Detector:
@@ -159,7 +161,7 @@ class Detector:
                 verdicts.append(NodeSuspected(member, evidence.since))
             if evidence.confirmed:
                 listener.confirmed = True
-                verdicts.append(NodeSilent(member, evidence.since, evidence.what))
+                verdicts.append(NodeSilent(member, evidence.since, evidence.what, evidence.from_outside))
         return verdicts
 
     def _clear(self, member: Member, listener: _Listener, now: float) -> list[NodeCleared]:
@@ -196,7 +198,8 @@ class Detector:
         since = listener.stopped_since
         if since is None:
             return None
-        return Evidence("was stopped", since, (now - since) * 1_000 >= self._timeouts.stopped_after_ms)
+        confirmed = (now - since) * 1_000 >= self._timeouts.stopped_after_ms
+        return Evidence("was stopped", since, confirmed, from_outside=True)
 
     def _stuck(self, member: Member, listener: _Listener, now: float) -> Evidence | None:
         beat = listener.beat

@@ -186,6 +186,8 @@ class NodeSilent(Event, frozen=True):
     """Since when: the last proof of life."""
     what: str = "did not answer"
     """Completes "node-0-1 ...", followed by how long."""
+    from_outside: bool = False
+    """Whether somebody did that to it: then it is not held against what it was computing."""
 
 
 class NodeSlow(Event, frozen=True):

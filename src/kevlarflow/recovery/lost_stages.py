@@ -18,6 +18,8 @@ class LostStages:
         self._whole_on: dict[Stage, Member] = {}
         self._resting: set[Stage] = set()
         """New stages that have yet to put kept prefixes in place: until they have, they are not whole."""
+        self._hits: dict[int, frozenset[Stage]] = {}
+        """Chunks under way, with the stages that lack what is computed in them: nor are those."""
         self._lost_at: dict[int, frozenset[Stage]] = {}
 
     def find(self, nodes: Sequence[NodeInfo], count: int) -> frozenset[Stage]:
@@ -28,6 +30,7 @@ class LostStages:
         for stage in lost:
             self._whole_on.pop(stage, None)
         self._resting.clear()
+        self._hits.clear()
         self.note(lost, count)
         return lost
 
@@ -55,11 +58,22 @@ class LostStages:
         self._resting.discard(stage)
         return awaited
 
+    def await_chunks(self, numbers: Iterable[int], stages: frozenset[Stage]) -> None:
+        """A step came that counts on KV which these stages have to compute first, in chunks of these numbers."""
+        for number in numbers:
+            self._hits[number] = stages
+            self._whole_on = {stage: member for stage, member in self._whole_on.items() if stage not in stages}
+
+    def recomputed(self, number: int) -> bool:
+        """A chunk is done; returns whether that was awaited."""
+        return self._hits.pop(number, None) is not None
+
     def make_whole(self, nodes: Sequence[NodeInfo]) -> None:
-        """All is in place on these nodes, but for the prefixes that some have yet to put there."""
+        """All is in place on these nodes, but for what some have yet to put there or to compute."""
         stages = ((Stage(index), node) for index, node in enumerate(nodes))
-        self._whole_on = {stage: node.member for stage, node in stages if stage not in self._resting}
+        lacking = self._resting.union(*self._hits.values())
+        self._whole_on = {stage: node.member for stage, node in stages if stage not in lacking}
 
     def clear(self) -> None:
         """No node holds anything of the lane any more."""
-        self._whole_on, self._resting = {}, set()
+        self._whole_on, self._resting, self._hits = {}, set(), {}

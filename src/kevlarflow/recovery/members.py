@@ -72,8 +72,10 @@ class Slot:
     """The last proof of life of a member that is being fenced."""
     silent_how: str = "did not answer"
     """Why it is; completes "node-0-1 ..."."""
+    hurt_from_outside: bool = False
+    """Whether a member that is being fenced was stopped by somebody, which no request can bring about."""
     computing: Computing | None = None
-    """What a member whose exit was seen was doing then; None: nobody knows."""
+    """What a member was doing that was lost, as far as it may be to blame; None: nobody knows."""
     emptied_for: Cause | None = None
     """Why its lanes move away, after which it leaves; None when it may stay."""
     stuck_since: float | None = None
@@ -115,7 +117,7 @@ class Slot:
         self.pids = ()
         self.info = None
         self.ready_by = self.start_at = self.exit_due = self.fenced_by = None
-        self.gives_way = False
+        self.gives_way = self.hurt_from_outside = False
         self.computing = self.emptied_for = self.stuck_since = self.leave_by = None
         self.vacant = False
 

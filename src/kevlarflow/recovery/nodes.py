@@ -172,6 +172,7 @@ def on_silent(grid: Grid, event: events.NodeSilent) -> None:
         return
     if slot.state is NodeState.READY:
         grid.step_node(slot, NodeStep.SUSPECT)
+    slot.hurt_from_outside = event.from_outside
     fence(grid, slot, event.beat_at, event.what)
 
 
@@ -287,6 +288,8 @@ def start_replacements(grid: Grid) -> None:
 
 def _lose_silent(grid: Grid, slot: Slot) -> None:
     """Believe the loss of a member that was fenced."""
+    if slot.hurt_from_outside:
+        slot.computing = Computing()
     silence = grid.now - slot.silent_since
     lose(
         grid,

@@ -47,6 +47,7 @@ from kevlarflow.recovery.pipeline_events import (
     Command,
     Deliver,
     Event,
+    Execute,
     FormationDone,
     FormationOrdered,
     Join,
@@ -64,7 +65,7 @@ from kevlarflow.recovery.pipeline_events import (
     StepIssued,
     SuspensionOrdered,
 )
-from kevlarflow.recovery.recompute import Limits, plan_hits, unreachable_hits
+from kevlarflow.recovery.recompute import Chunk, Limits, plan_hits, unreachable_hits
 from kevlarflow.recovery.restoring import Restoring
 from kevlarflow.recovery.watermarks import Watermarks
 from kevlarflow.types import Epoch, Member, NodeInfo, Stage
@@ -274,6 +275,8 @@ class Pipeline:
     def _progress(self, event: StageJoined | ChunkRecomputed | StageRestored, now: float) -> list[Command]:
         if isinstance(event, ChunkRecomputed):
             self._in_flight.dispatched.done(-event.sequence)
+            if self._lost_stages.recomputed(event.sequence) and self.standing is Standing.SERVING:
+                self._lost_stages.make_whole(self.nodes)
         if self._forming is None:
             return []
         self._forming.note(event, now)
@@ -378,10 +381,14 @@ class Pipeline:
         if self._forming is not None and self._forming.waits:
             return commands
         if lost:
-            chunks = plan_hits(self.ledger, before, step, lost, self._books.limits)
-            commands += [Recompute(*each) for each in self._in_flight.dispatched.add_chunks(chunks).items()]
-        commands += self._in_flight.due()
-        return commands + self._complete_in_order()
+            commands += self._recompute_hits(plan_hits(self.ledger, before, step, lost, self._books.limits), lost)
+        return commands + self._due() + self._complete_in_order()
+
+    def _recompute_hits(self, chunks: Sequence[Chunk], lost: frozenset[Stage]) -> list[Command]:
+        """Before a step whose hits these stages do not have. Until they have, they are not whole."""
+        numbered = self._in_flight.dispatched.add_chunks(chunks)
+        self._lost_stages.await_chunks(numbered, lost)
+        return [Recompute(*each) for each in numbered.items()]
 
     def _flushed(self, event: StageFlushed, now: float) -> list[Command]:
         self._plans.flushed(event.stage)
@@ -405,8 +412,12 @@ class Pipeline:
             step, result, left_out = done
             self.ledger.complete(step, result)
             commands.append(Deliver(step.sequence, left_out, result.output))
-        waits = self._forming is not None and self._forming.waits
-        return commands if waits else [*commands, *self._in_flight.due()]
+        return [*commands, *self._due()]
+
+    def _due(self) -> list[Execute]:
+        """Steps that may go out now: none to nodes that disagree, nor before it is known what comes first."""
+        waits = self._disagrees or (self._forming is not None and self._forming.waits)
+        return [] if waits else self._in_flight.due()
 
     def _broken(self, event: StepBroken, now: float) -> list[Command]:
         """End the requests that the failed work was for, and form anew: the stages disagree on what has run.

@@ -159,12 +159,16 @@ def _live(
 
 
 def read_again(ledger: Ledger, in_flight: Sequence[Step]) -> list[LedgerEntry]:
-    """Requests whose KV, as the ledger knows it, is still needed: the others end or start anew in a step in flight."""
-    finished = {request for step in in_flight for request in step.finished}
+    """Requests whose KV, as the ledger knows it, is still needed: the others end or start anew in a step in flight.
+
+    One that ends is computed until then, and others may hit what it writes.
+    """
+    over = {request for step in in_flight for request in step.finished}
+    over -= {request for step in in_flight for request in step.scheduled}
     return [
         entry
         for entry in ledger.entries()
-        if entry.computed and entry.request not in finished and _uses_its_blocks(entry, in_flight)
+        if entry.computed and entry.request not in over and _uses_its_blocks(entry, in_flight)
     ]
 
 

@@ -21,7 +21,7 @@ from kevlarflow.recovery.suspicion import POSSIBLE_REASON, REASON
 from kevlarflow.recovery.watched import LaneLeft, TimePassed, WatchedPipeline
 from kevlarflow.sim.errors import NoReason, NotFenced, Unbounded
 from kevlarflow.sim.network import Process
-from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler
+from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler, completed
 from kevlarflow.types import Epoch, LaneCoverage, Member, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import messages, steps
 from kevlarflow.wire.answers import event_of
@@ -359,8 +359,8 @@ class Engine(Process):
                 payload = without(step, left_out, self.fleet.plan.shape.block_size), known
                 for node in self.core.nodes:
                     self._send(node, header, payload)
-            case core.Deliver(sequence=sequence, output=output):
-                self._finish(sequence, output or {})
+            case core.Deliver(sequence, left_out, output):
+                self._finish(sequence, completed(output, left_out))
             case core.Abandon(sequence, reason):
                 self._finish(sequence, reason)
             case core.AbandonEverything(reason):

@@ -130,6 +130,11 @@ class Blocks:
             self.cached.pop(key, None)
 
 
+def completed(output: dict[str, list[int]] | None, left_out: frozenset[str]) -> dict[str, list[int]]:
+    """See `engine.translate.completed`."""
+    return {request: tokens for request, tokens in (output or {}).items() if request not in left_out}
+
+
 class ToyScheduler:
     """See the module's text. `budget` is tokens a step."""
 

@@ -23,7 +23,7 @@ from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.recovery.suspicion import MAX_POSSIBLE_COST, POSSIBLE_REASON, REASON
 from kevlarflow.sim.errors import Stuck, Violation, WrongTokens
-from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler
+from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler, completed
 from kevlarflow.sim.shapes import Shape, draw
 from kevlarflow.sim.stage import VOCABULARY, Memory, ToyStage, next_token
 from kevlarflow.sim.world_lane import Lane, Standby
@@ -290,8 +290,8 @@ class World:
             case core.Restore() | core.Execute():
                 for lane in self.lanes:
                     lane.inbox.append((self.pipeline.epoch, command))
-            case core.Deliver(sequence=sequence, output=output):
-                self.outputs[sequence] = output or {}
+            case core.Deliver(sequence, left_out, output):
+                self.outputs[sequence] = completed(output, left_out)
                 if self.steps[sequence][0].scheduled:
                     self.delivered.append(sequence)
             case core.EvictPrefixCache() | core.SetAside() | core.UseBlocks():

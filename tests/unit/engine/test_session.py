@@ -40,18 +40,43 @@ def node(name: str, stage: int) -> NodeInfo:
     return NodeInfo(member, Stage(stage), "here", 1, (1,), f"ipc://{name}{stage}.s", f"ipc://{name}{stage}.a", 2, 50)
 
 
-def issue(session: Session, sequence: int, **requests: tuple[int, ...]) -> Any:
-    """A step that admits these requests, each with its blocks full of prompt."""
-    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+def issue(
+    session: Session,
+    sequence: int,
+    *,
+    hit: dict[str, int] | None = None,
+    goes_on: dict[str, tuple[int, int]] | None = None,
+    **requests: tuple[int, ...],
+) -> Any:
+    """A step that admits these requests, each with its blocks full of prompt, of which it finds `hit` tokens cached.
+
+    Those of `goes_on` compute one more block, named first, behind so many tokens.
+    """
+    from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
     from kevlarflow.engine.translate import step_of
 
+    hit, goes_on = hit or {}, goes_on or {}
     scheduled = SchedulerOutput.make_empty()
     scheduled.scheduled_new_reqs = [
-        NewRequestData(name, list(range(len(blocks) * BLOCK_SIZE)), [], None, None, (list(blocks),), 0, None)
+        NewRequestData(
+            name, list(range(len(blocks) * BLOCK_SIZE)), [], None, None, (list(blocks),), hit.get(name, 0), None
+        )
         for name, blocks in requests.items()
     ]
-    scheduled.num_scheduled_tokens = {name: len(blocks) * BLOCK_SIZE for name, blocks in requests.items()}
+    scheduled.scheduled_cached_reqs = CachedRequestData(
+        req_ids=list(goes_on),
+        resumed_req_ids=set(),
+        new_token_ids=[],
+        all_token_ids={},
+        new_block_ids=[([block],) for block, _ in goes_on.values()],
+        num_computed_tokens=[computed for _, computed in goes_on.values()],
+        num_output_tokens=[0] * len(goes_on),
+    )
+    scheduled.num_scheduled_tokens = {
+        **{name: len(blocks) * BLOCK_SIZE - hit.get(name, 0) for name, blocks in requests.items()},
+        **dict.fromkeys(goes_on, BLOCK_SIZE),
+    }
     scheduled.total_num_scheduled_tokens = sum(scheduled.num_scheduled_tokens.values())
     return session.issue(step_of(scheduled, sequence, session._core.formations), scheduled, None)
 
@@ -94,3 +119,17 @@ def test_what_it_had_sampled_counts_if_nobody_gave_way(session: Session) -> None
     session._handle(core.FormationOrdered(Epoch(2), (node("b", 0), node("a", 1)), lost=True))
     session._receive(steps.Joined(PIPELINE, Epoch(2), Stage(1), ((1, 1),)), [sampled(a=7)])
     assert tokens_of(future) == {"a": [7]}
+
+
+def test_a_request_that_is_taken_out_of_a_step_under_way_has_sampled_nothing(session: Session) -> None:
+    """Another step of its predecessor raises: what it hit is void, and so is what it samples from that."""
+    chunk = issue(session, 1, long=(1,))
+    session._receive(steps.Executed(PIPELINE, Epoch(1), 1), [sampled()])
+    assert chunk.done()
+    under_way = issue(
+        session, 2, hit={"hits": 2 * BLOCK_SIZE}, goes_on={"long": (2, BLOCK_SIZE)}, hits=(1, 2, 3), other=(4,)
+    )
+    issue(session, 3, goes_on={"long": (5, 2 * BLOCK_SIZE)})
+    session._receive(steps.StepFailed(PIPELINE, Epoch(1), 3, Stage(0), "boom"), [])
+    session._receive(steps.Executed(PIPELINE, Epoch(1), 2), [sampled(hits=7, other=8)])
+    assert tokens_of(under_way) == {"hits": [], "other": [8], "long": []}

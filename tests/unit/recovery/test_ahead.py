@@ -5,8 +5,25 @@ import pytest
 from kevlarflow.recovery import pipeline_events as p
 from kevlarflow.recovery.ahead import PREPARE_SECONDS
 from kevlarflow.recovery.coverage import Replica
-from kevlarflow.recovery.ledger import Admission, Step
-from unit.recovery.test_pipeline import A0, A1, B1, confirm, executed, go_on, heard, kinds, node, replicating, sent
+from kevlarflow.recovery.ledger import Admission, Continuation, Step
+from kevlarflow.types import Computing, Loss
+from unit.recovery.test_pipeline import (
+    A0,
+    A1,
+    B0,
+    B1,
+    admit,
+    confirm,
+    executed,
+    go_on,
+    heard,
+    kinds,
+    node,
+    replicating,
+    sent,
+    serving,
+)
+from unit.recovery.test_pipeline import prepared as all_prepared
 
 ORDER = p.FormationOrdered(2, (A0, B1), released=(A1,), planned=True)
 KEPT = (Replica(1, 1, 4), Replica(2, 1, 2))
@@ -142,3 +159,29 @@ def test_a_step_that_fails_meanwhile_changes_the_nodes_at_once():
     # The lane was opened on the new node already, under the same epoch.
     assert [command.stage for command in commands if isinstance(command, p.Join)] == [0]
     assert pipeline.handle(p.ReplicasPlaced(2, 1, (), ahead=True), 2.2) == []
+
+
+def test_no_step_goes_out_under_the_next_epoch_before_what_it_needs():
+    """A step that waits behind a suspect one may go when that has raised; but then the nodes change."""
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "innocent", blocks=(1,))), 1.0)
+    pipeline.handle(executed(1, 1, innocent=[7]), 1.0)
+    first = Admission("suspect", tuple(range(8)), (2, 3), 0, None)
+    pipeline.handle(p.StepIssued(Step(2, (first,), (), {"suspect": 4}, frozenset(), frozenset(), 1)), 1.0)
+    pipeline.handle(p.StepIssued(chunk_of("suspect", 3)), 1.0)
+    pipeline.handle(p.StandbysAssigned((None, B1)), 1.1)
+    loss = Loss(A0.member, Computing(0, 1, 2))
+    commands = pipeline.handle(p.FormationOrdered(2, (B0, A1), lost=True, losses=(loss,)), 1.5)
+    all_prepared(pipeline, 2, commands)
+    pipeline.handle(executed(2, 2, suspect=[]), 2.1)
+    waits = go_on(4, "innocent", formation=pipeline.formations)
+    assert sent(pipeline.handle(p.StepIssued(waits), 2.2)) == []
+    pipeline.handle(p.FormationOrdered(3, (B0, B1), released=(A1,), planned=True), 2.3)
+    commands = pipeline.handle(p.StepBroken(2, 3, 0, "boom"), 2.4)
+    assert pipeline.epoch == 3
+    assert sent(commands) == [4]
+    assert kinds(commands).index("Restore") < kinds(commands).index("Execute")
+
+
+def chunk_of(request, sequence):
+    return Step(sequence, (), (Continuation(request, False, (), 4, 0),), {request: 4}, frozenset(), frozenset(), 1)

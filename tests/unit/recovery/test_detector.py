@@ -126,7 +126,7 @@ def test_a_stopped_process_is_suspect_at_once_and_confirmed_soon(watched):
     watched.detector.stopped({A: 1.0}, watched.now)
     assert watched.until(1.05) == [NodeSuspected(A, 1.0)]
     assert watched.until(1.25) == []
-    assert watched.until(1.35) == [NodeSilent(A, 1.0, "was stopped")]
+    assert watched.until(1.35) == [NodeSilent(A, 1.0, "was stopped", from_outside=True)]
 
 
 def test_a_process_that_goes_on_soon_is_cleared(watched):
@@ -142,7 +142,7 @@ def test_a_process_that_is_stopped_while_it_loads_is_found_though_no_beat_is_exp
     watched.until(5.0, a=Beat())
     watched.detector.stopped({loading: 5.0}, watched.now)
     verdicts = watched.until(5.4, a=Beat())
-    assert verdicts == [NodeSuspected(loading, 5.0), NodeSilent(loading, 5.0, "was stopped")]
+    assert verdicts == [NodeSuspected(loading, 5.0), NodeSilent(loading, 5.0, "was stopped", from_outside=True)]
 
 
 def test_a_process_that_goes_on_loading_is_not_silent_before_it_is_ready(watched):

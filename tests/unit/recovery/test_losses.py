@@ -89,3 +89,18 @@ def test_what_happened_while_the_controller_was_away_is_known_too():
     members = (member("node-0-0"), member("node-0-1"))
     driver.attach(0, epoch=1, members=members)
     assert losses(driver.tick(1.0))[0] == (Loss(member("node-0-1"), step_of(0)),)
+
+
+def test_what_a_node_computed_that_somebody_stopped_is_not_held_against_anybody():
+    for seen_to_die in (True, False):
+        driver = Driver().serve()
+        driver.do(events.NodeSilent(member("node-0-1"), driver.now, "was stopped", from_outside=True))
+        if seen_to_die:
+            found = losses(exited(driver, "node-0-1", step_of(0)))
+        else:
+            driver.now += 5.0
+            found = losses(driver.do(events.Tick()))
+        assert found[0] == (Loss(member("node-0-1"), NOTHING),)
+    # Whoever comes in its place is another one.
+    driver.ready("node-0-1", 2)
+    assert not driver.cluster.slots["node-0-1"].hurt_from_outside

@@ -98,3 +98,19 @@ def test_a_request_that_was_admitted_and_resumed_in_flight_has_its_prompt():
     resumed = Continuation("a", True, (1, 6, 7), 2, 0)
     second = step(9, continuations=(resumed,), preempted=["a"], a=1)
     assert spans(plan(Ledger(), [first, second], [1], LIMITS)) == [[("a", 0, 2)]]
+
+
+def test_a_request_that_ends_is_computed_again_if_it_is_computed_until_then():
+    """Another one hits what it writes on the way: it has copies of its own of the blocks before."""
+    ledger = Ledger()
+    tokens = tuple(range(100, 114))
+    first = Admission("ends", tokens[:13], (11, 12), 0, None)
+    ledger.complete(Step(1, (first,), (), {"ends": 8}, frozenset(), frozenset()), NOTHING)
+    writes = Step(2, (), (Continuation("ends", False, (13,), 8, 0),), {"ends": 4}, frozenset(), frozenset())
+    hits = Admission("hits", tokens, (1, 2, 13, 14), 12, None)
+    over = Step(3, (hits,), (), {"hits": 2}, frozenset({"ends"}), frozenset())
+    limits = Limits(max_batched_tokens=64, max_requests=8, block_size=4, stages=2)
+    assert spans(plan(ledger, [writes, over], [0], limits)) == [[("ends", 0, 8), ("hits", 0, 8)]]
+    # Once that step is over, nobody reads its blocks any more.
+    ledger.complete(writes, NOTHING)
+    assert spans(plan(ledger, [over], [0], limits)) == [[("hits", 0, 12)]]

@@ -1,0 +1,58 @@
+"""A step that is scheduled while a stage is lost hits a cached block: the new node computes it, or is not whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from kevlarflow.recovery import pipeline_events as p
+from unit.recovery.test_pipeline import A0, B1, admit, empty, executed, node, prepared, sent, serving
+
+C0 = node("node-2-0", 0)
+CACHED = 5
+
+
+def hit_in_the_race():
+    """Stage 1 was lost while step 4 was scheduled, which hits a block that nobody holds; returns the chunk for it."""
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "first", blocks=(CACHED,), tokens=4)), 1.0)
+    pipeline.handle(executed(1, 1, first=[7]), 1.0)
+    pipeline.handle(p.StepIssued(empty(2, "first")), 1.0)
+    pipeline.handle(p.StepIssued(admit(3, "r", blocks=(1, 2))), 1.0)
+    before = pipeline.formations
+    commands = pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.5)
+    hits = admit(4, "second", formation=before, computed=4, blocks=(CACHED, 6))
+    (chunk,) = [each for each in pipeline.handle(p.StepIssued(hits), 1.6) if isinstance(each, p.Recompute)]
+    prepared(pipeline, 2, commands)
+    pipeline.handle(executed(2, 3, r=[8]), 2.0)
+    return pipeline, chunk
+
+
+def computed_on_stage_1(commands):
+    """Blocks that are computed there."""
+    chunks = [each.chunk for each in commands if isinstance(each, p.Recompute)]
+    return {block for chunk in chunks if chunk.through == 1 for span in chunk.spans for block in span.blocks}
+
+
+ORDERS = [
+    pytest.param(p.FormationOrdered(3, (C0, B1), lost=True), id="another stage is lost"),
+    pytest.param(p.FormationOrdered(3, (A0, B1), anew=True), id="a connection breaks"),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_chunk_that_is_forgotten_by_the_next_forming_is_computed_again(order):
+    pipeline, _ = hit_in_the_race()
+    commands = pipeline.handle(order, 2.1)
+    commands += pipeline.handle(p.StageJoined(3, 1), 2.2)
+    assert CACHED in computed_on_stage_1(commands)
+    assert sent(commands) == [4]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_one_that_was_done_is_not(order):
+    pipeline, chunk = hit_in_the_race()
+    pipeline.handle(p.ChunkRecomputed(2, chunk.sequence), 2.05)
+    commands = pipeline.handle(order, 2.1)
+    commands += pipeline.handle(p.StageJoined(3, 1), 2.2)
+    assert computed_on_stage_1(commands) == set()
+    assert sent(commands) == [4]
