@@ -1,8 +1,10 @@
 """A toy of vLLM's scheduler, with the habits that make recovery hard.
 
-Blocks are cached when a step is scheduled, before it has run; a request that is in flight can be preempted, and its
-token is delivered all the same; its blocks may be given away at once; a request may be aborted while it is in flight;
-prompts are cut into chunks, of which several may be in flight; a resumed request hits its own old blocks.
+Blocks are cached when they are given out, before the step has run, so that a request hits what another one computes in
+the same step; a request that is in flight can be preempted, and its token is delivered all the same; its blocks may be
+given away at once; a request may be aborted while it is in flight; prompts are cut into chunks, of which several may be
+in flight; a resumed request hits its own old blocks; one that owes log-probabilities of its prompt hits nothing, and
+others hit its blocks. A worker is told a prompt once, and later differences only.
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ from kevlarflow.recovery.pipeline_events import Aside, EvictPrefixCache, SetAsid
 from kevlarflow.sim.errors import WrongBlocks
 
 Table = list[int]
+CHUNKS = (3, 5, 1_000)
+"""How many tokens of a request a step computes at most: `--long-prefill-token-threshold`."""
+OWES_LOGPROBS = 0.1
+"""How often a request owes log-probabilities of its prompt."""
 
 
 @dataclass
@@ -30,6 +36,8 @@ class Request:
     computed: int = 0
     in_flight: int = 0
     known_to_workers: bool = False
+    owes_logprobs: bool | None = None
+    """Whether it owes log-probabilities of its prompt; None until it is scheduled for the first time."""
     aborted: bool = False
     error: str = ""
     """Why it ended, when it did not end by itself."""
@@ -153,6 +161,7 @@ class ToyScheduler:
         self._preempted_before: set[str] = set()
         """Preempted between two steps."""
         self._sequence = first_step
+        self._chunk = rng.choice(CHUNKS)
         self.preemptions = 0
 
     @property
@@ -178,7 +187,7 @@ class ToyScheduler:
         for request in list(self.running):
             if request not in self.running or room == 0:
                 continue
-            count = min(len(request.tokens) - request.computed, room)
+            count = min(len(request.tokens) - request.computed, room, self._chunk)
             if count == 0:
                 continue  # Its token is under way; a prompt's next chunk need not wait for that.
             new = self._grow(request, count)
@@ -214,7 +223,6 @@ class ToyScheduler:
                 known[request.name] = list(request.tokens)
                 request.computed += count
                 request.in_flight += count
-                self.blocks.cache(request.blocks, request.tokens, request.computed)
         finished, self._finished = frozenset(self._finished), set()
         step = Step(
             self._sequence,
@@ -234,6 +242,7 @@ class ToyScheduler:
             new = self.blocks.take([], need)
             if new is not None:
                 request.blocks += new
+                self.blocks.cache(request.blocks, request.tokens, request.computed + count)
                 return new
             victims = [r for r in self.running if r.name not in self._scheduled_now(request)]
             victim = victims[-1]
@@ -256,18 +265,22 @@ class ToyScheduler:
     def _start(
         self, request: Request, room: int, admissions: list[Admission], continuations: list[Continuation]
     ) -> int | None:
-        hits = self.blocks.hit(request.tokens)
+        if request.owes_logprobs is None:
+            request.owes_logprobs = self.rng.random() < OWES_LOGPROBS
+        hits = [] if request.owes_logprobs else self.blocks.hit(request.tokens)
         computed = len(hits) * self.blocks.size
-        count = min(len(request.tokens) - computed, room)
+        count = min(len(request.tokens) - computed, room, self._chunk)
         fresh = -(-(computed + count) // self.blocks.size) - len(hits)
         new = self.blocks.take(hits, fresh)
         if new is None:
             return None
         request.blocks, request.computed = [*hits, *new], computed
+        self.blocks.cache(request.blocks, request.tokens, computed + count)
         if request.known_to_workers:
             continuations.append(Continuation(request.name, True, tuple(request.blocks), computed, request.outputs))
         else:
-            admissions.append(Admission(request.name, tuple(request.tokens), tuple(request.blocks), computed, None))
+            prompt, blocks = tuple(request.tokens[: request.prompt_length]), tuple(request.blocks)
+            admissions.append(Admission(request.name, prompt, blocks, computed, None, request.owes_logprobs))
             request.known_to_workers = True
         return count
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 
 from kevlarflow.recovery.ledger import LedgerEntry, Step, StepResult
 from kevlarflow.recovery.recompute import Chunk
-from kevlarflow.sim.errors import WrongBlocks, WrongDraw, WrongKv
+from kevlarflow.sim.errors import WrongBlocks, WrongDraw, WrongKv, WrongTokens
 
 VOCABULARY = 50
+GARBAGE = -7
+"""What is computed from wrong KV."""
 # The hash of a tuple of integers is the same in every process; only that of strings is salted.
 
 
@@ -161,9 +163,13 @@ class ToyStage:
         self._note(step, known_tokens)
         self.decoded = self._size(step)
         self.output = {}
-        sampled = {}
-        for request in filter(None, self.batch):
-            sampled[request] = self._compute(request, self.requests[request], step.scheduled[request])
+        batch = [request for request in self.batch if request is not None]
+        for request in batch:
+            self._write(request, step.scheduled[request])
+        # A request may read what another one writes in the same step.
+        for request in sorted(batch, key=lambda each: each not in self.aborted):
+            self._check(request, step.scheduled[request])
+        sampled = {request: self._sample(self.requests[request], step.scheduled[request]) for request in batch}
         generators = {r: self.requests[r].draws.to_bytes(4, "big") for r, tokens in sampled.items() if tokens}
         return StepResult(sampled, generators, output=sampled)
 
@@ -193,8 +199,10 @@ class ToyStage:
         self._batch_anew(step)
         for request in step.scheduled:
             running = self.requests[request]
-            if not self.is_last or len(running.tokens) < len(known_tokens[request]):
+            if not self.is_last:
                 running.tokens = list(known_tokens[request])
+            elif len(running.tokens) < len(known_tokens[request]):
+                raise WrongTokens(f"{request} has {running.tokens} where it is sampled, of {known_tokens[request]}")
 
     def _batch_anew(self, step: Step) -> None:
         """As `GPUModelRunner._update_states` does it: newcomers fill the gaps, then the last ones do."""
@@ -219,19 +227,31 @@ class ToyStage:
         context = sum([self.requests[request].computed for request in step.scheduled])
         return len(step.scheduled).bit_length(), context.bit_length()
 
-    def _compute(self, request: str, running: Running, count: int) -> list[int]:
+    def _write(self, request: str, count: int) -> None:
+        running = self.requests[request]
         end = running.computed + count
         contents = self.memory.contents(running.tokens, end)
         self.memory.write(running.blocks, running.computed, end, contents)
         self.output[request] = contents[running.computed :]
-        if request not in self.aborted:
-            self.memory.check(request, running.blocks, end, contents)
-        running.computed = end
-        if not self.is_last or end < len(running.tokens):
+
+    def _check(self, request: str, count: int) -> None:
+        """What a request computes is right if what it reads is; what nobody waits for may be wrong, and so may that."""
+        running = self.requests[request]
+        start, end = running.computed, running.computed + count
+        try:
+            self.memory.check(request, running.blocks, end, self.memory.contents(running.tokens, end))
+        except WrongKv:
+            if request not in self.aborted:
+                raise
+            self.memory.write(running.blocks, start, end, [GARBAGE] * count)
+
+    def _sample(self, running: Running, count: int) -> list[int]:
+        running.computed += count
+        if not self.is_last or running.computed < len(running.tokens):
             return []
-        if running.draws != len(running.tokens) - running.prompt_length and request not in self.aborted:
-            outputs = len(running.tokens) - running.prompt_length
-            raise WrongDraw(f"{request} has {outputs} output tokens, and its random generator made {running.draws}")
+        outputs = len(running.tokens) - running.prompt_length
+        if running.draws != outputs:
+            raise WrongDraw(f"a request has {outputs} output tokens, and its random generator made {running.draws}")
         running.draws += 1
         token = next_token(running.tokens)
         running.tokens.append(token)

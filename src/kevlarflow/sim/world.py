@@ -35,6 +35,9 @@ MAX_ACTIONS = 20_000
 class World:
     """See the module's text."""
 
+    _asked = False
+    """Whether the core wants to be formed anew."""
+
     def __init__(self, seed: int, shape: Shape | None = None) -> None:
         self.rng = random.Random(seed)
         self.shape = shape or draw(self.rng)
@@ -134,6 +137,8 @@ class World:
         if self.reshares_left > 0 and self.rng.random() < self.shape.loss_rate:
             actions.append(functools.partial(self._reshare, self.rng.randint(1, 3)))
         actions += self._remedies()
+        if self._asked:
+            actions.append(self._form)
         if self.shape.replicates:
             actions += [functools.partial(self._replicate, lane) for lane in self.lanes if self.rng.random() < 0.5]
             if self.rng.random() < 0.05:
@@ -256,6 +261,7 @@ class World:
         self._form(planned=self.rng.random() < 0.5)
 
     def _form(self, *, planned: bool = False, lost: bool = False) -> None:
+        self._asked = False
         self.epoch += 1
         nodes = tuple(lane.info for lane in self.lanes)
         self._handle(
@@ -275,8 +281,7 @@ class World:
         commands = self.pipeline.handle(event, self.now)
         for command in commands:
             self._send(command)
-        if any(isinstance(command, core.RequestFormation) for command in commands):
-            self._form()
+        self._asked = self._asked or any(isinstance(command, core.RequestFormation) for command in commands)
 
     def _send(self, command: core.Command) -> None:
         match command:
