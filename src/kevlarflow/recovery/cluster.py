@@ -72,7 +72,7 @@ def _resume(grid: Grid, event: events.ControllerResumed) -> None:
         grid.recoveries.append(recovery)
         if recovery.state is RecoveryState.RUNNING:
             grid.pipelines[recovery.pipeline].recoveries[recovery.stage] = recovery
-    grid.forgetful = not snapshot.epochs
+    grid.forgetful = snapshot.forgetful or not snapshot.epochs
     known = {each.member.node: each for each in sorted(snapshot.nodes, key=lambda each: each.member.incarnation)}
     for slot in grid.slots.values():
         slot.incarnation_floor = unused if grid.forgetful else 0
@@ -166,6 +166,7 @@ class Cluster(Grid):
             start_seconds=tuple(self.start_seconds),
             engines={each.id: each.engine.pid for each in self.pipelines if each.engine.pid and each.engine.living},
             losses={each.id: tuple(each.losses) for each in self.pipelines if each.losses},
+            forgetful=self.forgetful,
         )
 
     # ---- what observers ask

@@ -85,6 +85,8 @@ class Snapshot(msgspec.Struct, frozen=True):
     """Pids of the engines that may be at work."""
     losses: dict[PipelineId, tuple[Loss, ...]] = {}
     """What members were computing that were lost since their pipelines were last formed."""
+    forgetful: bool = False
+    """Whether a life before this one has lost its memory: there may be lanes that nobody has told of."""
 
 
 # ---- events

@@ -68,6 +68,14 @@ class Forming:
         """Stages whose nodes have yet to answer: those that have not even opened the lane, if there are any."""
         return tuple(sorted(self.to_join or self.to_place or self.to_restore))
 
+    def placed_on(self, stages: set[Stage]) -> dict[Stage, dict[int, Replica]]:
+        """What the nodes of these stages have put in place by now."""
+        return {
+            stage: {block: each for block, each in replicas.items() if block not in self.later}
+            for stage, replicas in self.placed.items()
+            if stage in stages and stage not in self.to_place
+        }
+
     def may_run(self, stage: Stage) -> bool:
         """Whether the node of a stage may be running steps: it and all before it are prepared."""
         return all(each > stage for each in self.to_restore)

@@ -182,6 +182,7 @@ class Pipeline:
         changed = {after.stage for before, after in zip(self.nodes, order.nodes, strict=False) if before != after}
         stages = {Stage(index) for index in range(len(order.nodes))}
         to_hear = self._to_hear(stages - changed - ahead.joined)
+        placed = self._forming.placed_on(stages - changed) if self._forming is not None else {}
         bereft = last_words(self.nodes, self._bereft(order, changed), order.losses)
         doomed = self._in_flight.recall(order.epoch, stages - changed, bereft, self._forming)
         # Whether or not the controller knows of them: one that has lost its memory may not.
@@ -208,7 +209,7 @@ class Pipeline:
             AssignStandby(stage, self._watermarks.standby_for(stage, self.nodes[stage].member), order.anew)
             for stage in self._watermarks.stages
         ]
-        commands += self._restoring.place(self._forming, self.nodes, ahead.placed)
+        commands += self._restoring.place(self._forming, self.nodes, placed | ahead.placed)
         commands += self._resume(self._forming) if not self._forming.waits else ()
         return commands + self._assign_next_standbys()
 

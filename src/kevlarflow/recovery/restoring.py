@@ -47,13 +47,12 @@ class Restoring:
     ) -> list[Command]:
         """Ask each new node that was the standby of the lost one for its replicas; empty when it needs none.
 
-        What it has put in place `ahead` it has still, where the blocks are not others' by now.
+        What it has put in place `ahead`, or before another order came, it has still, where the blocks are not others'.
         """
         wanted = self._touched(list(self._books.in_flight))
         commands: list[Place] = []
         for stage in sorted(forming.lost):
-            known = self._watermarks.is_standby(stage, nodes[stage].member)
-            valid = self._useful(self._watermarks.valid(stage), wanted) if known else {}
+            valid = self._useful(self._watermarks.kept_by(nodes[stage].member, stage), wanted)
             here = self._useful(self._current(ahead.get(stage, {})), wanted)
             if not valid and not here:
                 forming.placed.clear()

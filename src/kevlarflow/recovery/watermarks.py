@@ -17,6 +17,11 @@ class Watermarks:
         self._block_size = block_size
         self._standbys: dict[Stage, NodeInfo | None] = {}
         self._coverage: dict[Stage, Coverage] = {}
+        self._former: dict[Stage, tuple[Member, Coverage]] = {}
+        """Who was the standby before, and what it had confirmed by then; it need not have all of it any more.
+
+        One that takes over has another one named for it at once, and may have to begin again.
+        """
 
     def assign(self, standbys: Sequence[NodeInfo | None]) -> list[Stage]:
         """Take new standbys; returns the stages that have another than before. Those start with nothing covered."""
@@ -24,6 +29,9 @@ class Watermarks:
         for index, standby in enumerate(standbys):
             stage = Stage(index)
             if stage not in self._standbys or self._standbys[stage] != standby:
+                before = self._standbys.get(stage)
+                if before is not None:
+                    self._former[stage] = (before.member, self._coverage[stage])
                 self._standbys[stage] = standby
                 self._coverage[stage] = Coverage()
                 changed.append(stage)
@@ -49,17 +57,27 @@ class Watermarks:
         self._coverage[stage].drop(dropped)
 
     def drop(self, stage: Stage, replicas: Iterable[Replica]) -> None:
-        """The standby does not have these after all."""
+        """Whoever was asked does not have these after all."""
         self._coverage[stage].drop(replicas)
+        if stage in self._former:
+            self._former[stage][1].drop(replicas)
 
     def clear(self) -> None:
         """Nothing is known to be covered."""
         self._coverage = {stage: Coverage() for stage in self._coverage}
+        self._former.clear()
 
     def valid(self, stage: Stage) -> dict[int, Replica]:
         """Replicas of what the blocks of the lane hold now."""
         coverage = self._coverage.get(stage)
         return coverage.valid(self._generations) if coverage is not None else {}
+
+    def kept_by(self, member: Member, stage: Stage) -> dict[int, Replica]:
+        """Replicas of what the blocks hold now that a member may have, as the stage's standby or as the one before."""
+        if self.is_standby(stage, member):
+            return self.valid(stage)
+        former, coverage = self._former.get(stage, (None, None))
+        return coverage.valid(self._generations) if coverage is not None and former == member else {}
 
     def of(self, stage: Stage, entries: Sequence[LedgerEntry]) -> tuple[NodeInfo | None, int, int]:
         """(standby, computed tokens of these requests, those of them that its replicas cover)."""

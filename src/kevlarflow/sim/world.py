@@ -30,6 +30,8 @@ from kevlarflow.sim.world_lane import Lane, Standby
 from kevlarflow.types import Computing, Epoch, Loss, Member, NodeId, NodeInfo, Stage
 
 MAX_ACTIONS = 20_000
+FIRST_STEP = 1_000_000
+"""Far above every epoch, as in reality: see `Generations.mark`."""
 
 
 class World:
@@ -44,7 +46,8 @@ class World:
         shape = self.shape
         self.now = 0.0
         self.pipeline = Pipeline(Limits(shape.budget, 3, shape.block_size, shape.stages))
-        self.scheduler = ToyScheduler(self.rng, Blocks(shape.blocks, shape.block_size), shape.budget, max_running=4)
+        blocks = Blocks(shape.blocks, shape.block_size)
+        self.scheduler = ToyScheduler(self.rng, blocks, shape.budget, max_running=4, first_step=FIRST_STEP)
         self.scheduled_nothing = False
         """Whether the last step had no tokens."""
         self.aborted: set[str] = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cluster_driver import Driver, member
 from kevlarflow.recovery import events
 from kevlarflow.recovery.events import KillEngine, KillNode, KnownNode, Snapshot, StartNode
-from kevlarflow.types import EngineState, PipelineId
+from kevlarflow.types import EngineState, Epoch, PipelineId
 from toy_world import pid_of
 
 TIMES = Driver().config.timeouts
@@ -89,3 +89,13 @@ def test_an_engine_that_does_not_report_is_killed():
     commands = pass_time(driver, TIMES.engine_lost_after_ms / 1_000 + 0.1)
     assert those(KillEngine, commands) == [KillEngine(PipelineId(1), 71)]
     assert driver.cluster.pipelines[1].engine.state is EngineState.SILENT
+
+
+def test_the_life_after_it_knows_that_there_may_be_lanes_of_which_nobody_has_told():
+    first, _ = resumed(found())
+    second = Driver()
+    second.now = 201.0
+    second.do(events.ControllerResumed(first.cluster.snapshot()))
+    epochs = {PipelineId(0): Epoch(3), PipelineId(1): Epoch(2)}
+    second.ready("node-1-1", epochs=epochs)
+    assert member("node-1-1") in second.cluster.pipelines[0].leaving, "it may still serve pipeline 0"
