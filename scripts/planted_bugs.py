@@ -373,8 +373,8 @@ MUTANTS = (
     Mutant(
         "what a node did for others counts from before there was work",
         "recovery/standstill.py",
-        "node.rests[pipeline] = _Rest(done, now, total)\n                self._count_anew(pipeline)",
-        "node.rests[pipeline] = _Rest(done, now, total)",
+        "node.rests[pipeline] = _Rest(done, now)\n                self._count_anew(pipeline)",
+        "node.rests[pipeline] = _Rest(done, now)",
         "tests/unit/recovery/test_standstill.py",
     ),
     Mutant(

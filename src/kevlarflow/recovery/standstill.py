@@ -48,8 +48,11 @@ class _Rest:
 
     done: int
     since: float
-    total: int
-    """What the node had done for all when there may have been work for this one."""
+    total: int | None = None
+    """What the node had done for all by the first beat since when there may be work for this one; None until then.
+
+    Many short pieces come with an order, and a beat may be from before them.
+    """
 
 
 @dataclasses.dataclass
@@ -81,14 +84,16 @@ class Stillness:
             done = work.done.get(pipeline, 0)
             rest = node.rests.get(pipeline)
             if rest is None or rest.done != done or work.pipeline == pipeline:
-                node.rests[pipeline] = _Rest(done, now, total)
+                node.rests[pipeline] = _Rest(done, now)
                 self._count_anew(pipeline)
+            elif rest.total is None:
+                rest.total = total
 
     def _count_anew(self, pipeline: PipelineId) -> None:
         """Only from now on there may be work for the pipeline, at whichever node."""
         for node in self._nodes.values():
             if pipeline in node.rests:
-                node.rests[pipeline].total = sum(node.work.done.values())
+                node.rests[pipeline].total = None
 
     def forget(self, member: Member) -> None:
         """A node is gone."""
@@ -116,7 +121,8 @@ class Stillness:
         rest = node.rests[pipeline]
         if node.beat_at - rest.since < self._patience - self._gap:
             return False
-        return node.work.pipeline is None or sum(node.work.done.values()) - rest.total >= FAIR_STEPS
+        done = sum(node.work.done.values())
+        return node.work.pipeline is None or (rest.total is not None and done - rest.total >= FAIR_STEPS)
 
 
 # ---- what the cluster notes of it

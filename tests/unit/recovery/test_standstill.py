@@ -67,6 +67,12 @@ def test_what_it_did_for_others_before_the_engine_waited_does_not_count():
     assert donor.judge(report(), NODES, 2.0) is None
 
 
+def test_nor_what_came_with_the_order():
+    """A dozen messages in an instant, behind the last beat before the engine waits."""
+    donor = beats([idle, lambda now: Work(OTHERS, {OURS: 0, OTHERS: 0 if now < 0.85 else 12})])
+    assert donor.judge(report(), NODES, 2.0) is None
+
+
 def test_nor_does_what_it_did_while_another_stage_was_at_work_for_the_pipeline():
     """It was in a long step when the stage before was done."""
     before = lambda now: Work(OURS if now < 1.3 else None, {OURS: 7})  # noqa: E731
