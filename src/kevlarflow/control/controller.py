@@ -324,7 +324,7 @@ class Controller:
         self.handle(event, now)
         known = self.cluster.pipeline(pipeline)
         if isinstance(event, events.EngineReport) and known is not None:
-            still = self.stillness.judge(event, known.members, now)
+            still = self.stillness.judge(event, known.members, known.leaving, now)
             if still is not None:
                 self.handle(still, now)
 

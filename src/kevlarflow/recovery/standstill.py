@@ -100,9 +100,12 @@ class Stillness:
         self._nodes.pop(member, None)
 
     def judge(
-        self, report: events.EngineReport, members: Iterable[Member | None], now: float
+        self, report: events.EngineReport, members: Iterable[Member | None], leaving: Iterable[Member], now: float
     ) -> events.PipelineStill | None:
-        """What a report amounts to, of an engine whose pipeline has these members; each report has to pass here."""
+        """What a report amounts to, of an engine whose pipeline has these members; each report has to pass here.
+
+        Those that are `leaving` may be at work for it still: a planned order waits for the steps in flight.
+        """
         since = now - report.still_seconds
         if report.still_seconds == 0.0 or since - self._waits[report.pipeline] > self._gap:
             self._waits[report.pipeline] = since
@@ -111,13 +114,19 @@ class Stillness:
             return None
         if not all(member is not None and self._rests(member, report.pipeline, now) for member in members):
             return None
+        if any(self._is_heard(each, now) and not self._rests(each, report.pipeline, now) for each in leaving):
+            return None
         return events.PipelineStill(report.pipeline, report.epoch, report.still_seconds, report.awaited)
+
+    def _is_heard(self, member: Member, now: float) -> bool:
+        node = self._nodes.get(member)
+        return node is not None and now - node.beat_at <= self._gap
 
     def _rests(self, member: Member, pipeline: PipelineId, now: float) -> bool:
         """Whether a node is heard, and would have worked for the pipeline by now if it had anything to do for it."""
-        node = self._nodes.get(member)
-        if node is None or now - node.beat_at > self._gap:
+        if not self._is_heard(member, now):
             return False
+        node = self._nodes[member]
         rest = node.rests[pipeline]
         if node.beat_at - rest.since < self._patience - self._gap:
             return False

@@ -254,7 +254,8 @@ class Controller(Process):
         event = event_of(message)
         self.handle(event)
         if isinstance(event, events.EngineReport):
-            still = self.stillness.judge(event, self.cluster.pipelines[event.pipeline].members, self.timeline.now)
+            known = self.cluster.pipelines[event.pipeline]
+            still = self.stillness.judge(event, known.members, known.leaving, self.timeline.now)
             if still is not None:
                 self.handle(still)
 

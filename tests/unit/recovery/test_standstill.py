@@ -31,7 +31,7 @@ def beats(works, seconds=2.0, waits_since=0.8):
         for each, work in zip(NODES, works, strict=True):
             stillness.beat(each, work(tick / 10), tick / 10)
         if tick < round(seconds * 10):
-            stillness.judge(report(max(0.0, tick / 10 - waits_since)), NODES, tick / 10)
+            stillness.judge(report(max(0.0, tick / 10 - waits_since)), NODES, (), tick / 10)
     return stillness
 
 
@@ -40,7 +40,7 @@ def idle(now):
 
 
 def test_a_pipeline_stands_still_when_its_engine_waits_and_no_node_is_at_work():
-    still = beats([idle, idle]).judge(report(), NODES, 2.0)
+    still = beats([idle, idle]).judge(report(), NODES, (), 2.0)
     assert still == events.PipelineStill(OURS, Epoch(1), 1.2)
 
 
@@ -53,40 +53,51 @@ def test_a_pipeline_stands_still_when_its_engine_waits_and_no_node_is_at_work():
     ],
 )
 def test_a_node_that_may_come_to_it_yet_is_waited_for(work):
-    assert beats([idle, work]).judge(report(), NODES, 2.0) is None
+    assert beats([idle, work]).judge(report(), NODES, (), 2.0) is None
 
 
 def test_a_node_that_only_works_for_others_has_nothing_to_do_for_this_one():
     busy = beats([idle, lambda now: Work(OTHERS, {OURS: 7, OTHERS: int(now * FAIR_STEPS)})])
-    assert busy.judge(report(), NODES, 2.0) is not None
+    assert busy.judge(report(), NODES, (), 2.0) is not None
 
 
 def test_what_it_did_for_others_before_the_engine_waited_does_not_count():
     """The donor of a lane, in a long step when the order to open it comes, has not been unfair."""
     donor = beats([idle, lambda now: Work(OTHERS, {OURS: 0, OTHERS: min(99, int(now * 124))})])
-    assert donor.judge(report(), NODES, 2.0) is None
+    assert donor.judge(report(), NODES, (), 2.0) is None
 
 
 def test_nor_what_came_with_the_order():
     """A dozen messages in an instant, behind the last beat before the engine waits."""
     donor = beats([idle, lambda now: Work(OTHERS, {OURS: 0, OTHERS: 0 if now < 0.85 else 12})])
-    assert donor.judge(report(), NODES, 2.0) is None
+    assert donor.judge(report(), NODES, (), 2.0) is None
 
 
 def test_nor_does_what_it_did_while_another_stage_was_at_work_for_the_pipeline():
     """It was in a long step when the stage before was done."""
     before = lambda now: Work(OURS if now < 1.3 else None, {OURS: 7})  # noqa: E731
     busy = beats([before, lambda now: Work(OTHERS, {OURS: 7, OTHERS: min(20, int(now * 16))})], waits_since=0.2)
-    assert busy.judge(report(1.8), NODES, 2.0) is None
+    assert busy.judge(report(1.8), NODES, (), 2.0) is None
+
+
+def test_a_node_that_is_about_to_give_its_lane_away_may_be_at_work_for_it():
+    """A planned order waits for the steps in flight: the new node has nothing to do until then."""
+    newcomer, old = NODES[1], member("node-1-1")
+    stillness = beats([idle, idle])
+    for tick in range(21):
+        stillness.beat(old, Work(OURS, {OURS: 3}), tick / 10)
+    assert stillness.judge(report(), NODES, (old,), 2.0) is None
+    assert stillness.judge(report(), [NODES[0], newcomer], (), 2.0) is not None
+    assert stillness.judge(report(), NODES, (member("node-2-1"),), 2.0) is not None, "nobody hears of that one"
 
 
 def test_nothing_is_said_of_nodes_that_are_not_heard_or_of_engines_that_do_not_wait():
     stillness = beats([idle, idle])
-    assert stillness.judge(report(still_seconds=0.9), NODES, 2.0) is None
-    assert stillness.judge(report(), [*NODES, None], 2.0) is None
-    assert stillness.judge(report(), NODES, 2.5) is None, "they are silent"
+    assert stillness.judge(report(still_seconds=0.9), NODES, (), 2.0) is None
+    assert stillness.judge(report(), [*NODES, None], (), 2.0) is None
+    assert stillness.judge(report(), NODES, (), 2.5) is None, "they are silent"
     stillness.forget(NODES[0])
-    assert stillness.judge(report(), NODES, 2.0) is None
+    assert stillness.judge(report(), NODES, (), 2.0) is None
 
 
 # ---- the cluster
