@@ -339,8 +339,8 @@ MUTANTS = (
     Mutant(
         "prefix hits of a step that was being scheduled are forgotten",
         "recovery/pipeline.py",
-        "        if lost:\n            commands += self._recompute_hits(",
-        "        if False:\n            commands += self._recompute_hits(",
+        "        if lost:\n            self._recompute_hits(",
+        "        if False:\n            self._recompute_hits(",
     ),
     Mutant(
         "what a raced step hits is forgotten by the next forming",

@@ -166,7 +166,9 @@ class Cluster(Grid):
             start_seconds=tuple(self.start_seconds),
             engines={each.id: each.engine.pid for each in self.pipelines if each.engine.pid and each.engine.living},
             losses={each.id: tuple(each.losses) for each in self.pipelines if each.losses},
-            forgetful=self.forgetful,
+            # Once all serve, and nobody is about to leave, there is nothing left that nobody has told of.
+            forgetful=self.forgetful
+            and any(each.leaving or each.state is not PipelineState.SERVING for each in self.pipelines),
         )
 
     # ---- what observers ask

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from kevlarflow.recovery.capacity import without
 from kevlarflow.recovery.coverage import Effects
 from kevlarflow.recovery.dispatched import Dispatched
 from kevlarflow.recovery.forming import Forming
 from kevlarflow.recovery.ledger import Step, StepResult
-from kevlarflow.recovery.pipeline_events import Execute
+from kevlarflow.recovery.pipeline_events import Execute, Recompute
 from kevlarflow.recovery.suspicion import Requests, Suspicion, of_chunk, of_step, together
 from kevlarflow.types import Computing, Epoch, Stage
 
@@ -30,6 +30,8 @@ class InFlight:
         self._results: dict[int, StepResult] = {}
         self._left_out: dict[int, frozenset[str]] = {}
         self._sent: set[int] = set()
+        self._first: dict[int, tuple[Recompute, ...]] = {}
+        """What has to be computed right before a step, by the step's number."""
         self._recalled: dict[Stage, dict[int, Step]] = {}
         """What the node of a stage may have been running when another order came; nothing once a node was lost."""
         self._held: set[int] = set()
@@ -65,7 +67,7 @@ class InFlight:
     def clear(self) -> None:
         """None will ever complete."""
         books = (self._steps, self._effects, self._results, self._left_out, self._recalled)
-        for part in (*books, self._sent, self._held, self._heard):
+        for part in (*books, self._first, self._sent, self._held, self._heard):
             part.clear()
         self._suspicion.clear()
         self.dispatched.clear()
@@ -83,6 +85,10 @@ class InFlight:
         self._left_out[step.sequence] = left_out
         if self.hold_back and not overtakes:
             self._held.add(step.sequence)
+
+    def precede(self, sequence: int, chunks: Iterable[Recompute]) -> None:
+        """These go out right before a step, and behind those before it: they may take blocks that those still read."""
+        self._first[sequence] = tuple(chunks)
 
     def leave_out(self, requests: frozenset[str], block_size: int) -> None:
         """Take requests out of every step: they are set aside."""
@@ -145,6 +151,8 @@ class InFlight:
             # As they are: requests that give way for the new order may be taken out of them.
             self._recalled.setdefault(stage, {}).update((sequence, self._steps[sequence]) for sequence in self._sent)
         self._sent.clear()
+        # Whatever the step hits is part of the plan now.
+        self._first.clear()
         self._held.clear()
         self.hold_back = False
         self.dispatched.begin(epoch)
@@ -160,9 +168,9 @@ class InFlight:
         """Whether there is a step that is not held back."""
         return len(self._held) < len(self._steps)
 
-    def due(self) -> list[Execute]:
-        """Steps to send now, in order; they count as sent."""
-        due = []
+    def due(self) -> list[Recompute | Execute]:
+        """Steps to send now, in order, with what comes right before them; they count as sent."""
+        due: list[Recompute | Execute] = []
         for sequence, step in self._steps.items():
             if sequence in self._sent or sequence in self._held:
                 continue
@@ -172,7 +180,7 @@ class InFlight:
                 break
             self._sent.add(sequence)
             self.dispatched.add_step(step)
-            due.append(self._as_sent(step))
+            due += (*self._first.pop(sequence, ()), self._as_sent(step))
         return due
 
     def _as_sent(self, step: Step) -> Execute:

@@ -239,7 +239,7 @@ class Pipeline:
         forming = self._forming
         if forming is None or event.stage not in forming.to_place:
             return self._rest_placed(event.stage, now)
-        self._restoring.placed(forming, event)
+        self._restoring.placed(forming, event, self.nodes[event.stage].member)
         if not forming.to_place:
             forming.placed_at = now
         return self._resume(forming) if not forming.waits else []
@@ -382,14 +382,14 @@ class Pipeline:
         if self._forming is not None and self._forming.waits:
             return commands
         if lost:
-            commands += self._recompute_hits(plan_hits(self.ledger, before, step, lost, self._books.limits), lost)
+            self._recompute_hits(step, plan_hits(self.ledger, before, step, lost, self._books.limits), lost)
         return commands + self._due() + self._complete_in_order()
 
-    def _recompute_hits(self, chunks: Sequence[Chunk], lost: frozenset[Stage]) -> list[Command]:
+    def _recompute_hits(self, step: Step, chunks: Sequence[Chunk], lost: frozenset[Stage]) -> None:
         """Before a step whose hits these stages do not have. Until they have, they are not whole."""
         numbered = self._in_flight.dispatched.add_chunks(chunks)
         self._lost_stages.await_chunks(numbered, lost)
-        return [Recompute(*each) for each in numbered.items()]
+        self._in_flight.precede(step.sequence, [Recompute(*each) for each in numbered.items()])
 
     def _flushed(self, event: StageFlushed, now: float) -> list[Command]:
         self._plans.flushed(event.stage)
@@ -415,7 +415,7 @@ class Pipeline:
             commands.append(Deliver(step.sequence, left_out, result.output))
         return [*commands, *self._due()]
 
-    def _due(self) -> list[Execute]:
+    def _due(self) -> list[Recompute | Execute]:
         """Steps that may go out now: none to nodes that disagree, nor before it is known what comes first."""
         waits = self._disagrees or (self._forming is not None and self._forming.waits)
         return [] if waits else self._in_flight.due()

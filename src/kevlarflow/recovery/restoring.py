@@ -29,7 +29,7 @@ from kevlarflow.recovery.pipeline_events import (
 )
 from kevlarflow.recovery.recompute import needed_blocks, plan
 from kevlarflow.recovery.watermarks import Watermarks
-from kevlarflow.types import NodeInfo, Stage
+from kevlarflow.types import Member, NodeInfo, Stage
 
 
 class Restoring:
@@ -79,11 +79,11 @@ class Restoring:
         current = {block: each for block, each in replicas.items() if each.generation == generations[block]}
         return self._giving_way.may_use(current)
 
-    def placed(self, forming: Forming, answer: ReplicasPlaced) -> None:
-        """A new node has put in place what it has of what it was asked for."""
+    def placed(self, forming: Forming, answer: ReplicasPlaced, member: Member) -> None:
+        """A new node, this member, has put in place what it has of what it was asked for."""
         forming.to_place.discard(answer.stage)
         forming.placed[answer.stage] = in_place(forming.placed[answer.stage], answer)
-        self._watermarks.drop(answer.stage, answer.missing)
+        self._watermarks.drop(answer.stage, member, answer.missing)
 
     # ---- all the rest
 

@@ -83,7 +83,9 @@ class Stillness:
         for pipeline in self._pipelines:
             done = work.done.get(pipeline, 0)
             rest = node.rests.get(pipeline)
-            if rest is None or rest.done != done or work.pipeline == pipeline:
+            if rest is None:
+                node.rests[pipeline] = _Rest(done, now)
+            elif rest.done != done or work.pipeline == pipeline:
                 node.rests[pipeline] = _Rest(done, now)
                 self._count_anew(pipeline)
             elif rest.total is None:

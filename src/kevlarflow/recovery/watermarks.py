@@ -56,11 +56,13 @@ class Watermarks:
         self._coverage[stage].confirm(stored)
         self._coverage[stage].drop(dropped)
 
-    def drop(self, stage: Stage, replicas: Iterable[Replica]) -> None:
-        """Whoever was asked does not have these after all."""
-        self._coverage[stage].drop(replicas)
-        if stage in self._former:
-            self._former[stage][1].drop(replicas)
+    def drop(self, stage: Stage, member: Member, replicas: Iterable[Replica]) -> None:
+        """A member that keeps, or kept, the replicas of a stage does not have these after all."""
+        former, coverage = self._former.get(stage, (None, None))
+        if self.is_standby(stage, member):
+            self._coverage[stage].drop(replicas)
+        elif coverage is not None and former == member:
+            coverage.drop(replicas)
 
     def clear(self) -> None:
         """Nothing is known to be covered."""

@@ -99,3 +99,11 @@ def test_the_life_after_it_knows_that_there_may_be_lanes_of_which_nobody_has_tol
     epochs = {PipelineId(0): Epoch(3), PipelineId(1): Epoch(2)}
     second.ready("node-1-1", epochs=epochs)
     assert member("node-1-1") in second.cluster.pipelines[0].leaving, "it may still serve pipeline 0"
+
+
+def test_once_all_serve_that_is_over():
+    serving = Driver().serve()
+    serving.cluster.forgetful = True
+    assert not serving.cluster.snapshot().forgetful
+    serving.exited("node-0-1")
+    assert serving.cluster.snapshot().forgetful
