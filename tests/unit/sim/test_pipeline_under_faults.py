@@ -13,7 +13,7 @@ from kevlarflow.sim.world import World
 
 SEEDS = range(200)
 PLANTED_SEEDS = range(1_500)
-LONG = dataclasses.replace(TIGHT, stages=6, blocks=9, losses=16, loss_rate=0.05, wait_rate=0.0)
+LONG = dataclasses.replace(TIGHT, stages=6, blocks=9, losses=8, loss_rate=0.15, wait_rate=0.0)
 """Stages in the middle run ahead of the last one: what that one has sampled is over, whoever was lost."""
 
 
