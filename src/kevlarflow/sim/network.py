@@ -140,6 +140,8 @@ class Network:
     """How likely a message to the controller comes a second time, late."""
     cuts: list[Cut] = field(default_factory=list)
     sent: int = 0
+    released_at: float = 0.0
+    """When what was held up was last let go."""
     _connections: collections.Counter[frozenset[Process]] = field(default_factory=collections.Counter)
     _lost_at: dict[tuple[Process, Process, str], float] = field(default_factory=dict)
     """When what was on its way from one process to another, of one sort, was lost."""
@@ -186,6 +188,7 @@ class Network:
 
     def release(self) -> None:
         """A partition has ended, or a process goes on: deliver what waited, in the order of each line."""
+        self.released_at = self.timeline.now
         held, self._held = self._held, {}
         for line in held.values():
             for message in line:
