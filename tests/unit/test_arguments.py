@@ -21,6 +21,10 @@ LLAMA = {
     "max_position_embeddings": 512, "torch_dtype": "bfloat16",
 }  # fmt: skip
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 128}
+DEEPSEEK = LLAMA | {
+    "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "kv_lora_rank": 16, "q_lora_rank": None,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 0,
+}  # fmt: skip
 MIXTRAL = LLAMA | {
     "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4, "sliding_window": None,
 }  # fmt: skip
@@ -126,6 +130,7 @@ def test_the_v2_runner_is_refused_when_asked_for_by_name(configured: Any, monkey
         (MISTRAL, [], "a model whose KV cache is not one group of full attention"),
         (MAMBA, [], "a model whose KV cache is not one group of full attention"),
         (MIXTRAL, [], "a mixture-of-experts model with -dp above 1"),
+        (DEEPSEEK, [], "a model with multi-head latent attention"),
         (BERT, [], "a pooling model"),
         (LLAMA, ["--runner", "pooling", "--convert", "embed"], "a pooling model"),
     ],

@@ -11,11 +11,10 @@ C0 = node("node-2-0", 0)
 CACHED = 5
 
 
-def hit_in_the_race():
-    """Stage 1 was lost while step 4 was scheduled, which hits a block that nobody holds; returns the chunk for it.
+def race():
+    """Stage 1 was lost while step 4 was scheduled, which hits a block that nobody holds; returns what was due at once.
 
-    The steps are suspect and go out one at a time. The chunk comes right before its step: it takes blocks that earlier
-    ones may have to read.
+    The steps are suspect and go out one at a time: neither step 4 nor the chunk for it is among that.
     """
     pipeline = serving()
     pipeline.handle(p.StepIssued(admit(1, "first", blocks=(CACHED,), tokens=4)), 1.0)
@@ -26,6 +25,12 @@ def hit_in_the_race():
     commands = pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.5)
     hits = admit(4, "second", formation=before, computed=4, blocks=(CACHED, 6))
     assert pipeline.handle(p.StepIssued(hits), 1.6) == []
+    return pipeline, commands
+
+
+def hit_in_the_race():
+    """The step has its turn; returns the chunk, right before it: it takes blocks that earlier ones may have to read."""
+    pipeline, commands = race()
     prepared(pipeline, 2, commands)
     _, chunk, step, *_ = pipeline.handle(executed(2, 3, r=[8]), 2.0)
     assert isinstance(chunk, p.Recompute)
@@ -65,17 +70,8 @@ def test_one_that_was_done_is_not(order):
 
 
 def test_a_stage_is_not_whole_either_while_the_chunk_waits_for_its_turn():
-    pipeline = serving()
-    pipeline.handle(p.StepIssued(admit(1, "first", blocks=(CACHED,), tokens=4)), 1.0)
-    pipeline.handle(executed(1, 1, first=[7]), 1.0)
-    pipeline.handle(p.StepIssued(empty(2, "first")), 1.0)
-    pipeline.handle(p.StepIssued(admit(3, "r", blocks=(1, 2))), 1.0)
-    before = pipeline.formations
-    pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.5)
-    pipeline.handle(p.StepIssued(admit(4, "second", formation=before, computed=4, blocks=(CACHED, 6))), 1.6)
-    for stage in (0, 1):
-        pipeline.handle(p.StageJoined(2, stage), 1.7)
-        pipeline.handle(p.StageRestored(2, stage), 1.7)
-    commands = pipeline.handle(p.FormationOrdered(3, (C0, B1), lost=True), 1.8)
-    commands += pipeline.handle(p.StageJoined(3, 1), 1.9)
+    pipeline, commands = race()
+    prepared(pipeline, 2, commands)
+    commands = pipeline.handle(p.FormationOrdered(3, (C0, B1), lost=True), 2.1)
+    commands += pipeline.handle(p.StageJoined(3, 1), 2.2)
     assert CACHED in computed_on_stage_1(commands)
