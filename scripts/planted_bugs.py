@@ -681,4 +681,32 @@ MUTANTS = (
         ":",
         "tests/unit/recovery/test_slowness.py",
     ),
+    Mutant(
+        "a request is blamed for a node that somebody killed",
+        "recovery/nodes.py",
+        "        if event.from_outside:\n",
+        "        if False:\n",
+        "tests/unit/recovery/test_losses.py",
+    ),
+    Mutant(
+        "a request that makes its node hang is not blamed, since we killed it",
+        "recovery/nodes.py",
+        "    slot.computing = event.computing\n",
+        "    slot.computing = Computing() if event.from_outside else event.computing\n",
+        "tests/unit/recovery/test_losses.py",
+    ),
+    Mutant(
+        "a node that the kernel killed for want of memory was killed by somebody",
+        "control/watcher.py",
+        "endings.was_sent(status) and not memory_was_short",
+        "endings.was_sent(status)",
+        "tests/unit/control/test_endings.py",
+    ),
+    Mutant(
+        "an engine that no node answers keeps its nodes",
+        "recovery/relinking.py",
+        "    # Who was brought in for this is the last to be blamed.\n",
+        "    if len(pipeline.relink_stages) == len(pipeline.members) > 1:\n        return None\n",
+        "tests/unit/recovery/test_relinking.py",
+    ),
 )

@@ -134,7 +134,8 @@ class Controller:
             if isinstance(death.key, EngineProcess):
                 self.handle(events.EngineLost(death.key.pipeline, death.pid), now)
             else:
-                self._bury(death.key, max(death.alive_at, self.detector.beat_at(death.key)), now)
+                alive_at = max(death.alive_at, self.detector.beat_at(death.key))
+                self._bury(death.key, alive_at, now, death.ending, from_outside=death.from_outside)
         for outcome in self.launcher.pump(now):
             if outcome.pid is None:
                 self.handle(events.LaunchFailed(outcome.member, outcome.reason), now)
@@ -215,8 +216,11 @@ class Controller:
         known = self.cluster.pipeline(pipeline)
         return [each for each in known.members if each is not None and each != member] if known is not None else []
 
-    def _bury(self, member: Member, alive_at: float, now: float) -> None:
-        self.handle(events.NodeExited(member, alive_at, flight_record.read(Path(self.config.run_folder), member)), now)
+    def _bury(
+        self, member: Member, alive_at: float, now: float, ending: str = "", *, from_outside: bool = False
+    ) -> None:
+        computing = flight_record.read(Path(self.config.run_folder), member)
+        self.handle(events.NodeExited(member, alive_at, computing, ending, from_outside), now)
         self.detector.forget(member)
         self.paces.forget(member)
         self.stillness.forget(member)

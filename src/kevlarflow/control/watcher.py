@@ -7,7 +7,8 @@ gives the news early. Reading is cheap: the files stay open, and the one that be
 over all others.
 
 A process that is stopped breaks no connection at all; but its state stands there, too. And the kernel counts how long
-threads waited for a CPU, which tells a process that is starved from one that hangs.
+threads waited for a CPU, which tells a process that is starved from one that hangs. How a process ends stands there
+too, as soon as the mark does (`control.endings`).
 
 An open file below ``/proc/<pid>`` and a pidfd belong to one process for ever: when its number is given to
 another, they say that theirs is gone. So neither sight nor signal can go astray once both are open.
@@ -24,16 +25,19 @@ from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
+from kevlarflow.control import endings
+from kevlarflow.control.endings import OomKills
+
 log = logging.getLogger("kevlarflow.control.watcher")
 
 PF_EXITING = 0x4
-STATE, FLAGS, START_TIME = 0, 6, 19
+STATE, FLAGS, START_TIME, ENDING = 0, 6, 19, 49
 """Positions in `stat` after the name, which may contain anything: see proc_pid_stat(5)."""
 GONE = (b"Z", b"X")
 STOPPED = (b"T", b"t")
 WAITED = 1
 """Position in `schedstat` of the nanoseconds that a thread was ready to run and had no CPU."""
-STAT_BYTES = 1_024
+STAT_BYTES = 2_048
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -81,6 +85,11 @@ class Process:
             return Condition.DYING
         return Condition.STOPPED if fields[STATE] in STOPPED else Condition.RUNNING
 
+    def ending(self) -> int | None:
+        """How a process ends that is dying, as waitpid(2) would tell its parent; None when it is gone already."""
+        fields = self._fields(ENDING + 1)
+        return int(fields[ENDING]) if len(fields) > ENDING else None
+
     def starved_seconds(self) -> float | None:
         """How long its threads together have waited for a CPU, ever; None when the kernel does not say."""
         folder = f"/proc/{self.pid}/task"
@@ -111,6 +120,10 @@ class Death(NamedTuple, Generic[Key]):
     pid: int
     alive_at: float
     """Monotonic seconds at which it was last seen alive."""
+    ending: str = ""
+    """How it ended, for people; empty when nobody knows."""
+    from_outside: bool = False
+    """Whether somebody killed it, which nothing that it did can bring about."""
 
 
 class LocalProcessWatcher(Generic[Key]):
@@ -119,6 +132,7 @@ class LocalProcessWatcher(Generic[Key]):
     def __init__(self) -> None:
         self._watched: dict[Key, dict[int, Process]] = {}
         self._checked_at = 0.0
+        self._oom_kills = OomKills()
         self.stopped: dict[Key, float] = {}
         """Those of which some process is stopped, and since when (monotonic seconds)."""
 
@@ -160,7 +174,7 @@ class LocalProcessWatcher(Generic[Key]):
 
     def check(self, now: float) -> list[Death[Key]]:
         """Processes that have begun to die since the last check. Each is reported once and no longer watched."""
-        deaths = []
+        deaths: list[Death[Key]] = []
         stopped = {}
         for key, processes in list(self._watched.items()):
             for process in list(processes.values()):
@@ -168,14 +182,23 @@ class LocalProcessWatcher(Generic[Key]):
                 if condition is Condition.STOPPED:
                     stopped[key] = self.stopped.get(key, now)
                 elif condition is Condition.DYING:
-                    deaths.append(Death(key, process.pid, self._checked_at))
+                    deaths.append(self._death(key, process, now))
                     del processes[process.pid]
                     process.close()
             if not processes:
                 del self._watched[key]
         self._checked_at = now
         self.stopped = stopped
-        return deaths
+        # Of the processes of one node that one comes first that may have taken the others along.
+        return sorted(deaths, key=lambda death: death.from_outside)
+
+    def _death(self, key: Key, process: Process, now: float) -> Death[Key]:
+        status = process.ending()
+        if status is None:
+            return Death(key, process.pid, self._checked_at)
+        memory_was_short = self._oom_kills.may_have_been(now)
+        from_outside = endings.was_sent(status) and not memory_was_short
+        return Death(key, process.pid, self._checked_at, endings.name(status), from_outside)
 
     def starved_seconds(self, key: Key) -> float | None:
         """How long the processes under `key` have waited for a CPU, ever; None when nobody can say."""

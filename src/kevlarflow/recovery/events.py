@@ -165,6 +165,10 @@ class NodeExited(Event, frozen=True):
     alive_at: float
     computing: Computing | None = None
     """What it was doing then; None: nobody knows."""
+    ending: str = ""
+    """How it ended, for people, such as SIGKILL; empty when nobody knows."""
+    from_outside: bool = False
+    """Whether somebody killed it, which nothing that it computed can bring about."""
 
 
 class NodeSuspected(Event, frozen=True):

@@ -76,6 +76,8 @@ class Slot:
     """Whether a member that is being fenced was stopped by somebody, which no request can bring about."""
     computing: Computing | None = None
     """What a member was doing that was lost, as far as it may be to blame; None: nobody knows."""
+    ending: str = ""
+    """How the process of a member ended that was lost; empty when nobody knows."""
     emptied_for: Cause | None = None
     """Why its lanes move away, after which it leaves; None when it may stay."""
     stuck_since: float | None = None
@@ -118,6 +120,7 @@ class Slot:
         self.info = None
         self.ready_by = self.start_at = self.exit_due = self.fenced_by = None
         self.gives_way = self.hurt_from_outside = False
+        self.ending = ""
         self.computing = self.emptied_for = self.stuck_since = self.leave_by = None
         self.vacant = False
 

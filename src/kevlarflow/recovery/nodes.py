@@ -138,6 +138,7 @@ def on_exited(grid: Grid, event: events.NodeExited) -> None:
     if slot is None or slot.state is NodeState.DEAD:
         return
     slot.computing = event.computing
+    slot.ending = event.ending
     if slot.fenced_by is not None:
         _lose_silent(grid, slot)
     elif slot.leave_by is not None:
@@ -148,7 +149,9 @@ def on_exited(grid: Grid, event: events.NodeExited) -> None:
         if len(slot.pids) > 1:
             # What is left of its ranks is of no use without the one that died.
             grid.command(KillNode(slot.member, slot.pids))
-        lose(grid, slot, Cause.CRASH, event.alive_at, f"died (pid {_pid(slot)})")
+        if event.from_outside:
+            slot.computing = Computing()
+        lose(grid, slot, Cause.CRASH, event.alive_at, f"died (pid {_pid(slot)}{_how(slot)})")
 
 
 def on_suspected(grid: Grid, event: events.NodeSuspected) -> None:
@@ -204,7 +207,7 @@ def on_tick(grid: Grid, event: events.Tick) -> None:
         if slot.fenced_by is not None and now >= slot.fenced_by:
             _lose_silent(grid, slot)
         elif slot.exit_due is not None and now >= slot.exit_due:
-            lose(grid, slot, Cause.CRASH, now, f"died while it was starting (pid {_pid(slot)})")
+            lose(grid, slot, Cause.CRASH, now, f"died while it was starting (pid {_pid(slot)}{_how(slot)})")
         elif slot.ready_by is not None and now >= slot.ready_by:
             if slot.pids:
                 grid.command(KillNode(slot.member, slot.pids))
@@ -322,3 +325,7 @@ def _admit(grid: Grid, member: Member, pids: tuple[int, ...]) -> Slot | None:
 
 def _pid(slot: Slot) -> str:
     return ", ".join(map(str, slot.pids)) or "unknown"
+
+
+def _how(slot: Slot) -> str:
+    return f": {slot.ending}" if slot.ending else ""

@@ -5,7 +5,8 @@ The first times nobody is blamed: what was lost is sent again, over links that a
 Then the node at one of its ends gives this lane to another node, for `parted_ms` at first, and twice as long after each
 further time. Which link it is need not be known: the engine says which nodes do not answer to it. If all do, work is
 lost on its way from stage to stage, and the stages are tried in turn, the first last: one in the middle has two links
-to others. A node that is left out goes on serving its other lanes, and is taken again when there is nobody else.
+to others. If none does, each link may be broken or the engine cut off from everybody; then it costs little to have
+tried the others. A node that is left out goes on serving its other lanes, and is taken again when there is nobody else.
 """
 
 from __future__ import annotations
@@ -60,10 +61,8 @@ def _suspects(pipeline: Pipeline) -> list[Stage]:
 
 
 def _find_another_way(grid: Grid, pipeline: Pipeline) -> tuple[Stage, NodeInfo] | None:
-    """A suspect and who could serve in its place; None when there is nobody, or the engine itself is cut off."""
+    """A suspect and who could serve in its place; None when there is nobody."""
     suspects = _suspects(pipeline)
-    if len(pipeline.relink_stages) == len(pipeline.members) > 1:
-        return None
     # Who was brought in for this is the last to be blamed.
     parted = {member.node for member in pipeline.parted}
     suspects.sort(key=lambda stage: grid.home(pipeline, stage).node in parted)

@@ -20,7 +20,7 @@ from kevlarflow.recovery.invariants import Invariants
 from kevlarflow.recovery.pace import Paces
 from kevlarflow.recovery.standstill import Stillness
 from kevlarflow.sim.engine import Engine
-from kevlarflow.sim.network import Process
+from kevlarflow.sim.network import By, Process
 from kevlarflow.sim.node import Node
 from kevlarflow.types import Member, NodeId, PipelineId
 from kevlarflow.wire import messages
@@ -204,13 +204,17 @@ class Controller(Process):
             if isinstance(process, Engine):
                 self.handle(events.EngineLost(process.pipeline, process.pid))
             elif isinstance(process, Node):
-                self._bury(process.member, process.died_at)
+                was_killed = self.fleet.plan.reads_endings and process.ended_by is not By.ITSELF
+                self._bury(process.member, process.died_at, from_outside=was_killed)
 
-    def _bury(self, member: Member, alive_at: float) -> None:
+    def _bury(self, member: Member, alive_at: float, *, from_outside: bool = False) -> None:
         now = self.timeline.now
         dead = self.fleet.nodes.get(member)
         record = dead.record.computing if dead is not None else None
-        self.handle(events.NodeExited(member, min(now, max(alive_at, self.detector.beat_at(member))), record))
+        if dead is not None and dead.ended_by is By.SOMEBODY and not from_outside:
+            self.fleet.blame.note_death(*dead.record)
+        alive_at = min(now, max(alive_at, self.detector.beat_at(member)))
+        self.handle(events.NodeExited(member, alive_at, record, from_outside=from_outside))
         self.detector.forget(member)
         self.paces.forget(member)
         self.stillness.forget(member)

@@ -24,7 +24,7 @@ from kevlarflow.sim.controller import REPORT_SECONDS, Controller
 from kevlarflow.sim.engine import Engine
 from kevlarflow.sim.errors import NotFenced, Stuck, Unbounded
 from kevlarflow.sim.mischief import Mischief
-from kevlarflow.sim.network import Network, Process, Timeline
+from kevlarflow.sim.network import By, Network, Process, Timeline
 from kevlarflow.sim.node import Node
 from kevlarflow.sim.plan import Plan
 from kevlarflow.sim.words import words
@@ -226,16 +226,18 @@ class Fleet:
         engines = {engine.pipeline: engine.pid for engine in self.engines if engine.alive}
         return Snapshot(nodes=tuple(nodes), epochs={}, served=True, engines=engines)
 
-    def end_process(self, process: Process, loses_after: float | None = None) -> None:
+    def end_process(self, process: Process, loses_after: float | None = None, *, by: By = By.US) -> None:
         """A node or an engine dies."""
         if not process.alive:
             return
+        process.ended_by = by
         self.tell("world", f"{process} dies")
         process.die(self.timeline.now if loses_after is None else loses_after)
         self.counts[f"deaths of a {process.kind}"] += 1
         if isinstance(process, Node):
             self._living.pop(process.member, None)
-            self.blame.note_death(*process.record)
+            if by is not By.SOMEBODY:
+                self.blame.note_death(*process.record)
         if isinstance(process, Engine):
             self.clients.lose(process)
             self.timeline.after(0.2 * self.rng.random(), functools.partial(self._restart_engine, process))
@@ -266,7 +268,7 @@ class Fleet:
             if self._costs[name, what] > MAX_COST:
                 raise Unbounded(f"{name} has cost {self._costs[name, what]} nodes {what}, the last of them {node}")
         self.tell(node, f"dies of {', '.join(deadly)}")
-        self.end_process(node)
+        self.end_process(node, by=By.ITSELF)
         return True
 
     def _is_deadly(self, name: str, stage: Stage, end: int) -> bool:

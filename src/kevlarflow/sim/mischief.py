@@ -12,7 +12,7 @@ from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.members import Pipeline
 from kevlarflow.sim.engine import Engine
 from kevlarflow.sim.errors import Overlooked
-from kevlarflow.sim.network import Cut, Process
+from kevlarflow.sim.network import By, Cut, Process
 from kevlarflow.sim.node import Node
 from kevlarflow.sim.plan import AS_IT_LOADS, FOR_GOOD, SLOW_PLACE, Fault
 from kevlarflow.types import NodeId, PipelineId
@@ -89,7 +89,7 @@ class Mischief:
                     self._armed.setdefault(fault.detail, []).append(fault)
                 self._crash(node)
             case "engine":
-                fleet.end_process(fleet.engines[fault.pipeline], self._loses())
+                fleet.end_process(fleet.engines[fault.pipeline], self._loses(), by=By.SOMEBODY)
             case "engine freeze":
                 self._freeze_engine(fault)
             case "controller" | "forgetful controller" | "controller freeze":
@@ -355,7 +355,7 @@ class Mischief:
             slot = self._fleet.controller.cluster.slots[victim.member.node]
             if not victim.ready and slot.failed_starts >= MAX_FAILED_STARTS:
                 return
-        self._fleet.end_process(victim, self._loses())
+        self._fleet.end_process(victim, self._loses(), by=By.SOMEBODY)
 
     def _crash_controller(self, fault: Fault) -> None:
         controller = self._fleet.controller

@@ -11,6 +11,7 @@ the controller may also come twice, late: it is told again whatever a new life o
 from __future__ import annotations
 
 import collections
+import enum
 import heapq
 import itertools
 import random
@@ -46,6 +47,16 @@ class Timeline:
         return False
 
 
+class By(enum.Enum):
+    """Who ended a process."""
+
+    ITSELF = enum.auto()
+    """What it computed."""
+    US = enum.auto()
+    """The system under test, whatever for."""
+    SOMEBODY = enum.auto()
+
+
 class Process:
     """Something that can be stopped, go on, and die; it does nothing while it is stopped, and nothing once dead."""
 
@@ -60,6 +71,7 @@ class Process:
         self.longest_pause = 0.0
         """For how long it was stopped and then went on, at most."""
         self.died_at = 0.0
+        self.ended_by = By.US
         self.loses_after = 0.0
         """What it sent later than this and has not arrived when it dies is lost."""
         self._asleep: list[Action] = []

@@ -133,6 +133,11 @@ class Plan:
         return not unseen and all(each.kind != "forgetful controller" for each in self.faults)
 
     @property
+    def reads_endings(self) -> bool:
+        """Whether the controller can tell a node that was killed from one that has died of what it computed."""
+        return self.seed % 4 != 0
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """Names of all that can be left out, the most telling first."""
         nodes = [f"p{index}" for index in range(self.shape.pipelines - 1, 0, -1)]

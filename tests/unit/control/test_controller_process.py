@@ -283,7 +283,7 @@ def test_a_subscriber_hears_what_happens(cluster):
         message = decode(observer.recv())
         if isinstance(message, messages.Narration):
             lines.append(message.text)
-    assert lines[0] == f"node-0-1 died (pid {pid}): pipeline 0 borrows node-1-1"
+    assert lines[0] == f"node-0-1 died (pid {pid}: SIGKILL): pipeline 0 borrows node-1-1"
     assert lines[1].startswith("pipeline 0 recovered in ")
     assert lines[1].endswith("ms: 1 request, 7 tokens recomputed")
     observer.close(linger=0)

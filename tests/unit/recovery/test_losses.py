@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from cluster_driver import Driver, member, orders
+from cluster_driver import Driver, lines, member, orders
 from kevlarflow.recovery import events
 from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.types import Computing, Epoch, Loss, PipelineId
+from toy_world import pid_of
 
 NOTHING = Computing()
 
@@ -89,6 +90,23 @@ def test_what_happened_while_the_controller_was_away_is_known_too():
     members = (member("node-0-0"), member("node-0-1"))
     driver.attach(0, epoch=1, members=members)
     assert losses(driver.tick(1.0))[0] == (Loss(member("node-0-1"), step_of(0)),)
+
+
+def test_what_a_node_computed_that_somebody_killed_is_not_held_against_anybody():
+    for known in (step_of(0), None):
+        driver = Driver().serve()
+        killed = events.NodeExited(member("node-0-1"), driver.now, known, "SIGKILL", from_outside=True)
+        commands = driver.do(killed)
+        assert losses(commands)[0] == (Loss(member("node-0-1"), NOTHING),)
+        pid = pid_of(member("node-0-1"))
+        assert lines(commands) == [f"node-0-1 died (pid {pid}: SIGKILL): pipeline 0 borrows node-1-1"]
+
+
+def test_what_a_node_computed_that_hung_and_that_we_killed_is():
+    driver = Driver().serve()
+    driver.do(events.NodeSilent(member("node-0-1"), driver.now - 1.0, "was stuck in a step"))
+    killed = events.NodeExited(member("node-0-1"), driver.now, step_of(0), "SIGKILL", from_outside=True)
+    assert losses(driver.do(killed))[0] == (Loss(member("node-0-1"), step_of(0)),)
 
 
 def test_what_a_node_computed_that_somebody_stopped_is_not_held_against_anybody():
