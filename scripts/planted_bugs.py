@@ -313,8 +313,8 @@ MUTANTS = (
     Mutant(
         "a full standby does not look at what replicas are worth",
         "replication/store.py",
-        "        heapq.heappush(self._order, (replica.worth, ",
-        "        heapq.heappush(self._order, (Worth.REQUEST, ",
+        "        return self._worth_of(pipeline, replica), -replica.depth",
+        "        return Worth.REQUEST, -replica.depth",
         "tests/unit/replication/test_store.py",
     ),
     Mutant(
@@ -708,5 +708,26 @@ MUTANTS = (
         "    # Who was brought in for this is the last to be blamed.\n",
         "    if len(pipeline.relink_stages) == len(pipeline.members) > 1:\n        return None\n",
         "tests/unit/recovery/test_relinking.py",
+    ),
+    Mutant(
+        "a copy's tag is not under its checksum",
+        "wire/replicas.py",
+        "zlib.crc32(payload, zlib.crc32(encode(msgspec.structs.replace(message, checksum=0))))",
+        "zlib.crc32(payload)",
+        "tests/unit/replication/test_standby.py",
+    ),
+    Mutant(
+        "what a standby drops has to be what was confirmed last",
+        "recovery/coverage.py",
+        "and held.filled <= replica.filled:",
+        "and held == replica:",
+        "tests/unit/recovery/test_pipeline.py",
+    ),
+    Mutant(
+        "a copy that fails keeps its place in the channel",
+        "replication/source.py",
+        "            channel.buffers.append(buffer)\n            # Some",
+        "            # Some",
+        "tests/unit/replication/test_source.py",
     ),
 )

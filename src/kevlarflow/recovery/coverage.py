@@ -189,7 +189,9 @@ class Coverage:
     def drop(self, replicas: Iterable[Replica]) -> None:
         """The standby has dropped these, unless it stored something newer since."""
         for replica in replicas:
-            if self._replicas.get(replica.block) == replica:
+            held = self._replicas.get(replica.block)
+            # It may have dropped an older one before, and what it said of that was lost.
+            if held is not None and held.generation == replica.generation and held.filled <= replica.filled:
                 del self._replicas[replica.block]
 
     def valid(self, generations: Generations) -> dict[int, Replica]:

@@ -55,6 +55,8 @@ class ReplicationQueue:
         """Blocks that no request holds."""
         self._touched: dict[int, None] = {}
         """Blocks whose replica may be worth something else than the standby was told."""
+        self._forsaken: set[int] = set()
+        """Blocks that lost what was sent of them when the lane was formed anew, and that hold nothing since."""
 
     def begin(self, writes: Iterable[Replica], use: Use) -> None:
         """A step is about to write these: a block that changes its generation holds nothing meanwhile."""
@@ -86,7 +88,8 @@ class ReplicationQueue:
             self._idle.clear()
             for replica in replicas:
                 self._note(replica)
-            self._touched = dict.fromkeys(self._holds)
+            self._forsaken = {block for block in self._sent if not self._is_held(self._sent[block])}
+            self._touched = dict.fromkeys([*self._holds, *self._forsaken])
             return bool(self._due)
 
     def is_full(self, replica: Replica) -> bool:
@@ -113,6 +116,7 @@ class ReplicationQueue:
 
     def _note(self, replica: Replica) -> None:
         self._holds[replica.block] = replica
+        self._forsaken.discard(replica.block)
         if replica.worth is not Worth.REQUEST:
             self._idle.add(replica.block)
         self._note_due(replica.block)
@@ -129,6 +133,8 @@ class ReplicationQueue:
         return sent.filled if sent is not None and sent.generation == replica.generation else 0
 
     def _worth_of(self, replica: Replica) -> Worth:
+        if replica.block in self._forsaken:
+            return Worth.NOBODY
         if replica.block not in self._idle:
             return Worth.REQUEST
         return Worth.PREFIX if self.is_full(replica) else Worth.NOBODY
@@ -191,18 +197,23 @@ class ReplicationQueue:
         with self._lock:
             for block in list(itertools.islice(self._touched, limit)):
                 kept = self._kept(block)
-                if kept is not None and kept.worth is not self._worth_of(kept):
-                    found.append((block, kept.generation, self._worth_of(kept)))
+                worth = self._worth_of(kept) if kept is not None else None
+                if kept is not None and worth is not None and kept.worth is not worth:
+                    found.append((block, kept.generation, worth))
                 else:
                     del self._touched[block]
         return found
 
     def _kept(self, block: int) -> Replica | None:
-        """What was sent of the block's content and not dropped."""
-        sent, held = self._sent.get(block), self._holds.get(block)
-        if sent is None or held is None or sent.generation != held.generation or block in self._dropped:
+        """What was sent of the block's content, or of what it has lost for good, and not dropped."""
+        sent = self._sent.get(block)
+        if sent is None or block in self._dropped:
             return None
-        return sent
+        return sent if block in self._forsaken or self._is_held(sent) else None
+
+    def _is_held(self, replica: Replica) -> bool:
+        held = self._holds.get(replica.block)
+        return held is not None and held.generation == replica.generation
 
     def told(self, revalued: Iterable[Revalued]) -> None:
         """The standby will hear of these."""
@@ -221,10 +232,16 @@ class ReplicationQueue:
             if held is not None:
                 self._note(held)
 
-    def dropped(self, blocks: Iterable[int]) -> None:
-        """The standby had no room to keep these: it gets them again when they are due, from the first token."""
+    def dropped(self, contents: Iterable[tuple[int, int]]) -> None:
+        """The standby had no room to keep these, each a block and its generation then.
+
+        It gets them again when they are due, from the first token. Something newer may have been sent meanwhile.
+        """
         with self._lock:
-            self._dropped.update(block for block in blocks if block in self._sent)
+            for block, generation in contents:
+                sent = self._sent.get(block)
+                if sent is not None and sent.generation == generation:
+                    self._dropped.add(block)
 
     def lacking(self, blocks: Iterable[int]) -> None:
         """The standby has not what a copy of these went on from: they are due again, from the first token."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -85,6 +84,8 @@ class _Channel:
         self.buffers = [memoryview(bytearray(block_bytes)) for _ in range(CHANNEL_PLACES)]
         """Host memory that is free for the next messages."""
         self.sent_at = 0.0
+        self.blocked_until = 0.0
+        """When to try again whether it takes a message."""
         self.closed_at: float | None = None
 
 
@@ -165,6 +166,7 @@ class Source:
             if channel.closed_at is None:
                 return channel
             if now - channel.closed_at < CLOSED_SECONDS:
+                _ignore_answers(channel)
                 return None
         if channel is not None:
             channel.outlet.close()
@@ -184,11 +186,20 @@ class Source:
             self._give_up(lane, channel)
         if not channel.buffers:
             return BLOCKED_SECONDS
+        if now < channel.blocked_until:
+            return channel.blocked_until - now
         if now < self._next_copy_at and not lane.flushing:
             return self._next_copy_at - now
         if lane.queue.is_empty:
             return IDLE_SECONDS
-        message = self._copy(lane, channel.buffers.pop())
+        buffer = channel.buffers.pop()
+        try:
+            message = self._copy(lane, buffer)
+        except Exception:
+            channel.buffers.append(buffer)
+            # Some of what it held may count as sent.
+            lane.queue.restart()
+            raise
         if not message.copies:
             # All of it was given away meanwhile.
             channel.buffers.append(message.buffer)
@@ -220,13 +231,13 @@ class Source:
             stage=self._stage,
             copies=tuple(map(_as_sent, message.copies)),
             length=message.length,
-            checksum=zlib.crc32(data),
             revalued=tuple(revalued),
         )
-        if not channel.outlet.send(replicas.encode(header), data):
+        if not channel.outlet.send(replicas.seal(header, data), data):
             for copy in message.copies:
                 lane.queue.not_sent(copy.replica)
             channel.buffers.append(message.buffer)
+            channel.blocked_until = now + BLOCKED_SECONDS
             return BLOCKED_SECONDS
         lane.queue.told(revalued)
         channel.sent, channel.unanswered[number] = number, message
@@ -274,7 +285,7 @@ class Source:
                     message = channel.unanswered.pop(number, None)
                     if message is not None:
                         channel.buffers.append(message.buffer)
-                    lane.queue.dropped(block for block, _, _ in dropped)
+                    lane.queue.dropped((block, generation) for block, generation, _ in dropped)
                     lane.queue.lacking(block for block, _, _ in lacking)
                     self._tell(lane, answer)
                 case replicas.Closed(reason):
@@ -310,6 +321,12 @@ def _as_sent(copy: Due) -> replicas.Copy:
     return replicas.Copy(
         replica.block, replica.generation, start, replica.filled, depth=replica.depth, worth=replica.worth
     )
+
+
+def _ignore_answers(channel: _Channel) -> None:
+    """Nobody waits for them any more, but unread they would wake the thread again and again."""
+    while channel.outlet.receive() is not None:
+        pass
 
 
 def _is_busy(lane: LaneReplication, channel: _Channel | None) -> bool:

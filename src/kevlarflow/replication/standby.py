@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import logging
-import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -85,7 +84,11 @@ class Standby:
             end = begin + self._bounds.length(copy.start, copy.filled)
             replica = Replica(copy.block, copy.generation, copy.filled, copy.depth, copy.worth)
             try:
-                dropped += self._store.put(pipeline, replica, data[begin:end], copy.start)
+                lost = self._store.put(pipeline, replica, data[begin:end], copy.start)
+                if (pipeline, replica) not in lost:
+                    # What had to go for an earlier copy of this message is here again.
+                    dropped = [each for each in dropped if each != (pipeline, replica)]
+                dropped += lost
                 taken.append(replica)
             except NothingToGoOnFrom:
                 lacking.append(replica)
@@ -110,7 +113,7 @@ class Standby:
         known = self._epochs.get(message.pipeline, 0)
         if message.epoch < known:
             return f"epoch {message.epoch} of pipeline {message.pipeline}, which is at {known}"
-        if zlib.crc32(arrival.data) != message.checksum:
+        if not replicas.is_intact(message, arrival.data):
             return "wrong checksum"
         return message
 

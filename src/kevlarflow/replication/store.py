@@ -10,7 +10,8 @@ first block takes everything behind it along. Within each of the three the deepe
 ones the oldest. A replica that would be dropped at once is not taken. Requests are never touched.
 
 A lane that has sent nothing for long while others did has no running requests any more, or another standby, which
-nobody says here. So none of its replicas counts as held by a request then: they would keep others out for ever.
+nobody says here. So none of its replicas counts as held by a request then: they would keep others out for ever. If it
+is heard again, they do again.
 
 A copy that goes on from what is here already is put behind it, in place.
 
@@ -49,6 +50,8 @@ class NothingToGoOnFrom(Exception):
 
 
 Dropped = tuple[PipelineId, Replica]
+_Place = tuple[Worth, int, int, PipelineId, int]
+"""In the order of what is dropped: (worth, minus depth, age, pipeline, block)."""
 
 
 class StandbyStore:
@@ -63,14 +66,17 @@ class StandbyStore:
         self._free = list(reversed(range(places)))
         self._lock = threading.Lock()
         self._entries: dict[tuple[PipelineId, int], _Entry] = {}
-        self._order: list[tuple[Worth, int, int, PipelineId, int]] = []
-        """A heap of (worth, minus depth, age, pipeline, block); some are of replicas that changed since."""
+        self._order: list[_Place] = []
+        """A heap; some are of replicas that changed since."""
         self._ages = itertools.count()
         self._pinned: set[PipelineId] = set()
         self._count: collections.Counter[PipelineId] = collections.Counter()
         self._copies = 0
         self._heard: dict[PipelineId, int] = {}
         """How many copies had come when the last one of each lane came, but for lanes that are silent."""
+        self._silent: set[PipelineId] = set()
+        self._aside: dict[PipelineId, list[_Place]] = {}
+        """What was taken out of the order while its lane is pinned."""
 
     @property
     def used_bytes(self) -> int:
@@ -90,6 +96,9 @@ class StandbyStore:
         with self._lock:
             self._copies += 1
             self._heard[pipeline] = self._copies
+            if pipeline in self._silent:
+                self._silent.discard(pipeline)
+                self._order_anew(pipeline)
             if pipeline in self._pinned:
                 return [(pipeline, replica)]
             if start > 0:
@@ -111,9 +120,17 @@ class StandbyStore:
     def _enter(self, pipeline: PipelineId, entry: _Entry) -> None:
         replica = entry.replica
         self._entries[pipeline, replica.block] = entry
-        heapq.heappush(self._order, (replica.worth, -replica.depth, entry.age, pipeline, replica.block))
+        heapq.heappush(self._order, self._place_of(pipeline, entry))
         if len(self._order) > 2 * len(self._entries) + 1_024:
             self._forget_replaced()
+
+    def _place_of(self, pipeline: PipelineId, entry: _Entry) -> _Place:
+        replica = entry.replica
+        return self._worth_of(pipeline, replica), -replica.depth, entry.age, pipeline, replica.block
+
+    def _worth_of(self, pipeline: PipelineId, replica: Replica) -> Worth:
+        """As its lane has said, while that is heard of."""
+        return Worth.PREFIX if pipeline in self._silent and replica.worth is Worth.REQUEST else replica.worth
 
     def revalue(self, pipeline: PipelineId, revalued: Iterable[Revalued]) -> None:
         """Replicas that are here are worth something else from now on."""
@@ -169,12 +186,17 @@ class StandbyStore:
     def unpin(self, pipeline: PipelineId) -> None:
         """The lane's replicas may be replaced and dropped again."""
         with self._lock:
-            self._pinned.discard(pipeline)
+            self._unpin(pipeline)
+
+    def _unpin(self, pipeline: PipelineId) -> None:
+        self._pinned.discard(pipeline)
+        for each in self._aside.pop(pipeline, ()):
+            heapq.heappush(self._order, each)
 
     def forget(self, pipeline: PipelineId) -> None:
         """Drop everything of a lane: it is served here now, or by somebody else's standby."""
         with self._lock:
-            self._pinned.discard(pipeline)
+            self._unpin(pipeline)
             for owner, block in [key for key in self._entries if key[0] == pipeline]:
                 self._remove(owner, block)
 
@@ -189,42 +211,43 @@ class StandbyStore:
 
     def _forget_replaced(self) -> None:
         """Rebuild the order without copies that newer ones have replaced."""
-        self._order = [
-            (entry.replica.worth, -entry.replica.depth, entry.age, pipeline, block)
-            for (pipeline, block), entry in self._entries.items()
-        ]
+        self._order = [self._place_of(pipeline, entry) for (pipeline, _), entry in self._entries.items()]
+        self._aside.clear()
         heapq.heapify(self._order)
 
     def _make_room(self, replica: Replica) -> list[Dropped]:
         """Drop the cheapest replica, unless `replica` is cheaper than all that may be dropped."""
         self._devalue_silent()
-        kept = []
         dropped: list[Dropped] = []
         while self._order and not dropped:
-            cheapest = heapq.heappop(self._order)
-            worth, depth, age, pipeline, block = cheapest
+            worth, depth, age, pipeline, block = cheapest = self._order[0]
             entry = self._entries.get((pipeline, block))
-            if entry is None or (entry.age, entry.replica.worth) != (age, worth):
-                continue
-            if (worth, depth) > (replica.worth, -replica.depth):
-                kept.append(cheapest)
+            stands = entry is not None and (entry.age, self._worth_of(pipeline, entry.replica)) == (age, worth)
+            if stands and (worth, depth) > (replica.worth, -replica.depth):
                 break
+            heapq.heappop(self._order)
+            if entry is None or not stands:
+                continue
             if pipeline in self._pinned:
-                kept.append(cheapest)
+                # Each one once, however many copies of others come meanwhile.
+                self._aside.setdefault(pipeline, []).append(cheapest)
                 continue
             self._remove(pipeline, block)
             dropped.append((pipeline, entry.replica))
-        for each in kept:
-            heapq.heappush(self._order, each)
         return dropped
 
     def _devalue_silent(self) -> None:
         silent = {lane for lane, heard in self._heard.items() if self._copies - heard > SILENT_COPIES}
         for lane in silent:
             del self._heard[lane]
-        for (lane, _), entry in list(self._entries.items()) if silent else ():
-            if lane in silent and entry.replica.worth is Worth.REQUEST:
-                self._enter(lane, entry._replace(replica=dataclasses.replace(entry.replica, worth=Worth.PREFIX)))
+            self._silent.add(lane)
+            self._order_anew(lane)
+
+    def _order_anew(self, pipeline: PipelineId) -> None:
+        """Its replicas that requests hold are worth something else from now on."""
+        for (owner, _), entry in list(self._entries.items()):
+            if owner == pipeline and entry.replica.worth is Worth.REQUEST:
+                self._enter(pipeline, entry)
 
 
 def _serves(stored: Replica, wanted: Replica) -> bool:

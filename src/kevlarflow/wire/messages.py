@@ -33,6 +33,7 @@ from kevlarflow.types import (
     PipelineId,
     Stage,
 )
+from kevlarflow.wire.decoding import decode_with
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -351,4 +352,4 @@ def encode(message: AnyMessage) -> bytes:
 
 def decode(frame: bytes) -> AnyMessage:
     """The message in a frame. Raises `msgspec.DecodeError` (or `ValidationError`) for anything else."""
-    return _decoder.decode(frame)
+    return decode_with(_decoder, frame)

@@ -1,17 +1,21 @@
 """What a node and its standby say to one another: copies of KV blocks, and what became of them.
 
 A copy carries its tag (lane, block, generation, tokens filled), and the message that it comes in what is needed to
-doubt it: the epoch of the lane that sends it, the stage, the length and a checksum. A standby takes a message only if
-all of that is right, and closes the channel to whoever sends one that is not. A copy may hold the last tokens of its
-block only; then the standby must have those before them, under the same generation, and says so if it has not.
+doubt it: the epoch of the lane that sends it, the stage, the length and a checksum of header and payload. A standby
+takes a message only if all of that is right, and closes the channel to whoever sends one that is not. A copy may hold
+the last tokens of its block only; then the standby must have those before them, under the same generation, and says so
+if it has not.
 """
 
 from __future__ import annotations
+
+import zlib
 
 import msgspec
 
 from kevlarflow.recovery.coverage import Worth
 from kevlarflow.types import Epoch, Member, PipelineId, Stage
+from kevlarflow.wire.decoding import decode_with
 
 Tag = tuple[int, int, int]
 """(block, generation, tokens filled)."""
@@ -44,8 +48,8 @@ class Store(ReplicaMessage, frozen=True):
     stage: Stage
     copies: tuple[Copy, ...]
     length: int
-    checksum: int
-    """CRC-32 of the payload."""
+    checksum: int = 0
+    """CRC-32 of the header, in which it is 0 for that, and of the payload."""
     revalued: tuple[Revalued, ...] = ()
     """Replicas sent before that are worth something else since: a request has let go of them, or hit them again."""
 
@@ -84,6 +88,20 @@ def encode(message: AnyReplicaMessage) -> bytes:
     return _encoder.encode(message)
 
 
+def seal(message: Store, payload: memoryview) -> bytes:
+    """The header frame of a message that goes with `payload`, under its checksum."""
+    return encode(msgspec.structs.replace(message, checksum=_checksum(message, payload)))
+
+
+def is_intact(message: Store, payload: memoryview) -> bool:
+    """Whether header and payload are what was sealed."""
+    return message.checksum == _checksum(message, payload)
+
+
+def _checksum(message: Store, payload: memoryview) -> int:
+    return zlib.crc32(payload, zlib.crc32(encode(msgspec.structs.replace(message, checksum=0))))
+
+
 def decode(frame: bytes) -> AnyReplicaMessage:
     """The header in a frame. Raises `msgspec.DecodeError` for anything else."""
-    return _decoder.decode(frame)
+    return decode_with(_decoder, frame)

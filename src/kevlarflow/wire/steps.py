@@ -25,6 +25,7 @@ import msgspec
 
 from kevlarflow.recovery.use import NO_CHANGE, Use
 from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
+from kevlarflow.wire.decoding import decode_with
 
 
 class StepMessage(msgspec.Struct, frozen=True, tag=True):
@@ -286,4 +287,4 @@ def encode(message: AnyStepMessage) -> bytes:
 
 def decode(frame: bytes) -> AnyStepMessage:
     """The header in a frame. Raises `msgspec.DecodeError` for anything else."""
-    return _decoder.decode(frame)
+    return decode_with(_decoder, frame)

@@ -570,6 +570,18 @@ def test_replicas_are_placed_and_only_the_rest_is_computed():
     assert [(span.start, span.end) for span in chunk.spans] == [(4, 6)]
 
 
+def test_what_a_standby_has_no_room_for_it_has_no_older_copy_of_either():
+    """It had to drop that before, and what it said of it was lost."""
+    pipeline = replicating()
+    confirm(pipeline, Replica(1, 1, 3))
+    assert pipeline.coverage_of(1)[2] == 3
+    confirm(pipeline, dropped=(Replica(1, 1, 4),))
+    assert pipeline.coverage_of(1)[2] == 0
+    confirm(pipeline, Replica(1, 1, 4), Replica(2, 1, 2))
+    confirm(pipeline, dropped=(Replica(2, 1, 1),))
+    assert pipeline.coverage_of(1)[2] == 6, "it may have been told late"
+
+
 def test_what_turns_out_to_be_missing_is_computed():
     pipeline = replicating()
     confirm(pipeline, Replica(1, 1, 4))

@@ -1,7 +1,5 @@
 """KV memory and headers for tests of replication."""
 
-import zlib
-
 from kevlarflow.node.thread_clock import ThreadClock
 from kevlarflow.replication.standby import Bounds
 from kevlarflow.types import Member, NodeInfo
@@ -49,9 +47,18 @@ def header(payload=b"12345678", copies=None, **changes):
     copies = (replicas.Copy(**copy),) if copies is None else copies
     fields = {
         "number": 1, "pipeline": 0, "epoch": 5, "stage": 0, "copies": copies,
-        "length": len(payload), "checksum": zlib.crc32(payload),
+        "length": len(payload), "checksum": 0,
     } | changes  # fmt: skip
-    return replicas.encode(replicas.Store(**fields))
+    message = replicas.Store(**fields)
+    return replicas.encode(message) if "checksum" in changes else replicas.seal(message, memoryview(payload))
+
+
+NO_MESSAGES = {
+    "bytes": b"\xff\x00nonsense",
+    "bad UTF-8 in a tag": replicas.encode(replicas.Closed("why")).replace(b"Closed", b"Close\xff"),
+    "lists in lists": b"\x82\xa4type\xa5Store\xa4junk" + b"\x91" * 5_000 + b"\xc0",
+}
+"""What no peer sends."""
 
 
 def content(store, pipeline, replica):

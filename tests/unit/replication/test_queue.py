@@ -135,7 +135,7 @@ def test_what_the_standby_dropped_is_copied_from_the_first_token_but_no_sooner()
     queue = ReplicationQueue(block_size=8, interval=2)
     wrote(queue, Replica(1, 1, 3))
     assert queue.finish(queue.next())
-    queue.dropped([1])
+    queue.dropped([(1, 1)])
     assert queue.next() is None
     wrote(queue, Replica(1, 1, 5))
     whole = queue.next()
@@ -257,7 +257,7 @@ def test_nothing_is_told_of_what_was_given_away_or_dropped_or_never_copied():
     wrote(queue, Replica(3, 1, 4))
     queue.begin((), Use(released=(1, 2, 3)))
     queue.begin([Replica(1, 2, 1)], Use(taken=(1,)))
-    queue.dropped([2])
+    queue.dropped([(2, 1)])
     assert told(queue) == []
 
 
@@ -285,3 +285,21 @@ def test_a_new_standby_is_told_with_the_copies():
     queue.restart()
     assert queue.finish(queue.next()).worth is Worth.PREFIX
     assert told(queue) == []
+
+
+def test_after_a_re_forming_the_standby_hears_of_what_nobody_holds_any_more():
+    queue = ReplicationQueue(block_size=4, interval=1)
+    copied(queue, Replica(1, 1, 4), Replica(2, 1, 4), Replica(3, 1, 4))
+    queue.hold([Replica(1, 1, 4)])
+    wrote(queue, Replica(3, 2, 1))
+    assert told(queue) == [(2, 1, Worth.NOBODY)], "block 3 will be copied again"
+    assert told(queue) == []
+
+
+def test_a_drop_of_an_older_content_is_not_taken_for_one_of_the_newer():
+    queue = ReplicationQueue(block_size=4, interval=1)
+    for generation in (1, 2):
+        copied(queue, Replica(1, generation, 4))
+    queue.dropped([(1, 1)])
+    queue.begin((), Use(released=(1,)))
+    assert told(queue) == [(1, 2, Worth.PREFIX)]

@@ -1,7 +1,6 @@
 """What a source copies and when, over the transfer's twin in memory. Time is an argument."""
 
 import tracemalloc
-import zlib
 
 import pytest
 import zmq
@@ -9,12 +8,12 @@ import zmq
 from kevlarflow.recovery.coverage import Replica, Worth
 from kevlarflow.recovery.use import NO_CHANGE, Use
 from kevlarflow.replication.queue import ReplicationQueue
-from kevlarflow.replication.source import CLOSED_SECONDS, UNANSWERED_SECONDS, Source
+from kevlarflow.replication.source import BLOCKED_SECONDS, CLOSED_SECONDS, UNANSWERED_SECONDS, Source
 from kevlarflow.replication.transfer import CHANNEL_PLACES, MemoryNetwork, MemoryTransfer
 from kevlarflow.replication.zmq_transfer import ZmqTransfer
 from kevlarflow.types import Member
 from kevlarflow.wire import replicas, steps
-from unit.replication.parts import BLOCK_SIZE, Memory, standby_info
+from unit.replication.parts import BLOCK_SIZE, NO_MESSAGES, Memory, standby_info
 
 STANDBY = Member("b", 1)
 FAST = 1 << 30
@@ -92,7 +91,9 @@ def test_a_copy_carries_its_tag_its_epoch_and_a_checksum():
     assert data == b"12345678"
     assert (message.number, message.pipeline, message.epoch, message.stage) == (1, 0, 5, 0)
     assert message.copies == (replicas.Copy(block=3, generation=1, start=0, filled=4, depth=0),)
-    assert (message.length, message.checksum) == (8, zlib.crc32(data))
+    assert message.length == 8
+    assert replicas.is_intact(message, memoryview(data))
+    assert not replicas.is_intact(message, memoryview(b"12345679"))
 
 
 def test_what_was_confirmed_is_told_with_the_bytes_of_full_and_of_partial_blocks():
@@ -250,7 +251,7 @@ def test_a_replica_that_the_standby_dropped_is_told_and_not_sent_again():
     assert not bench.arrived()
 
 
-@pytest.mark.parametrize("answer", [replicas.encode(replicas.Closed("wrong checksum")), b"nonsense"])
+@pytest.mark.parametrize("answer", [replicas.encode(replicas.Closed("wrong checksum")), *NO_MESSAGES.values()])
 def test_a_closed_channel_is_counted_and_opened_anew_after_a_while(answer):
     bench = Bench()
     lane = bench.lane()
@@ -268,6 +269,54 @@ def test_a_closed_channel_is_counted_and_opened_anew_after_a_while(answer):
     again = bench.arrived()
     assert set(blocks_of(again)) == {1, 2}
     assert all(other != peer for other, _, _ in again)
+
+
+def test_what_comes_through_a_closed_channel_is_read_all_the_same():
+    """Unread it would wake the thread again and again."""
+    bench = Bench()
+    lane = bench.lane()
+    bench.write(lane, 1)
+    bench.turn()
+    ((peer, message, _),) = bench.arrived()
+    bench.there.answer(peer, replicas.encode(replicas.Closed("wrong checksum")))
+    bench.turn(0.01)
+    bench.answer(peer, message, dropped=((1, 1, 4),))
+    bench.turn(0.01)
+    (channel,) = bench.source._channels.values()
+    assert channel.outlet.receive() is None
+    assert not bench.told
+
+
+def test_a_copy_that_fails_takes_no_room_from_the_next():
+    bench = Bench()
+    lane = bench.lane()
+    bench.turn()
+    read = bench.memory.read
+
+    def fail(block, into):
+        raise OSError("no such memory")
+
+    bench.memory.read = fail
+    for block in range(2 * CHANNEL_PLACES):
+        bench.write(lane, block)
+        with pytest.raises(OSError, match="no such memory"):
+            bench.turn(1.0)
+    bench.memory.read = read
+    bench.turns(2 * CHANNEL_PLACES, seconds=1.0)
+    assert blocks_of(bench.arrived())
+
+
+def test_nothing_is_copied_for_a_channel_that_takes_nothing():
+    bench = Bench()
+    lane = bench.lane(standby="nobody")
+    for block in range(20):
+        bench.write(lane, block)
+    bench.turns(50, seconds=0.02)
+    bench.turn(UNANSWERED_SECONDS + 1.0)
+    reads, read = [], bench.memory.read
+    bench.memory.read = lambda block, into: reads.append(block) or read(block, into)
+    bench.turns(200, seconds=0.001)
+    assert len(reads) <= 0.2 / BLOCKED_SECONDS + 1, "each step rings"
 
 
 def test_a_lane_that_was_left_is_not_copied():
@@ -421,7 +470,7 @@ def test_what_a_copy_could_not_tell_the_next_one_does():
     send, outlet.send = outlet.send, lambda header, data: False
     bench.turn(0.01)
     outlet.send = send
-    bench.turn(0.01)
+    bench.turn(BLOCKED_SECONDS)
     assert [copy.revalued for _, copy, _ in bench.arrived()] == [(), ((1, 1, Worth.PREFIX),)]
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 
+import msgspec
 import pytest
 
 from kevlarflow.recovery.coverage import Replica, Worth
@@ -13,7 +14,7 @@ from kevlarflow.replication.transfer import Arrival
 from kevlarflow.types import Member
 from kevlarflow.wire import replicas
 from kevlarflow.wire.replicas import Copy
-from unit.replication.parts import BOUNDS, Memory, content, header
+from unit.replication.parts import BOUNDS, NO_MESSAGES, Memory, content, header
 
 DATA = b"12345678"
 
@@ -46,6 +47,17 @@ def test_a_right_copy_is_stored_and_confirmed():
     assert bench.answers.sent == [(b"a", replicas.Outcome(1, 0, Member("b", 1), ((1, 1, 4),), (), (), 8, 800))]
 
 
+COPY = Copy(1, 1, 0, 4, 0)
+
+
+def damaged(before, after):
+    """A header in which something was changed on its way."""
+    texts = [msgspec.msgpack.encode(each).removeprefix(b"\x81") for each in (before, after)]
+    right = header(DATA)
+    assert right.count(texts[0]) == 1
+    return right.replace(*texts)
+
+
 WRONG = {
     "stage": {"stage": 1},
     "pipeline": {"pipeline": 2},
@@ -70,7 +82,9 @@ WRONG = {
     "no copy at all": {"copies": ()},
     "one of two": {"copies": (Copy(1, 1, 0, 2, 0), Copy(100, 1, 0, 2, 0))},
     "the length of one of two": {"copies": (Copy(1, 1, 0, 2, 0), Copy(2, 1, 0, 4, 0))},
-    "nonsense": {"raw_header": b"\xff\x00nonsense"},
+    "a tag under another's checksum": {"raw_header": damaged(COPY, Copy(3, 1, 0, 4, 0))},
+    "an epoch under another's checksum": {"raw_header": damaged({"epoch": 5}, {"epoch": 69})},
+    **{f"no message: {name}": {"raw_header": frame} for name, frame in NO_MESSAGES.items()},
     "another message": {"raw_header": replicas.encode(replicas.Closed("why"))},
 }
 
@@ -98,6 +112,16 @@ def test_a_damaged_copy_never_replaces_the_one_that_is_there():
     bench.send()
     bench.send(b"bad", payload=b"damaged!", checksum=1, generation=2)
     assert content(bench.store, 0, Replica(1, 1, 4)) == DATA
+
+
+def test_what_one_message_drops_and_brings_again_is_said_to_be_there():
+    bench = Bench(limit=16)
+    bench.send(payload=b"12", copies=(Copy(1, 1, 0, 1, 5),))
+    bench.send(payload=b"12", copies=(Copy(2, 1, 0, 1, 5),))
+    bench.send(payload=b"abcd12", copies=(Copy(3, 1, 0, 2, 0), Copy(1, 1, 0, 1, 5)))
+    _, outcome = bench.answers.sent[-1]
+    assert content(bench.store, 0, Replica(1, 1, 1)) is not None
+    assert ((1, 1, 1) in outcome.stored, outcome.dropped) == (True, ((2, 1, 1),))
 
 
 def test_a_full_standby_says_what_it_dropped_to_whoever_sent_it():

@@ -61,6 +61,21 @@ def test_a_lane_that_sends_nothing_any_more_keeps_nobody_out():
     assert content(store, 0, replica(2)) == DATA, "a prefix that may be hit again"
 
 
+def test_a_lane_that_sends_again_after_a_silence_is_worth_as_much_as_before():
+    store = store_of(30)
+    store.put(0, replica(1), DATA)
+    store.put(0, replica(2, depth=3, worth=Worth.PREFIX), DATA)
+    for number in range(SILENT_COPIES + 10):
+        store.put(1, replica(10, generation=number, depth=9), DATA)
+    store.put(1, replica(11, depth=9), DATA)
+    assert content(store, 0, replica(2)) is None, "deeper than the other"
+    store.put(0, replica(3, depth=1), DATA)
+    for block in (12, 13):
+        store.put(1, replica(block, depth=9), DATA)
+    assert content(store, 0, replica(1)) == DATA
+    assert content(store, 0, replica(3, depth=1)) == DATA
+
+
 def test_among_equally_deep_blocks_the_oldest_goes():
     store = store_of(20)
     store.put(0, replica(1), DATA)
@@ -181,6 +196,17 @@ def test_a_pinned_lane_is_neither_dropped_nor_replaced():
     assert content(store, 0, replica(1)) == DATA
     store.unpin(0)
     assert store.put(1, replica(7), DATA) == [(0, replica(1))]
+
+
+def test_what_is_pinned_is_looked_at_once_however_many_copies_come_meanwhile():
+    store = store_of(1_000)
+    for block in range(100):
+        store.put(0, replica(block, depth=block, worth=Worth.PREFIX), DATA)
+    store.pin(0)
+    store.put(1, replica(1), DATA)
+    assert not store._order
+    store.unpin(0)
+    assert store.put(1, replica(1), DATA) == [(0, replica(99, depth=99, worth=Worth.PREFIX))]
 
 
 def test_a_store_smaller_than_a_block_takes_nothing():
