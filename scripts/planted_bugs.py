@@ -730,4 +730,18 @@ MUTANTS = (
         "            # Some",
         "tests/unit/replication/test_source.py",
     ),
+    Mutant(
+        "a pipeline that goes on is formed anew since it stood still before",
+        "recovery/formation.py",
+        "    if not pipeline.relink_lasts:\n        pipeline.relink_at = None\n",
+        "",
+        "tests/unit/recovery/test_relinking.py",
+    ),
+    Mutant(
+        "the only node of a stage may leave while it has no lane",
+        "recovery/drain.py",
+        "return bool(others) and len(lanes) <= room",
+        "return len(lanes) <= room",
+        "tests/unit/recovery/test_drain.py",
+    ),
 )

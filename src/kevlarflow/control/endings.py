@@ -15,6 +15,7 @@ SENT = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 """Signals that a process does not get for what it does."""
 OOM_SECONDS = 5.0
 """For so long after the kernel has killed for want of memory, anybody who died of SIGKILL may be the one."""
+LOOK_SECONDS = 1.0
 VMSTAT = Path("/proc/vmstat")
 
 
@@ -37,7 +38,7 @@ class OomKills:
     def __init__(self, vmstat: Path = VMSTAT) -> None:
         self._vmstat = vmstat
         self._count = self._read()
-        self._changed_at = float("-inf")
+        self._changed_at = self._look_at = float("-inf")
 
     def may_have_been(self, now: float) -> bool:
         """Whether who has just died may have been killed for that; True as well where the kernel does not say."""
@@ -45,6 +46,12 @@ class OomKills:
         if count != self._count:
             self._count, self._changed_at = count, now
         return count is None or now - self._changed_at < OOM_SECONDS
+
+    def look(self, now: float) -> None:
+        """Notice when it happens; to be called often."""
+        if now >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            self.may_have_been(now)
 
     def _read(self) -> int | None:
         try:

@@ -176,6 +176,7 @@ class LocalProcessWatcher(Generic[Key]):
         """Processes that have begun to die since the last check. Each is reported once and no longer watched."""
         deaths: list[Death[Key]] = []
         stopped = {}
+        self._oom_kills.look(now)
         for key, processes in list(self._watched.items()):
             for process in list(processes.values()):
                 condition = process.look()

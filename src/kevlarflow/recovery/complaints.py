@@ -6,8 +6,7 @@ pipeline has it replaced, and another pipeline does without it for a while.
 
 from __future__ import annotations
 
-from kevlarflow.recovery import events, records, standstill
-from kevlarflow.recovery.events import KillNode
+from kevlarflow.recovery import events, nodes, records, standstill
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import Pipeline, subject
 from kevlarflow.types import Cause, Member, PipelineState
@@ -58,9 +57,7 @@ def _act_on(grid: Grid, pipeline: Pipeline, member: Member) -> None:
         return
     pipeline.struck.discard(member)
     if slot.pipeline == pipeline.id:
-        slot.silent_since = grid.now
-        slot.fenced_by = grid.now + grid.config.timeouts.suspect_after_ms / 1_000
-        grid.command(KillNode(member, slot.pids))
+        nodes.fence(grid, slot, grid.now, f"could not be used by {subject(pipeline.id)}")
         return
     pipeline.avoided[member] = grid.now + AVOID_SECONDS
     pipeline.members[slot.stage] = None

@@ -147,7 +147,7 @@ def can_spare(grid: Grid, slot: Slot) -> bool:
         lanes.discard(other.pipeline)
         if other.info is not None:
             room += max(0, other.info.lanes - 1 - grid.foreign_lanes(other, other.pipeline))
-    return len(lanes) <= room
+    return bool(others) and len(lanes) <= room
 
 
 def _lanes(grid: Grid, member: Member) -> list[PipelineId]:

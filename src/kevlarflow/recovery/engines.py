@@ -6,7 +6,7 @@ it is started again. What its pipeline does about it is decided in `recovery.for
 
 from __future__ import annotations
 
-from kevlarflow.recovery import events, waiting
+from kevlarflow.recovery import events, standstill, waiting
 from kevlarflow.recovery.events import KillEngine
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import NO_EPOCH, Pipeline, subject
@@ -36,7 +36,8 @@ def on_attached(grid: Grid, event: events.EngineAttached) -> None:
         # Taken over already: asked twice for an introduction, it answers twice.
         return
     if not again:
-        _detach(grid, pipeline)
+        if engine.attached or engine.pid != event.pid:
+            _detach(grid, pipeline)
         engine.pid = event.pid
         engine.kv_blocks = 0
         engine.state = EngineState.STARTING
@@ -54,11 +55,13 @@ def on_attached(grid: Grid, event: events.EngineAttached) -> None:
 
 def _detach(grid: Grid, pipeline: Pipeline) -> None:
     """Forget an engine that is gone. Its lanes stay where they are until the next engine can give them up."""
+    for stage in list(pipeline.recoveries):
+        grid.close_recovery(pipeline, stage, RecoveryState.FAILED)
+    pipeline.wait_until = None
+    pipeline.losses.clear()
     if not pipeline.engine.attached:
         return
     grid.step_pipeline(pipeline, PipelineStep.DETACH)
-    for stage in list(pipeline.recoveries):
-        grid.close_recovery(pipeline, stage, RecoveryState.FAILED)
     pipeline.leaving |= {member for member in pipeline.members if member is not None}
     pipeline.members = [None] * len(pipeline.members)
     pipeline.forming = pipeline.formed = pipeline.reform = False
@@ -96,6 +99,7 @@ def on_report(grid: Grid, event: events.EngineReport) -> None:
     pipeline.engine.report_is_new = event.epoch in (NO_EPOCH, ordered)
     _hear(grid, pipeline, event)
     waiting.note_report(pipeline, event)
+    standstill.note_report(grid, pipeline, event)
     if event.kv_blocks > 0:
         pipeline.engine.kv_blocks = event.kv_blocks
         pipeline.engine.state = EngineState.READY

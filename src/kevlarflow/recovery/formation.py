@@ -36,6 +36,8 @@ def on_formed(grid: Grid, event: events.Formed) -> None:
     pipeline.forming = False
     pipeline.formed = True
     pipeline.formed_at = grid.now
+    if not pipeline.relink_lasts:
+        pipeline.relink_at = None
     pipeline.wait_until = None
     if isinstance(pipeline.order, Form):
         pipeline.leaving -= {info.member for info in pipeline.order.released}

@@ -204,6 +204,8 @@ class Pipeline:
     """Why."""
     relink_since: float = 0.0
     """Since when it stood still."""
+    relink_lasts: bool = False
+    """Whether nothing but that helps: a node takes nothing more in this epoch."""
     relink_stages: tuple[Stage, ...] = ()
     """Whose nodes have not answered."""
     relinked: list[float] = dataclasses.field(default_factory=list)

@@ -62,6 +62,10 @@ def _wish(grid: Grid, pipeline: Pipeline, stage: Stage) -> tuple[NodeInfo, Cause
     if slot.emptied_for is None and slot.pipeline == pipeline.id:
         return None
     target = choose(candidates(grid, pipeline, stage, besides=member), pipeline.id, len(grid.pipelines))
+    if target is None and slot.emptied_for is not None:
+        # Who was left out is taken again where there is nobody else.
+        others = candidates(grid, pipeline, stage, besides=member, parted=True)
+        target = choose(others, pipeline.id, len(grid.pipelines))
     if target is None:
         return None
     if grid.slots[target.member.node].pipeline == pipeline.id:

@@ -159,21 +159,35 @@ def on_unlinked(grid: Grid, event: events.MemberFailed) -> None:
     pipeline = grid.pipelines[event.pipeline]
     if event.epoch == pipeline.epoch:
         news = f"the connection from {subject(pipeline.id)} to {event.member.node} broke"
-        _relink(grid, pipeline, news, (grid.slots[event.member.node].stage,), grid.now)
+        _relink(grid, pipeline, news, (grid.slots[event.member.node].stage,), grid.now, lasts=True)
 
 
-def _relink(grid: Grid, pipeline: Pipeline, news: str, stages: tuple[Stage, ...], since: float) -> None:
+def note_report(grid: Grid, pipeline: Pipeline, report: events.EngineReport) -> None:
+    """An engine that has had an answer since it was said to stand still goes on."""
+    went_on = grid.now - report.still_seconds > pipeline.relink_since + grid.config.timeouts.report_interval_ms / 1_000
+    if pipeline.relink_at is not None and not pipeline.relink_lasts and went_on:
+        pipeline.relink_at = None
+
+
+def _relink(
+    grid: Grid, pipeline: Pipeline, news: str, stages: tuple[Stage, ...], since: float, *, lasts: bool = False
+) -> None:
     """Have the pipeline formed anew, at once or when it may be again; `stages` are those that have not answered."""
     if pipeline.relink_at is not None:
+        pipeline.relink_lasts = pipeline.relink_lasts or lasts
+        pipeline.relink_stages = stages or pipeline.relink_stages
         return
     if pipeline.formed and since - pipeline.formed_at >= WELL_SECONDS:
         pipeline.relinked_in_vain = 0
     pipeline.relinked = [at for at in pipeline.relinked if grid.now - at < RECENT_SECONDS]
+    if not pipeline.relinked:
+        pipeline.relinked_in_vain = 0
     due = grid.now
     if pipeline.relinked:
         pause = grid.config.timeouts.still_after_ms / 1_000 * 2 ** (len(pipeline.relinked) - 1)
         due = max(due, pipeline.relinked[-1] + pause)
     pipeline.relink_at = due
+    pipeline.relink_lasts = lasts
     pipeline.relink_news = news
     pipeline.relink_stages = stages
     pipeline.relink_since = since

@@ -86,6 +86,15 @@ def test_where_the_kernel_does_not_say_it_may_have_been(tmp_path, text):
     assert OomKills(file).may_have_been(10.0)
 
 
+def test_a_kill_for_want_of_memory_is_noticed_when_it_happens(vmstat):
+    watcher = LocalProcessWatcher()
+    watcher._oom_kills = OomKills(vmstat)
+    vmstat.write_text("oom_kill 3\n")
+    before = time.monotonic() - 2 * OOM_SECONDS
+    assert watcher.check(before) == []
+    assert death_of("time.sleep(600)", signal.SIGKILL, watcher) == ("SIGKILL", True), "that was long before"
+
+
 def test_the_watcher_asks_for_it(vmstat):
     watcher = LocalProcessWatcher()
     watcher._oom_kills = OomKills(vmstat)

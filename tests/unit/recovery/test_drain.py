@@ -9,7 +9,7 @@ from kevlarflow.recovery import events
 from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.events import Answer, KillNode, Retire, StartNode
 from kevlarflow.recovery.invariants import Invariants
-from kevlarflow.types import Cause, NodeId, NodeState, Stage
+from kevlarflow.types import Cause, NodeId, NodeState, PipelineId, Stage
 
 STANDBY_HAS_ALL = [(1, "node-1-1", 1_000, 1_000)]
 
@@ -233,3 +233,24 @@ def test_a_restarted_controller_leaves_a_drained_place_empty():
     driver.tick(60.0)
     assert state_of(driver, "node-0-1") is NodeState.DEAD
     assert join(driver, "node-0-1").member == member("node-0-1", 2)
+
+
+@pytest.mark.parametrize("pipelines", [1, 2])
+def test_the_only_node_of_a_stage_is_not_drained_though_it_has_no_lane(pipelines):
+    """Its engine is being started again; with two pipelines the place of the other one is vacant."""
+    driver = Driver(pipelines=pipelines).serve()
+    if pipelines == 2:
+        driver.do(events.DrainRequested(NodeId("node-1-0"), 1))
+        driver.report(1, epoch=1)
+        driver.formed(1, 2)
+        driver.exited("node-1-0")
+        assert driver.cluster.slots["node-1-0"].vacant
+        driver.do(events.EngineLost(PipelineId(1), 71))
+    driver.do(events.EngineLost(PipelineId(0), 70))
+    driver.exited("node-0-0")
+    driver.tick(1.5)
+    driver.ready("node-0-0", 2)
+    commands = driver.do(events.DrainRequested(NodeId("node-0-0"), 1))
+    (answer,) = [each for each in commands if isinstance(each, Answer)]
+    assert answer.refusal
+    assert driver.cluster.slots["node-0-0"].state is NodeState.READY

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from cluster_driver import Driver, lines, orders
+from cluster_driver import Driver, lines, member, orders
 from kevlarflow.recovery import events
+from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.engines import RESEND_SECONDS
 from kevlarflow.recovery.events import AssignStandbys, KillEngine
-from kevlarflow.types import EngineState, PipelineId
+from kevlarflow.types import EngineState, PipelineId, RecoveryState
 
 TIMES = Driver().config.timeouts
 SILENT = TIMES.engine_silent_after_ms / 1_000
@@ -125,3 +126,33 @@ def test_an_engine_that_falls_silent_while_it_starts_is_given_its_time():
     driver.attach(0)
     assert kills(pass_time(driver, 2 * LOST)) == []
     assert kills(pass_time(driver, TIMES.startup_timeout_s - 2 * LOST + 1)) == [KillEngine(PipelineId(0), 70)]
+
+
+def test_what_an_engine_took_along_did_not_recover_whoever_controls_it_then():
+    driver = Driver().serve()
+    driver.exited("node-0-1")
+    snapshot = driver.cluster.snapshot()
+    driver.cluster = Cluster(driver.cluster.config)
+    driver.do(events.ControllerResumed(snapshot))
+    driver.do(events.EngineLost(PipelineId(0), 70))
+    (recovery,) = driver.cluster.recoveries
+    assert recovery.state is RecoveryState.FAILED
+
+
+def test_a_node_that_its_engine_cannot_use_is_said_to_be_that():
+    """And not what its predecessor was."""
+    driver = Driver().serve()
+    driver.do(events.NodeSilent(member("node-0-1"), driver.now, "was stopped", from_outside=True))
+    driver.exited("node-0-1")
+    driver.formed(0, 2)
+    driver.ready("node-0-1", 2)
+    driver.report(0, epoch=2)
+    driver.formed(0, 3)
+    said = []
+    for _ in range(2):
+        epoch = driver.cluster.pipelines[0].epoch
+        driver.do(events.MemberFailed(PipelineId(0), epoch, member("node-0-1", 2), "refused"))
+        said += lines(driver.tick(0.2))
+    said += lines(driver.exited("node-0-1", 2))
+    (line,) = [each for each in said if "was killed" in each]
+    assert "node-0-1 could not be used by pipeline 0" in line

@@ -8,7 +8,7 @@ from cluster_driver import Driver, lines, orders
 from kevlarflow.recovery import events
 from kevlarflow.recovery.relinking import MOST_RELINKS
 from kevlarflow.recovery.standstill import WELL_SECONDS
-from kevlarflow.types import Cause, Epoch, PipelineId, RecoveryState, Stage
+from kevlarflow.types import Cause, Epoch, NodeId, PipelineId, RecoveryState, Stage
 
 OURS = PipelineId(0)
 PARTED_SECONDS = Driver().config.timeouts.parted_ms / 1_000
@@ -188,3 +188,79 @@ def test_a_connection_that_breaks_again_and_again_is_blamed_on_its_node():
         pass_time(driver, 5.0)
         form(driver)
     assert members(driver) == ["node-1-0", "node-0-1"]
+
+
+def still(driver, *awaited):
+    """The engine says once that it waits in vain."""
+    epoch = driver.cluster.pipelines[0].epoch
+    return driver.do(events.PipelineStill(OURS, Epoch(epoch), 1.0, tuple(map(Stage, awaited))))
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["its answer comes", "its reports say so"])
+def test_a_pipeline_that_goes_on_after_all_is_not_formed_anew(answers):
+    driver = serving()
+    for _ in range(MOST_RELINKS):
+        stand_still(driver, 1)
+    if not answers:
+        form(driver)
+    driver.now += 1.0
+    assert not orders(still(driver, 1)), "that has to wait"
+    driver.now += 0.1
+    if answers:
+        form(driver)
+    for _ in range(80):
+        reported = driver.report(0, running=8, in_flight=1, epoch=driver.cluster.pipelines[0].epoch)
+        assert not orders(reported)
+        driver.now += 0.1
+        assert not orders(driver.do(events.Tick()))
+
+
+def test_a_connection_that_broke_is_made_again_even_if_the_pipeline_has_formed_meanwhile():
+    driver = serving()
+    stand_still(driver, 1)
+    member = driver.cluster.pipelines[0].members[1]
+    driver.do(events.MemberFailed(OURS, Epoch(driver.cluster.pipelines[0].epoch), member, "", unlinked=True))
+    form(driver)
+    driver.now += 1.0
+    assert orders(driver.do(events.Tick()))
+
+
+def test_what_was_in_vain_long_ago_is_another_trouble_even_while_the_pipeline_recovers():
+    driver = serving()
+    for _ in range(MOST_RELINKS):
+        stand_still(driver, 1)
+    form(driver)
+    pass_time(driver, 3_600.0)
+    driver.exited("node-0-0")
+    driver.now += 1.0
+    still(driver, 1)
+    assert members(driver) == ["node-1-0", "node-0-1"]
+
+
+def test_who_has_answered_meanwhile_is_not_left_out():
+    driver = serving()
+    for _ in range(MOST_RELINKS):
+        stand_still(driver, 0, 1)
+    driver.now += 1.0
+    assert not orders(still(driver, 0, 1))
+    commands = []
+    while not orders(commands):
+        driver.now += 0.2
+        still(driver, 1)
+        commands = driver.do(events.Tick())
+    assert members(driver) == ["node-0-0", "node-1-1"]
+
+
+def test_a_node_is_drained_to_one_that_was_left_out_if_there_is_no_other():
+    driver = serving()
+    until_parted(driver, 1)
+    form(driver)
+    driver.do(events.DrainRequested(NodeId("node-1-1"), 1))
+    for _ in range(5):
+        pass_time(driver, 1.0)
+        for pipeline in (0, 1):
+            driver.report(pipeline, epoch=driver.cluster.pipelines[pipeline].epoch)
+            if driver.cluster.pipelines[pipeline].forming:
+                driver.formed(pipeline, driver.cluster.pipelines[pipeline].epoch)
+    assert members(driver) == ["node-0-0", "node-0-1"]
+    assert driver.cluster.slots["node-1-1"].leave_by is not None
