@@ -237,7 +237,8 @@ def running_cluster(
 
 def _ready(cluster: Cluster) -> bool:
     cluster.require_alive()
-    return cluster.healthy()
+    # What dies before `serve` has said so itself dies during start-up, which ends everything.
+    return cluster.healthy() and "ready in " in cluster.serve_log.read_text()
 
 
 def _log_folder() -> Path:
