@@ -100,6 +100,13 @@ def test_a_configuration_that_is_no_json(tmp_path: Path) -> None:
         model_files.find(str(folder))
 
 
+def test_a_configuration_that_is_no_description_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    (tmp_path / "model.safetensors").write_bytes(b"0")
+    with pytest.raises(ModelUnavailable, match=r"config.json is no description of a model: fetch the model again"):
+        model_files.examine(tmp_path)
+
+
 def test_more_stages_than_layers(tmp_path: Path) -> None:
     files = model_files.find(str(make_model(tmp_path / "m")))
     preflight.check_layers(4, files)

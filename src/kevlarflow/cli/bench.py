@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kevlarflow.cli import bench_suite
-from kevlarflow.cli.command_line import Parser, count
 from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.output_folder import require_writable
+from kevlarflow.command_line import Parser, amount, count
 from kevlarflow.errors import UsageError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of prompts and moments (%(default)s)")
     parser.add_argument(
         "--patience",
-        type=float,
+        type=amount,
         default=60.0,
         metavar="SECONDS",
         help="how long to wait, each time, until other processes leave the machine alone (%(default)s)",
@@ -128,12 +128,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _add_replication_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resume-rounds", type=int, default=3, help="rounds of resume, with replication (3)")
+    parser.add_argument("--resume-rounds", type=count, default=3, help="rounds of resume, with replication (3)")
     parser.add_argument("--contexts", type=_counts, default=(256, 1024, 2048, 4096, 7500), help="of resume, in tokens")
     parser.add_argument("--resume-streams", type=count, default=8, help="streams of resume (%(default)s)")
     parser.add_argument("--replication", choices=("on", "off", "both"), default="both", help="of resume (%(default)s)")
     parser.add_argument("--cost-rounds", type=count, default=6, help="rounds of replication-cost (%(default)s)")
-    parser.add_argument("--minutes", type=float, help="of standby-memory (10); of detection without a fault (30)")
+    parser.add_argument("--minutes", type=amount, help="of standby-memory (10); of detection without a fault (30)")
     parser.add_argument("--resume", type=Path, metavar="REPORT", help="a JSON report to go on with")
 
 

@@ -7,9 +7,9 @@ import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kevlarflow.cli.command_line import Parser
 from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.output_folder import require_writable
+from kevlarflow.command_line import Parser
 from kevlarflow.errors import UsageError
 
 if TYPE_CHECKING:

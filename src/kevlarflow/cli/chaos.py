@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kevlarflow.cli.command_line import Parser, port
 from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.log_folder import log_folder
+from kevlarflow.command_line import Parser, port
 from kevlarflow.errors import UsageError
 
 if TYPE_CHECKING:

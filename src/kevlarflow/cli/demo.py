@@ -8,9 +8,9 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kevlarflow.cli.command_line import Parser
 from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.log_folder import log_folder
+from kevlarflow.command_line import Parser
 
 if TYPE_CHECKING:
     from rich.console import Console

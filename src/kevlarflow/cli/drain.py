@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 from kevlarflow import config as configuration
-from kevlarflow.cli.command_line import Parser, add_port
 from kevlarflow.cli.status import ANSWER_SECONDS
+from kevlarflow.command_line import Parser, add_port
 from kevlarflow.errors import RequestRefused
 from kevlarflow.types import NodeId, NodeState
 

@@ -70,13 +70,15 @@ def find(model: str, revision: str | None = None, download_dir: str | None = Non
 def examine(folder: Path) -> ModelFiles:
     """Read a model's folder."""
     try:
-        described: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        described: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelUnavailable(
             f"{folder} has no config.json: MODEL is a folder in Hugging Face form, or a Hugging Face name"
         ) from error
     except (OSError, ValueError) as error:
         raise ModelUnavailable(f"{folder / 'config.json'} cannot be read ({error}): fetch the model again") from error
+    if not isinstance(described, dict):
+        raise ModelUnavailable(f"{folder / 'config.json'} is no description of a model: fetch the model again")
     for pattern in WEIGHT_PATTERNS:
         if weights := [path for path in folder.glob(pattern) if path.is_file()]:
             break

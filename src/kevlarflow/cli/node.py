@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from kevlarflow import config as configuration
-from kevlarflow.cli.command_line import Parser, add_port
 from kevlarflow.cli.status import ANSWER_SECONDS
+from kevlarflow.command_line import Parser, add_port
 from kevlarflow.errors import ClusterUnreachable, RequestRefused
 from kevlarflow.types import NodeId
 

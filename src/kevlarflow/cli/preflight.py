@@ -14,8 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from kevlarflow.cli.command_line import LAST_PORT
 from kevlarflow.cli.model_files import ModelFiles
+from kevlarflow.command_line import LAST_PORT
 from kevlarflow.errors import NotEnoughMemory, UsageError
 
 MIB = 2**20

@@ -8,10 +8,10 @@ import functools
 import shlex
 from pathlib import Path
 
-from kevlarflow.cli.command_line import Parser, count
 from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.log_folder import log_folder
 from kevlarflow.cli.output_folder import require_writable
+from kevlarflow.command_line import Parser, count
 
 FAILED = 1
 DEFAULT_OUTPUT = Path("docs/benchmarks")

@@ -6,7 +6,7 @@ import json
 import sys
 
 from kevlarflow import config as configuration
-from kevlarflow.cli.command_line import Parser, add_port
+from kevlarflow.command_line import Parser, add_port
 
 PIPE_WIDTH = 200
 ANSWER_SECONDS = 5.0

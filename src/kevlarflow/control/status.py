@@ -48,7 +48,14 @@ def ask(where: int | os.PathLike[str], question: AnyMessage, kind: type[A], time
     """
     folder = run_folder_of(where) if isinstance(where, int) else Path(where)
     address = folder / "controller.sock"
-    if not address.exists():
+    try:
+        is_there = address.exists()
+    except OSError as error:
+        raise ClusterUnreachable(
+            f"{folder} cannot be entered ({error.strerror}): ask as the user who runs `kevlarflow serve`, "
+            "with the same XDG_RUNTIME_DIR"
+        ) from error
+    if not is_there:
         raise _unreachable(folder)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     asking: zmq.Socket[bytes] = context.socket(zmq.DEALER)

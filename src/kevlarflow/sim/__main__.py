@@ -8,6 +8,9 @@ import itertools
 import os
 import sys
 
+import msgspec
+
+from kevlarflow.command_line import Parser, amount, count
 from kevlarflow.errors import UsageError
 from kevlarflow.recovery.invariants import Violated
 from kevlarflow.sim.many import Outcome, run_many
@@ -20,19 +23,21 @@ STORY_LINES = 80
 
 def main(arguments: list[str] | None = None) -> int:
     """Run it. Returns 0 when every invariant held."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.seed is not None and options.alone:
+        parser.error(f"--seed tells the story of a fleet: repeat one alone by --alone --seeds {_only(options.seed)}")
     if options.journal:
         return _replay(options.journal)
     if options.seed is not None:
         return _one(options.seed, frozenset(filter(None, options.without.split(","))), options.lines)
-    first, _, last = options.seeds.partition(":")
-    seeds = range(int(first), int(last)) if last else range(int(first))
-    seconds = options.seconds or float("inf")
-    outcome = run_many(seeds, options.jobs, seconds=seconds, quiet=options.quiet, alone=options.alone)
+    outcome = run_many(options.seeds, options.jobs, seconds=options.seconds, quiet=options.quiet, alone=options.alone)
     _summarize(outcome)
     if outcome.failed is None:
         return 0
     print(f"seed {outcome.failed}: {outcome.error}")
+    if options.alone:
+        print(f"\nRepeat it: python -m kevlarflow.sim --alone --seeds {_only(outcome.failed)}")
     if options.quiet or options.alone:
         return 1
     print("making it smaller ...", flush=True)
@@ -43,10 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kevlarflow.sim", description=__doc__)
-    parser.add_argument("--seeds", default=str(SEEDS), help="how many, or FIRST:END (default %(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
-    parser.add_argument("--seconds", type=float, help="begin no more seeds after this time")
+    parser = Parser(prog="python -m kevlarflow.sim", description=__doc__)
+    parser.add_argument("--seeds", type=_seeds, default=str(SEEDS), help="how many, or FIRST:END (default %(default)s)")
+    parser.add_argument("--jobs", type=count, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--seconds", type=amount, default=float("inf"), help="begin no more seeds after this time")
     parser.add_argument("--alone", action="store_true", help="a pipeline core alone, anything in any order")
     parser.add_argument("--quiet", action="store_true", help="no progress, and no story of a seed that fails")
     parser.add_argument("--seed", type=int, help="run this seed alone, and tell its story if it fails")
@@ -54,6 +59,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lines", type=int, default=STORY_LINES, help="lines of a story (default %(default)s)")
     parser.add_argument("--journal", nargs="+", help="replay what a controller wrote down, oldest file first")
     return parser
+
+
+def _seeds(text: str) -> range:
+    first, _, end = text.partition(":")
+    with contextlib.suppress(ValueError):
+        seeds = range(int(first), int(end)) if end else range(int(first))
+        if seeds:
+            return seeds
+    raise argparse.ArgumentTypeError(f"{text} names no seeds: use a number of 1 or more, or FIRST:END")
+
+
+def _only(seed: int) -> str:
+    return f"{seed}:{seed + 1}"
 
 
 def _one(seed: int, without: frozenset[str], lines: int) -> int:
@@ -85,8 +103,14 @@ def _replay(paths: list[str]) -> int:
             files = [stack.enter_context(open(path, "rb")) for path in paths]
             for line in replay(itertools.chain(*files)):
                 print(line)
-    except (UsageError, Violated, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"{error.filename} cannot be read: {error.strerror}", file=sys.stderr)
+        return 1
+    except (UsageError, msgspec.MsgspecError) as error:
+        print(f"{' '.join(paths)} is no journal of a controller: {error}", file=sys.stderr)
+        return 1
+    except Violated as error:
+        print(f"an invariant did not hold: {error}", file=sys.stderr)
         return 1
     print("every invariant held")
     return 0

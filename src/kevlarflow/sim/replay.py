@@ -29,7 +29,10 @@ class Line(msgspec.Struct):
 
 
 def replay(lines: Iterable[bytes]) -> Iterator[str]:
-    """The story of a journal, line by line. Raises `Violated` where an invariant does not hold."""
+    """The story of a journal, line by line.
+
+    Raises `Violated` where an invariant does not hold, `UsageError` or `msgspec.ValidationError` where it is no journal.
+    """
     decoder = msgspec.json.Decoder(Line)
     cluster: Cluster | None = None
     is_torn = False
@@ -54,3 +57,5 @@ def replay(lines: Iterable[bytes]) -> Iterator[str]:
             reply = f" -> {words(commands)}" if commands else ""
             yield f"{line.at:12.3f} {words(line.event)}{reply}"
             invariants.check(commands)
+    if cluster is None and not is_torn:
+        raise UsageError("it is empty")

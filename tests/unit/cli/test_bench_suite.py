@@ -13,6 +13,7 @@ from kevlarflow.errors import UsageError
         (["--cell", "a10-2x4-1g.stock"], "is no cell: write SETTING.SYSTEM.RATE.FAULT.SEED"),
         (["--cell", "a10-2x4-1g.dynamo.near.none.0"], "'dynamo' is none of stock, stock-dp, replay, kevlarflow"),
         (["quick", "--rate", "0"], "a rate of 0 requests/s sends nothing"),
+        (["quick", "--rate", "inf"], "a rate of inf requests/s never ends"),
         (["quick", "--trace", "/nowhere.csv"], "the trace /nowhere.csv cannot be read"),
         (["quick", "--arrivals", "monthly"], "there are no 'monthly' arrivals: use poisson or trace"),
     ],

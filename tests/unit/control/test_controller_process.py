@@ -297,6 +297,11 @@ def test_the_journal_holds_the_events(cluster):
     assert len(lines) < 200
 
 
+def test_a_run_folder_that_cannot_be_looked_into_is_named(tmp_path):
+    with pytest.raises(ClusterUnreachable, match=r"x cannot be entered \(File name too long\): ask as the user who"):
+        ask_status(tmp_path / ("x" * 300))
+
+
 def test_status_says_when_nothing_answers(tmp_path):
     with pytest.raises(ClusterUnreachable, match=r"nothing answers on port .*: is `kevlarflow serve` running"):
         ask_status(tmp_path)

@@ -1,4 +1,4 @@
-"""A journal of a controller replays in the simulator."""
+"""The simulator's command line, and that a journal of a controller replays in it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 
 from kevlarflow.control.journal import Journal
-from kevlarflow.errors import UsageError
-from kevlarflow.recovery.invariants import Violated
 from kevlarflow.sim import fleet, plan
 from kevlarflow.sim.__main__ import main
 from kevlarflow.sim.controller import Controller
@@ -53,14 +51,47 @@ def test_an_invariant_that_does_not_hold_ends_it(
 ) -> None:
     monkeypatch.setattr("kevlarflow.recovery.invariants.CHECKS", (lambda _: iter([("pipeline 0", "is odd")]),))
     assert main(["--journal", str(journal)]) == 1
-    assert f"{Violated.__name__}: pipeline 0 is odd" in capsys.readouterr().err
+    assert capsys.readouterr().err.rstrip() == "an invariant did not hold: pipeline 0 is odd"
 
 
-def test_what_is_no_journal_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("{}\n", "line 1 is no line of a journal"), ("", "it is empty"), ('{"at": 1.0, "start": {}}\n', "Expected")],
+)
+def test_what_is_no_journal_is_refused_in_one_line(
+    text: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "other.jsonl"
-    path.write_text("{}\n")
+    path.write_text(text)
     assert main(["--journal", str(path)]) == 1
-    assert f"{UsageError.__name__}: line 1 is no line of a journal" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path} is no journal of a controller: {why}")
+
+
+def test_a_journal_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--journal", str(tmp_path / "nowhere")]) == 1
+    assert capsys.readouterr().err == f"{tmp_path / 'nowhere'} cannot be read: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--jobs 0", "0 is no number of 1 or more"),
+        ("--seeds abc", "abc names no seeds"),
+        ("--seeds 5:1", "5:1 names no seeds"),
+        ("--seeds 0", "0 names no seeds"),
+        ("--seconds 0", "0 is no number above 0"),
+        ("--seed 7 --alone", "repeat one alone by --alone --seeds 7:8"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused_in_one_line(
+    words: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(words.split())
+    assert leaving.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert complaint in line
 
 
 def test_lines_that_the_disk_did_not_take_are_told_and_what_follows_waits_for_the_next_start(

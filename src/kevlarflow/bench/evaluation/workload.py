@@ -75,10 +75,17 @@ def read_trace(path: Path) -> list[TraceRow]:
     return rows
 
 
+def require_rate(requests_per_second: float) -> None:
+    """Raises `UsageError` for a rate that sends nothing, or never comes to an end."""
+    if not requests_per_second > 0:
+        raise UsageError(f"a rate of {requests_per_second:g} requests/s sends nothing: use more than 0")
+    if requests_per_second == float("inf"):
+        raise UsageError("a rate of inf requests/s never ends: use a number")
+
+
 def plan(workload: Workload) -> list[Planned]:
     """The requests of a load, the same for the same `Workload`."""
-    if not workload.requests_per_second > 0:
-        raise UsageError(f"a rate of {workload.requests_per_second:g} requests/s sends nothing: use more than 0")
+    require_rate(workload.requests_per_second)
     if workload.arrivals not in (POISSON, TRACE):
         raise UsageError(f"there are no {workload.arrivals!r} arrivals: use {POISSON} or {TRACE}")
     trace = read_trace(Path(workload.trace))

@@ -1,4 +1,4 @@
-"""What the command lines of all sub-commands have in common: what is wrong with one is said in one line.
+"""What the command lines of all commands have in common: what is wrong with one is said in one line.
 
 `kevlarflow serve` has a parser of its own (`kevlarflow.cli.flags`).
 """
@@ -32,6 +32,17 @@ def port(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) <= LAST_PORT:
         raise argparse.ArgumentTypeError(f"{text} is no port: use 1 to {LAST_PORT}")
     return int(text)
+
+
+def amount(text: str) -> float:
+    """The type of a time: any number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return number
 
 
 def count(text: str) -> int:
