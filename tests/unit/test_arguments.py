@@ -85,6 +85,8 @@ def test_the_namespace_plugs_kevlarflow_in(configured: Any) -> None:
         (["--enable-auto-tool-choice"], "requires --tool-call-parser"),
         (["--dtype", "float7"], "argument --dtype: invalid choice: 'float7'"),
         (["--max-model-len", "4096"], "vLLM refuses these flags or this model: .*max_model_len"),
+        (["--config", "/nowhere.yaml"], "No such file or directory: '/nowhere.yaml'"),
+        (["--chat-template", "/nowhere"], "/nowhere"),
         (["--enforce-eager", "stray"], "'stray' stands alone: a model comes first"),
         (["--pipeline-parallel", "3"], "--pipeline-parallel-size has to be written in full"),
     ],

@@ -170,6 +170,21 @@ def test_what_a_dead_run_left_is_swept(folder: Path, sleepers: Sleepers) -> None
     os.close(second.lock)
 
 
+def test_logs_of_a_run_that_failed_outlive_the_next_start(folder: Path) -> None:
+    folder.parent.mkdir(mode=0o700, parents=True)
+    for text in ("first", "second"):
+        run = RunFolder(folder)
+        (run.log_path / "exits.log").write_text(text)
+        run.sweep()
+        os.close(run.lock)
+    before = folder.parent / "8000-before.logs"
+    assert (before / "exits.log").read_text() == "first"
+    run = RunFolder(folder)
+    assert (before / "exits.log").read_text() == "second"
+    assert list(run.log_path.iterdir()) == []
+    os.close(run.lock)
+
+
 def test_logs_of_ended_runs_do_not_pile_up(folder: Path) -> None:
     folder.parent.mkdir(mode=0o700, parents=True)
     for port in range(LOGS_KEPT + 2):

@@ -48,7 +48,7 @@ class RunFolder:
         folder.mkdir(mode=0o700)
         (folder / "tmp").mkdir(mode=0o700)
         (folder / RUN_ID_FILE).write_text(self.run_id)
-        self.remove_logs()
+        self._keep_former_logs()
         self._prune_logs()
         self.log_path.mkdir(mode=0o700)
 
@@ -64,6 +64,13 @@ class RunFolder:
     def remove_logs(self) -> None:
         """Remove this port's logs."""
         shutil.rmtree(self.log_path, ignore_errors=True)
+
+    def _keep_former_logs(self) -> None:
+        """Logs that are still there are of a run that failed: who starts it again at once wants to read them later."""
+        before = self.log_path.with_name(f"{self.path.name}-before.logs")
+        if self.log_path.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            self.log_path.rename(before)
 
     def _prune_logs(self) -> None:
         ended = [logs for logs in self.path.parent.glob("*.logs") if not logs.with_suffix(".lock").exists()]

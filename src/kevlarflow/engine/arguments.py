@@ -23,10 +23,12 @@ from pydantic import ValidationError
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.exceptions import VLLMError
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from yaml import YAMLError
 
 from kevlarflow.config import ServeConfig
 from kevlarflow.engine.unsupported import refuse_flags, refuse_model
@@ -196,7 +198,7 @@ def _parse(config: ServeConfig) -> Namespace:
     try:
         args: Namespace = parser.parse_args(list(config.vllm_args))
         validate_parsed_serve_args(args)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError, YAMLError, VLLMError) as error:
         raise UsageError(one_line(error)) from error
     if args.model_tag is not None:
         raise UsageError(f"{args.model_tag!r} stands alone: a model comes first, as in kevlarflow serve MODEL -pp 2")

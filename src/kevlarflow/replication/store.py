@@ -50,8 +50,8 @@ class NothingToGoOnFrom(Exception):
 
 
 Dropped = tuple[PipelineId, Replica]
-_Place = tuple[Worth, int, int, PipelineId, int]
-"""In the order of what is dropped: (worth, minus depth, age, pipeline, block)."""
+_Cost = tuple[Worth, int, int, PipelineId, int]
+"""What it would cost to drop a replica, the least first: (worth, minus depth, age), and which: (pipeline, block)."""
 
 
 class StandbyStore:
@@ -66,7 +66,7 @@ class StandbyStore:
         self._free = list(reversed(range(places)))
         self._lock = threading.Lock()
         self._entries: dict[tuple[PipelineId, int], _Entry] = {}
-        self._order: list[_Place] = []
+        self._order: list[_Cost] = []
         """A heap; some are of replicas that changed since."""
         self._ages = itertools.count()
         self._pinned: set[PipelineId] = set()
@@ -75,8 +75,9 @@ class StandbyStore:
         self._heard: dict[PipelineId, int] = {}
         """How many copies had come when the last one of each lane came, but for lanes that are silent."""
         self._silent: set[PipelineId] = set()
-        self._aside: dict[PipelineId, list[_Place]] = {}
-        """What was taken out of the order while its lane is pinned."""
+        """Lanes that have sent nothing for long."""
+        self._aside: dict[PipelineId, list[_Cost]] = {}
+        """What was taken out of the order, by lane, while that is pinned."""
 
     @property
     def used_bytes(self) -> int:
@@ -120,11 +121,11 @@ class StandbyStore:
     def _enter(self, pipeline: PipelineId, entry: _Entry) -> None:
         replica = entry.replica
         self._entries[pipeline, replica.block] = entry
-        heapq.heappush(self._order, self._place_of(pipeline, entry))
+        heapq.heappush(self._order, self._cost_of(pipeline, entry))
         if len(self._order) > 2 * len(self._entries) + 1_024:
             self._forget_replaced()
 
-    def _place_of(self, pipeline: PipelineId, entry: _Entry) -> _Place:
+    def _cost_of(self, pipeline: PipelineId, entry: _Entry) -> _Cost:
         replica = entry.replica
         return self._worth_of(pipeline, replica), -replica.depth, entry.age, pipeline, replica.block
 
@@ -211,7 +212,7 @@ class StandbyStore:
 
     def _forget_replaced(self) -> None:
         """Rebuild the order without copies that newer ones have replaced."""
-        self._order = [self._place_of(pipeline, entry) for (pipeline, _), entry in self._entries.items()]
+        self._order = [self._cost_of(pipeline, entry) for (pipeline, _), entry in self._entries.items()]
         self._aside.clear()
         heapq.heapify(self._order)
 

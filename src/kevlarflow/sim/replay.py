@@ -31,7 +31,7 @@ class Line(msgspec.Struct):
 def replay(lines: Iterable[bytes]) -> Iterator[str]:
     """The story of a journal, line by line.
 
-    Raises `Violated` where an invariant does not hold, `UsageError` or `msgspec.ValidationError` where it is no journal.
+    Raises `Violated` where an invariant does not hold, `UsageError` or `msgspec.ValidationError` when it is none.
     """
     decoder = msgspec.json.Decoder(Line)
     cluster: Cluster | None = None
