@@ -684,15 +684,15 @@ MUTANTS = (
     Mutant(
         "a request is blamed for a node that somebody killed",
         "recovery/nodes.py",
-        "        if event.from_outside:\n",
-        "        if False:\n",
+        "Computing() if event.from_outside and not by_us else event.computing",
+        "event.computing",
         "tests/unit/recovery/test_losses.py",
     ),
     Mutant(
         "a request that makes its node hang is not blamed, since we killed it",
         "recovery/nodes.py",
-        "    slot.computing = event.computing\n",
-        "    slot.computing = Computing() if event.from_outside else event.computing\n",
+        "if event.from_outside and not by_us else",
+        "if event.from_outside else",
         "tests/unit/recovery/test_losses.py",
     ),
     Mutant(

@@ -25,7 +25,9 @@ def find_relatives(run_folder: str, run_id: str) -> Snapshot:
         # Behind the title is what the command line was longer.
         title = read(f"/proc/{pid}/cmdline").decode(errors="replace").rstrip(" \0")
         if node := _NODE.fullmatch(title):
-            nodes.append(KnownNode(Member(NodeId(node[1]), int(node[2])), (pid,), ready=True, failed_starts=0))
+            nodes.append(
+                KnownNode(Member(NodeId(node[1]), int(node[2])), (pid,), ready=True, failed_starts=0, fenced=True)
+            )
         elif engine := _ENGINE.fullmatch(title):
             engines[PipelineId(int(engine[1]))] = pid
     return Snapshot(nodes=tuple(nodes), epochs={}, served=True, engines=engines)

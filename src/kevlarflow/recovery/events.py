@@ -63,6 +63,8 @@ class KnownNode(msgspec.Struct, frozen=True):
     failed_starts: int
     emptied_for: Cause | None = None
     vacant: bool = False
+    fenced: bool = False
+    """Whether we may have sent it SIGKILL."""
 
 
 class Snapshot(msgspec.Struct, frozen=True):

@@ -44,7 +44,8 @@ def known(slot: Slot) -> KnownNode:
         nobody = Member(slot.node, slot.incarnation_floor)
         return KnownNode(nobody, (), False, slot.failed_starts, vacant=slot.vacant)
     # One that is being killed has been ready all the same: the next life must not wait for it as if it still loaded.
-    return KnownNode(slot.member, slot.pids, slot.state in LIVING, slot.failed_starts, slot.emptied_for)
+    ready, fenced = slot.state in LIVING, slot.fenced_by is not None or slot.was_fenced
+    return KnownNode(slot.member, slot.pids, ready, slot.failed_starts, slot.emptied_for, fenced=fenced)
 
 
 def expect(grid: Grid, slot: Slot, earlier: KnownNode) -> None:
@@ -62,6 +63,7 @@ def expect(grid: Grid, slot: Slot, earlier: KnownNode) -> None:
     grid.step_node(slot, NodeStep.START)
     slot.pids = earlier.pids
     slot.emptied_for = earlier.emptied_for
+    slot.was_fenced = earlier.fenced
     slot.started_at = grid.now
     patience = timeouts.settle_ms / 1_000 if earlier.ready else timeouts.startup_timeout_s
     slot.ready_by = grid.now + patience
@@ -137,7 +139,8 @@ def on_exited(grid: Grid, event: events.NodeExited) -> None:
     slot = grid.slot_of(event.member)
     if slot is None or slot.state is NodeState.DEAD:
         return
-    slot.computing = event.computing
+    by_us = slot.fenced_by is not None or slot.was_fenced
+    slot.computing = Computing() if event.from_outside and not by_us else event.computing
     slot.ending = event.ending
     if slot.fenced_by is not None:
         _lose_silent(grid, slot)
@@ -149,8 +152,6 @@ def on_exited(grid: Grid, event: events.NodeExited) -> None:
         if len(slot.pids) > 1:
             # What is left of its ranks is of no use without the one that died.
             grid.command(KillNode(slot.member, slot.pids))
-        if event.from_outside:
-            slot.computing = Computing()
         lose(grid, slot, Cause.CRASH, event.alive_at, f"died (pid {_pid(slot)}{_how(slot)})")
 
 

@@ -73,7 +73,7 @@ class FleetChecks:
             return
         fleet.counts[f"times a node {verdict.what}"] += 1
         # Who was cut off has to hear that it is to introduce itself again.
-        unheard = node.deaf and node.cut_at > 0.0
+        unheard = node.cut_at > 0.0 and (node.deaf or fleet.network.stops(controller, node))
         # What was held up since may have arrived just now.
         late_at = max(node.cut_at, fleet.network.released_at) if node.cut_at > 0.0 else 0.0
         cut = unheard or fleet.timeline.now - late_at < controller.config.timeouts.confirm_after_ms / 1_000

@@ -211,7 +211,9 @@ class Controller(Process):
         now = self.timeline.now
         dead = self.fleet.nodes.get(member)
         record = dead.record.computing if dead is not None else None
-        if dead is not None and dead.ended_by is By.SOMEBODY and not from_outside:
+        slot = self.cluster.slots[member.node]
+        may_be_ours = not from_outside or slot.fenced_by is not None or slot.was_fenced
+        if dead is not None and dead.ended_by is By.SOMEBODY and may_be_ours:
             self.fleet.blame.note_death(*dead.record)
         alive_at = min(now, max(alive_at, self.detector.beat_at(member)))
         self.handle(events.NodeExited(member, alive_at, record, from_outside=from_outside))

@@ -222,7 +222,10 @@ class Fleet:
 
     def find_relatives(self) -> Snapshot:
         """See `kevlarflow.control.relatives`."""
-        nodes = (KnownNode(node.member, (node.pid,), ready=True, failed_starts=0) for node in self._living.values())
+        nodes = (
+            KnownNode(node.member, (node.pid,), ready=True, failed_starts=0, fenced=True)
+            for node in self._living.values()
+        )
         engines = {engine.pipeline: engine.pid for engine in self.engines if engine.alive}
         return Snapshot(nodes=tuple(nodes), epochs={}, served=True, engines=engines)
 

@@ -51,7 +51,9 @@ def test_nodes_and_engines_are_found_even_if_they_are_stopped(start, tmp_path):
     for pid in (node, engine):
         os.kill(pid, signal.SIGSTOP)
     found = find_relatives(str(tmp_path), "mine")
-    assert found.nodes == (KnownNode(Member(NodeId("node-1-0"), 23), (node,), ready=True, failed_starts=0),)
+    assert found.nodes == (
+        KnownNode(Member(NodeId("node-1-0"), 23), (node,), ready=True, failed_starts=0, fenced=True),
+    )
     assert found.engines == {PipelineId(4): engine}
     assert found.epochs == {}
 

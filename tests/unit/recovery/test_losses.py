@@ -109,6 +109,32 @@ def test_what_a_node_computed_that_hung_and_that_we_killed_is():
     assert losses(driver.do(killed))[0] == (Loss(member("node-0-1"), step_of(0)),)
 
 
+def resumed(driver):
+    """The next life of the controller, before anybody has introduced himself."""
+    snapshot = driver.cluster.snapshot()
+    driver.cluster = Cluster(driver.cluster.config)
+    driver.do(events.ControllerResumed(snapshot))
+    return driver
+
+
+def killed_then(driver):
+    """The node of stage 1 is seen to have died of SIGKILL; what is held to have cost it."""
+    driver.do(events.NodeExited(member("node-0-1"), driver.now, step_of(0), "SIGKILL", from_outside=True))
+    driver.tick(0.2)
+    (loss,) = driver.cluster.pipelines[0].losses
+    return loss.computing
+
+
+def test_what_somebody_killed_is_held_against_nobody_by_the_next_life_of_the_controller_either():
+    assert killed_then(resumed(Driver().serve())) == NOTHING
+
+
+def test_what_a_life_of_the_controller_has_killed_for_hanging_is_blamed_by_the_next_ones():
+    driver = Driver().serve()
+    driver.do(events.NodeSilent(member("node-0-1"), driver.now - 1.0, "was stuck in a step"))
+    assert killed_then(resumed(resumed(driver))) == step_of(0)
+
+
 def test_what_a_node_computed_that_somebody_stopped_is_not_held_against_anybody():
     for seen_to_die in (True, False):
         driver = Driver().serve()
