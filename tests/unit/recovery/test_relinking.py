@@ -209,8 +209,8 @@ def test_a_pipeline_that_goes_on_after_all_is_not_formed_anew(answers):
     if answers:
         form(driver)
     for _ in range(80):
-        reported = driver.report(0, running=8, in_flight=1, epoch=driver.cluster.pipelines[0].epoch)
-        assert not orders(reported)
+        if not answers:
+            assert not orders(driver.report(0, running=8, in_flight=1, epoch=driver.cluster.pipelines[0].epoch))
         driver.now += 0.1
         assert not orders(driver.do(events.Tick()))
 
