@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import NoReturn
 
 from kevlarflow.config import DEFAULT_PORT
@@ -42,6 +43,27 @@ def amount(text: str) -> float:
         number = 0.0
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return number
+
+
+def human_integer(text: str) -> int:
+    """vLLM's notation for large numbers: 512m is 512,000,000 and 512M is 512 x 2**20. Raises `ValueError`."""
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmgtKMGT]?)", text.strip())
+    if not match or ("." in match[1] and not match[2].islower()):
+        raise ValueError(text)
+    number, suffix = match.groups()
+    power = "kmgt".find(suffix.lower()) + 1 if suffix else 0
+    return int(float(number) * 1000**power) if suffix.islower() else int(number) * 1024**power
+
+
+def size(text: str) -> int:
+    """The type of a number of bytes above 0, in vLLM's notation."""
+    try:
+        number = human_integer(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of bytes, such as 512M or 2G")
     return number
 
 

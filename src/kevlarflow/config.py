@@ -158,14 +158,15 @@ def check(config: ServeConfig) -> None:
         )
     if config.replication_bytes_per_second < 1:
         raise UsageError(
-            f"--replication-bandwidth {config.replication_bytes_per_second} copies nothing: use 1M or more, or turn "
-            "replication off with --standby-memory-bytes 0"
+            f"--replication-bandwidth {config.replication_bytes_per_second} copies nothing: use a number of bytes, "
+            f"such as {DEFAULT_BANDWIDTH >> 20}M, or turn replication off with --standby-memory-bytes 0"
         )
     # Not a number compares as false.
     if config.slow_ratio != 0 and not config.slow_ratio > LEAST_SLOW_RATIO:
         raise UsageError(
             f"--slow-node-ratio {config.slow_ratio:g} would blame nodes for their work, which may differ by a factor "
-            f"of {LEAST_SLOW_RATIO:g} between steps that are compared: use 3 or more, or 0 to leave slow nodes alone"
+            f"of {LEAST_SLOW_RATIO:g} between steps that are compared: use more than that, or 0 to leave slow "
+            "nodes alone"
         )
     if not 0 <= config.replacement_wait_s < math.inf:
         raise UsageError(

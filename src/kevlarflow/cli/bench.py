@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import re
 import shlex
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kevlarflow.cli import bench_suite
+from kevlarflow.cli import bench_suite, preflight
 from kevlarflow.cli.interrupts import treated_as_interrupt
+from kevlarflow.cli.model_files import find
 from kevlarflow.cli.output_folder import require_writable
-from kevlarflow.command_line import Parser, amount, count
+from kevlarflow.command_line import Parser, amount, count, size
 from kevlarflow.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ REPLICATION = ("resume", "replication-cost", "standby-memory", "transfer")
 EXPERIMENTS = ("throughput", "startup", "failover", "detection", *REPLICATION)
 WITHOUT_STOCK = {"failover", "detection", "resume", "replication-cost", "transfer"}
 DEFAULT_OUTPUT = Path("docs/benchmarks")
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+"""vLLM's."""
 FILE_WIDTH = 120
 """Characters of a line where there is no terminal."""
 DESCRIPTION = """\
@@ -67,6 +69,9 @@ def run(arguments: list[str]) -> int:
     if not console.is_terminal:
         console.width = FILE_WIDTH
     report = _earlier_report(options) or _empty_report(arguments, options)
+    if report.recipe.model is not None:
+        # Each system would take a minute to say so.
+        preflight.check_layers(report.recipe.stages, find(report.recipe.model))
     require_writable(options.output)
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
@@ -104,9 +109,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="a Hugging Face folder or name (KevlarFlow's default model)")
     parser.add_argument("-pp", "--stages", type=count, default=2, help="stages of a pipeline (%(default)s)")
     parser.add_argument("-dp", "--pipelines", type=count, default=2, help="pipelines (%(default)s)")
-    parser.add_argument("--dtype", help="as vLLM's (the model's own)")
+    parser.add_argument("--dtype", choices=DTYPES, help="as vLLM's (the model's own)")
     parser.add_argument("--max-model-len", type=count, default=2048, help="as vLLM's (%(default)s)")
-    parser.add_argument("--kv-cache-memory-bytes", type=_bytes, default=512 * 2**20, help="as vLLM's (512M)")
+    parser.add_argument("--kv-cache-memory-bytes", type=size, default=512 * 2**20, help="as vLLM's (512M)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and moments (%(default)s)")
     parser.add_argument(
         "--patience",
@@ -143,13 +148,6 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def _minutes(options: argparse.Namespace, default: float) -> float:
     return default if options.minutes is None else float(options.minutes)
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)([MG]?)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text} is no number of bytes, such as 512M or 2G")
-    return int(match[1]) * {"": 1, "M": 2**20, "G": 2**30}[match[2]]
 
 
 def _earlier_report(options: argparse.Namespace) -> Report | None:

@@ -41,6 +41,8 @@ def run(arguments: list[str]) -> int:
         for name in scenarios.shipped():
             print(f"{name:<14} {scenarios.load(name).about}")
         return 0
+    if options.all and options.scenarios:
+        raise UsageError(f"--all performs what comes with KevlarFlow: leave it out, or {' '.join(options.scenarios)}")
     names = options.scenarios or (scenarios.shipped() if options.all else [])
     if not names:
         raise UsageError(f"name a scenario, or use --all: {', '.join(scenarios.shipped())}")

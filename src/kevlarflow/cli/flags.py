@@ -9,12 +9,12 @@ Names are read as vLLM reads them: long or short, ``--flag value`` or ``--flag=v
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
+from kevlarflow.command_line import human_integer
 from kevlarflow.config import DEFAULT_PORT
 from kevlarflow.errors import UsageError
 
@@ -44,16 +44,6 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _human_integer(text: str) -> int:
-    """vLLM's notation for large numbers: 512m is 512,000,000 and 512M is 512 x 2**20."""
-    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmgtKMGT]?)", text.strip())
-    if not match or ("." in match[1] and not match[2].islower()):
-        raise ValueError(text)
-    number, suffix = match.groups()
-    power = "kmgt".find(suffix.lower()) + 1 if suffix else 0
-    return int(float(number) * 1000**power) if suffix.islower() else int(number) * 1024**power
-
-
 _TAKEN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--model": ("model", str),
     "-pp": ("stages", _integer),
@@ -64,17 +54,17 @@ _TAKEN: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--tensor-parallel-size": ("ranks", _integer),
     "--host": ("host", str),
     "--port": ("port", _integer),
-    "--kv-cache-memory-bytes": ("kv_cache_memory_bytes", _human_integer),
-    "--standby-memory-bytes": ("standby_memory_bytes", _human_integer),
+    "--kv-cache-memory-bytes": ("kv_cache_memory_bytes", human_integer),
+    "--standby-memory-bytes": ("standby_memory_bytes", human_integer),
     "--replication-interval-tokens": ("replication_interval_tokens", _integer),
-    "--replication-bandwidth": ("replication_bandwidth", _human_integer),
+    "--replication-bandwidth": ("replication_bandwidth", human_integer),
     "--slow-node-ratio": ("slow_node_ratio", float),
     "--slow-node-seconds": ("slow_node_seconds", float),
     "--replacement-wait": ("replacement_wait", float),
 }
 _MEANT: dict[Callable[[str], Any], str] = {
     _integer: "a whole number",
-    _human_integer: "a number of bytes, such as 512M or 2G",
+    human_integer: "a number of bytes, such as 512M or 2G",
 }
 
 OURS = tuple(_TAKEN)

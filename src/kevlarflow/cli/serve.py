@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 import tempfile
 from typing import Any
@@ -60,7 +61,7 @@ Runs in the foreground until Ctrl-C or SIGTERM; the exit status is 0 then, or 13
   --slow-node-seconds N        for how long it has to be that slow ({Timeouts().slow_after_ms / 1_000:g})
 
 All other flags are vLLM's, such as --max-model-len, --dtype or --enforce-eager, and go to it as they are.
-kevlarflow serve --help=all shows them; --help=GROUP or --help=WORD shows some."""
+kevlarflow serve --help=all shows them too; --help=GROUP or --help=WORD shows some."""
 
 
 def run(arguments: list[str]) -> int:
@@ -77,11 +78,19 @@ def run(arguments: list[str]) -> int:
 
 
 def _explain(topic: str) -> int:
+    ours = USAGE if topic in {"", "all"} else _flags_about(topic)
+    if ours:
+        print(ours, end="\n\n" if topic else "\n", flush=True)
     if topic:
         vllm_server = "vllm.entrypoints.launchers.api_server.entry"
         os.execv(sys.executable, [sys.executable, "-m", vllm_server, f"--help={topic}"])
-    print(USAGE)
     return 0
+
+
+def _flags_about(word: str) -> str:
+    """The flags of `USAGE` whose name or text has the word in it, as vLLM searches its own."""
+    flags = re.findall(r"^  -.*(?:\n    .*)*", USAGE, re.MULTILINE)
+    return "\n".join(flag for flag in flags if word.lower().replace("_", "-") in flag.lower())
 
 
 def _as_typed(flags: ServeFlags) -> ServeConfig:

@@ -19,10 +19,19 @@ from kevlarflow.sim.shrink import failure_of, shrink, story_of
 
 SEEDS = 20_000
 STORY_LINES = 80
+INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run it. Returns 0 when every invariant held."""
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(arguments: list[str] | None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.seed is not None and options.alone:

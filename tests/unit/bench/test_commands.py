@@ -42,6 +42,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
 def test_sizes_may_have_a_unit():
     options = bench._parse(["--kv-cache-memory-bytes", "2G", "--streams", "2,8"])
     assert (options.kv_cache_memory_bytes, options.streams) == (2 * 2**30, (2, 8))
+    assert bench._parse(["--kv-cache-memory-bytes", "1.5g"]).kv_cache_memory_bytes == 1_500_000_000
     assert options.experiments == list(bench.EXPERIMENTS)
 
 
@@ -60,12 +61,32 @@ def test_a_report_that_is_none_cannot_be_resumed(
     assert "is no report of kevlarflow bench" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--model", "/no/such/model"], "there is no model /no/such/model"),
+        (["--dtype", "float23"], "invalid choice: 'float23'"),
+    ],
+)
+def test_a_model_that_cannot_be_measured_is_refused_before_a_system_starts(
+    words: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as refusal:
+        raise SystemExit(main(["bench", "failover", *words, "--output", str(tmp_path)]))
+    assert refusal.value.code in (1, 2)
+    assert complaint in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_system_that_cannot_start_is_said_so_and_fails_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert main(["bench", "failover", "--model", "/no/such/model", "--output", str(tmp_path)]) == 1
+    # vLLM alone knows that nothing can be computed with it.
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert main(["bench", "failover", "--model", str(tmp_path), "--output", str(tmp_path)]) == 1
     shown = capsys.readouterr().out
-    assert "failover: KevlarFlow ended with exit status 1: there is no model /no/such/model" in shown
+    assert "failover: KevlarFlow ended with exit status 2: vLLM refuses these flags or this model" in shown
     assert "logs of the systems are kept in" in shown
     assert "no further kills" in next(tmp_path.glob("*.md")).read_text()

@@ -149,6 +149,30 @@ def test_the_users_environment_wins(model: Path, served: list[ServeConfig], monk
     assert "HF_HUB_OFFLINE" not in serve.child_environment(served[1])
 
 
+@pytest.mark.parametrize(
+    ("topic", "named", "not_named"),
+    [
+        ("standby", ["--standby-memory-bytes"], ["--slow-node-ratio"]),
+        ("slow_node", ["--slow-node-ratio", "its lanes move to another node", "--slow-node-seconds"], ["--port"]),
+        ("all", ["--standby-memory-bytes", "--slow-node-ratio", "--port"], []),
+    ],
+)
+def test_a_search_finds_flags_of_ours_before_vllm_shows_its_own(
+    topic: str,
+    named: list[str],
+    not_named: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    executed: list[str] = []
+    monkeypatch.setattr(serve.os, "execv", lambda _, words: executed.extend(words))
+    serve.run([f"--help={topic}"])
+    shown = capsys.readouterr().out
+    assert all(each in shown for each in named)
+    assert not any(each in shown for each in not_named)
+    assert executed[-1] == f"--help={topic}"
+
+
 def test_help_names_every_flag_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
     assert serve.run(["--help"]) == 0
     text = capsys.readouterr().out
@@ -196,7 +220,7 @@ def test_replication_is_on_by_default_and_says_with_what(model: Path, served: li
         ("--standby-memory-bytes", "900G", "900.0 GiB for replicas.*32.0 GiB are free"),
         ("--replication-interval-tokens", "-1", "negative"),
         ("--replication-bandwidth", "0", "copies nothing"),
-        ("--replication-bandwidth", "-1M", "copies nothing: use 1M or more"),
+        ("--replication-bandwidth", "-1M", "copies nothing: use a number of bytes, such as 128M"),
         ("--replication-bandwidth", "much", "is not a number of bytes, such as 512M or 2G"),
     ],
 )

@@ -217,6 +217,7 @@ def parse(text: str, source: str) -> Scenario:
     """The scenario in a text; `source` is what to call it in errors. Raises `UsageError` with line and key."""
     try:
         root = yaml.compose(text, yaml.SafeLoader)
+        _require_single_keys(root, source)
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -230,6 +231,18 @@ def parse(text: str, source: str) -> Scenario:
         raise UsageError(complaint(source, root, Scenario, str(error))) from error
     _require_places(scenario, source)
     return scenario
+
+
+def _require_single_keys(node: yaml.Node | None, source: str) -> None:
+    """YAML itself takes the last of several values of a key."""
+    seen: set[str] = set()
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key.value in seen:
+            raise UsageError(f"{source}, line {key.start_mark.line + 1}: {key.value} is given a second time")
+        seen.add(key.value)
+        _require_single_keys(value, source)
+    for value in node.value if isinstance(node, yaml.SequenceNode) else ():
+        _require_single_keys(value, source)
 
 
 def _require_places(scenario: Scenario, source: str) -> None:

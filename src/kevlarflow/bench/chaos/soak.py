@@ -32,6 +32,8 @@ from kevlarflow.config import run_folder_of
 from kevlarflow.faults import FaultDidNotHappen
 from kevlarflow.faults.processes import ProcessIdentity, command_line
 
+UNFINISHED = "it was not performed to its end"
+"""Of a round until it is, for whoever interrupts it."""
 VOID_ROUNDS_ALLOWED = 8
 """One in so many rounds may be void: a phase was over before anybody saw it, say. They are made up for."""
 LONGEST_NAME = 40
@@ -131,10 +133,11 @@ class _Rounds:
     def _round(self, number: int) -> None:
         case, scenario = drawn(self._soak.plan, number)
         performance = Performance(scenario, self._server.address, self._watcher, lambda _: None, self._reference)
-        result = Round(number=number, case=case, what=case.name)
+        result = Round(number=number, case=case, what=case.name, void=UNFINISHED)
         self._soak.rounds.append(result)
         try:
             asyncio.run(self._perform(performance, result))
+            result.void = ""
         except FaultDidNotHappen as error:
             result.void = str(error)
         self._reference = performance.seen.reference

@@ -59,6 +59,7 @@ def test_every_shipped_scenario_can_be_read() -> None:
             "  strems: 2",
             "s.yaml, line 4, load.strems: there is no key 'strems' here: did you mean 'streams'?",
         ),
+        ("  streams: 2", "  streams: 2\n  streams: 3", "s.yaml, line 5: streams is given a second time"),
         ("stages: 3", "stages: 0", "s.yaml, line 2, cluster.stages: this has to be a whole number >= 1"),
         (
             "kind: slow",
