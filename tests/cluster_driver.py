@@ -57,8 +57,8 @@ class Driver:
     def ready(self, node, incarnation=1, epochs=None):
         return self.do(events.NodeReady(self.info(node, incarnation), epochs or {}))
 
-    def attach(self, pipeline, pid=None, epoch=0, members=()):
-        return self.do(events.EngineAttached(PipelineId(pipeline), pid or 70 + pipeline, Epoch(epoch), members))
+    def attach(self, pipeline, pid=None, epoch=0, members=(), **said):
+        return self.do(events.EngineAttached(PipelineId(pipeline), pid or 70 + pipeline, Epoch(epoch), members, **said))
 
     def engine_ready(self, pipeline):
         return self.do(events.EngineReady(PipelineId(pipeline), 100))

@@ -33,7 +33,7 @@ DEFAULT_BANDWIDTH = 128 << 20
 """Bytes a second that a node may send as copies."""
 
 DEFAULT_REPLACEMENT_WAIT_S = 45.0
-"""Seconds. A replacement is ready after 9 to 16 s, compiled after 20 s, so there is time for a second one if the first
+"""Seconds. A replacement is ready after 3 to 16 s, compiled after 20 s, so there is time for a second one if the first
 dies; and the error comes before common proxies (nginx, load balancers) cut a connection that is silent for 60 s."""
 
 

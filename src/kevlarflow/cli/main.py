@@ -19,7 +19,7 @@ COMMANDS = {
     "node": ("kevlarflow.cli.node", "start a node by hand in an empty place"),
     "demo": ("kevlarflow.cli.demo", "kill a node in mid-stream and watch the streams go on"),
     "chaos": ("kevlarflow.cli.chaos", "hurt a cluster as a scenario says, and check what has to hold"),
-    "soak": ("kevlarflow.cli.soak", "kill nodes one after the other for long, and look for leaks"),
+    "soak": ("kevlarflow.cli.soak", "hurt one cluster over and over, and look for leaks"),
     "bench": ("kevlarflow.cli.bench", "measure against stock vLLM, side by side"),
 }
 

@@ -219,7 +219,7 @@ def introduction(config: ServeConfig) -> list[str]:
     """What is about to be started, for a person."""
     nodes = config.pipelines * config.stages
     lines = [
-        f"serving {config.served_model_name} on {nodes} node{'s' * (nodes > 1)}: "
+        f"starting {config.served_model_name} on {nodes} node{'s' * (nodes > 1)}: "
         f"{config.pipelines} pipeline{'s' * (config.pipelines > 1)} (-dp) x "
         f"{config.stages} stage{'s' * (config.stages > 1)} (-pp)",
         f"KV memory: {gib(config.kv_cache_memory_bytes)} a node (--kv-cache-memory-bytes), shared among the pipelines "

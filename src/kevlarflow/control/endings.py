@@ -28,7 +28,7 @@ def name(status: int) -> str:
 
 
 def was_sent(status: int) -> bool:
-    """Whether a process ended since it was sent a signal."""
+    """Whether a process ended because it was sent a signal."""
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) in SENT
 
 

@@ -55,7 +55,7 @@ SUBSCRIBE_SECONDS = 1.0
 QUIET_SECONDS = 15.0
 """After so long without a line, a start-up says what it is waiting for."""
 LONG_LIFE_SECONDS = 60.0
-"""A unit that lived longer than this has not failed in a row."""
+"""The death of a unit that lived longer than this is the first of a row."""
 FAILURES_IN_A_ROW = 6
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 10.0

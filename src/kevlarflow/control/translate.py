@@ -28,7 +28,13 @@ def event_of(message: FromPeer) -> events.AnyEvent:
             return events.NodeFailed(member, reason)
         case messages.EngineAttached():
             return events.EngineAttached(
-                message.pipeline, message.pid, message.epoch, message.members, message.shares, message.suspended
+                pipeline=message.pipeline,
+                pid=message.pid,
+                epoch=message.epoch,
+                members=message.members,
+                shares=message.shares,
+                suspended=message.suspended,
+                forming=message.forming,
             )
         case messages.EngineReady(pipeline=pipeline, kv_blocks=kv_blocks):
             return events.EngineReady(pipeline, kv_blocks)

@@ -197,7 +197,8 @@ class LocalProcessWatcher(Generic[Key]):
         status = process.ending()
         if status is None:
             return Death(key, process.pid, self._checked_at)
-        memory_was_short = self._oom_kills.may_have_been(now)
+        # The kernel uses no other signal for want of memory.
+        memory_was_short = os.WTERMSIG(status) == signal.SIGKILL and self._oom_kills.may_have_been(now)
         from_outside = endings.was_sent(status) and not memory_was_short
         return Death(key, process.pid, self._checked_at, endings.name(status), from_outside)
 

@@ -105,7 +105,7 @@ class Attendant(threading.Thread):
 
     def _introduce(self, controller: zmq.Socket[bytes]) -> None:
         session = self._session
-        facts = (Epoch(session.epoch), session.members, session.shares, session.suspended)
+        facts = (Epoch(session.epoch), session.members, session.shares, session.suspended, session.forming)
         self._send(controller, EngineAttached(session.pipeline, os.getpid(), *facts))
 
     def _report_load(self, controller: zmq.Socket[bytes]) -> None:

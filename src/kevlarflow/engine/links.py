@@ -40,7 +40,6 @@ class NodeLinks:
         died never do: their channels go when the next one is opened and they have had their time."""
         self._bell = bell
         self._poller = zmq.Poller()
-        self.dropped = 0
         """Messages that could not be sent or decoded."""
 
     def use(self, nodes: Sequence[NodeInfo]) -> None:
@@ -69,11 +68,6 @@ class NodeLinks:
 
     def _open_sockets(self) -> list[zmq.Socket[bytes]]:
         return [*self._sockets.values(), *(each.socket for each in self._farewells.values())]
-
-    @property
-    def parting(self) -> set[Member]:
-        """Nodes that may have yet to answer that they have left."""
-        return set(self._farewells)
 
     def _open(self, address: str) -> zmq.Socket[bytes]:
         sock = self._context.socket(zmq.DEALER)
@@ -130,7 +124,6 @@ class NodeLinks:
         try:
             sock.send_multipart([steps.encode(header), *payload], zmq.NOBLOCK)
         except zmq.Again:
-            self.dropped += 1
             log.warning("a message was dropped: %d wait for a node already", MAX_WAITING_MESSAGES)
 
     def receive(self, timeout_ms: int) -> list[tuple[steps.AnyStepMessage, list[bytes]]]:
@@ -149,7 +142,7 @@ class NodeLinks:
                 try:
                     header = steps.decode(frame)
                 except msgspec.MsgspecError:
-                    self.dropped += 1
+                    log.warning("a message of a node makes no sense and was dropped")
                     continue
                 received.append((header, payload))
         return received

@@ -40,9 +40,13 @@ from kevlarflow.wire.orders import formation_ordered, suspension_ordered
 log = logging.getLogger("kevlarflow.engine")
 
 MAX_ORDERS = 1_000
-"""Orders of the controller that may wait; only the newest counts."""
+"""Orders of the controller that may wait; beyond that the oldest is lost, and a newer one replaces what it said."""
+MAX_REPORTS = 1_000
+"""What the attendant has yet to tell; beyond that the oldest is lost. The controller asks again for what it misses."""
 PUMP_MS = 200
 """How long the engine thread waits for messages before it looks at the time."""
+START_UP_PUMP_MS = 100
+"""The same while it starts, when it has other things to look at."""
 DESCRIBE_AGAIN_SECONDS = 1.0
 
 
@@ -55,7 +59,7 @@ class StepFuture(Future[Any]):
         self._sequence = sequence
 
     def result(self, timeout: float | None = None) -> Any:
-        """The step's `ModelRunnerOutput`, or the session's `abandoned` value. `timeout` is seconds, None for ever."""
+        """The step's `ModelRunnerOutput`, or an `AbandonedOutput`. `timeout` is seconds, None for ever."""
         if not self.done():
             self._session.wait_for(self, timeout)
         return super().result(timeout=0)
@@ -85,7 +89,7 @@ class Session:
         self._dropped_replicas: collections.Counter[Stage] = collections.Counter()
         self._lost_requests = 0
         self._last_replication: tuple[LaneCoverage, ...] = ()
-        self.reports: collections.deque[AnyMessage] = collections.deque(maxlen=MAX_ORDERS)
+        self.reports: collections.deque[AnyMessage] = collections.deque(maxlen=MAX_REPORTS)
         """What the attendant has to tell the controller."""
         self.report_bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
@@ -125,7 +129,8 @@ class Session:
 
     def note_lost(self, requests: int) -> None:
         """The scheduler ended this many requests with an error."""
-        self._lost_requests += requests
+        with self._door:
+            self._lost_requests += requests
 
     @property
     def suspended_reason(self) -> str:
@@ -177,14 +182,14 @@ class Session:
         deadline = time.monotonic() + timeout
         with self._door:
             while self._core.standing is not Standing.SERVING and time.monotonic() < deadline:
-                self._pump(100)
+                self._pump(START_UP_PUMP_MS)
             due = 0.0
             while len(self._descriptions) < max(1, len(self._core.nodes)) and time.monotonic() < deadline:
                 if time.monotonic() >= due:
                     due = time.monotonic() + DESCRIBE_AGAIN_SECONDS
                     for stage in set(map(Stage, range(len(self._core.nodes)))) - self._descriptions.keys():
                         self._links.send(self._core.nodes[stage], steps.Describe())
-                self._pump(100)
+                self._pump(START_UP_PUMP_MS)
         if len(self._descriptions) < max(1, len(self._core.nodes)):
             raise StartupFailed(f"pipeline {self.pipeline} was not formed within {timeout:.0f} s: see the nodes' logs")
         return [pickle.loads(description) for _, description in sorted(self._descriptions.items())]
@@ -274,7 +279,7 @@ class Session:
         results = self._results_of(header, payload) if isinstance(header, steps.Joined) else {}
         event = event_of(header, results)
         if event is None:
-            self._links.dropped += 1
+            log.warning("%s makes no sense to an engine", type(header).__name__)
             return
         match header:
             case steps.StepFailed(sequence=sequence, stage=stage, reason=reason):

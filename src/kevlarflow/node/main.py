@@ -2,8 +2,9 @@
 
 Follow a step from here: it comes in at `_take_from_engines`, waits in its lane (`node.lanes`) for the activations that
 arrive at `_take_activations`, runs in `_run` as `node.work` says, and leaves to the next node (`pass_on`) or, at the
-last stage, back to the engine (`answer`). Everything but the heartbeat happens on this one thread, so a lane is never
-touched while it computes.
+last stage, back to the engine (`answer`). All of it happens on this one thread, so a lane never changes while it
+computes. There are two others: the heartbeat, and the replicator, which reads KV blocks and looks at their tags
+afterwards.
 """
 
 from __future__ import annotations
@@ -104,8 +105,6 @@ class NodeServer:
         self._engines = self._bind(zmq.ROUTER, self._sockets.steps)
         self._upstream = self._bind(zmq.PULL, self._sockets.activations)
         self._replicas: LaneReplicas | None = None
-        self.dropped = 0
-        """Messages that carried an old epoch or made no sense."""
 
     def _bind(self, kind: int, path: Path) -> zmq.Socket[bytes]:
         path.unlink(missing_ok=True)
@@ -185,7 +184,7 @@ class NodeServer:
             try:
                 self._take(engine, steps.decode(frame), payload)
             except msgspec.MsgspecError:
-                self.dropped += 1
+                log.warning("%s: a message of an engine makes no sense and was dropped", self._member)
 
     def _take(self, engine: bytes, header: steps.AnyStepMessage, payload: list[bytes]) -> None:
         if isinstance(header, steps.OF_A_LANE) and self._lanes.loses_touch(header.pipeline, header.epoch, engine):
@@ -208,10 +207,10 @@ class NodeServer:
                 | steps.Place()
                 | steps.PlaceRest()
             ):
-                if not self._lanes.add_work(Work(engine, header, payload)):
-                    self.dropped += 1
+                # Unless it carries an old epoch.
+                self._lanes.add_work(Work(engine, header, payload))
             case _:
-                self.dropped += 1
+                log.warning("%s: %s is no message for a node", self._member, type(header).__name__)
 
     def _take_about_lane(
         self, engine: bytes, header: steps.Join | steps.Leave | steps.AssignStandby | steps.Hasten, payload: list[bytes]
@@ -290,12 +289,12 @@ class NodeServer:
             try:
                 header = steps.decode(frame)
             except msgspec.MsgspecError:
-                self.dropped += 1
+                log.warning("%s: a message of another node makes no sense and was dropped", self._member)
                 continue
-            if not isinstance(header, steps.Activations) or not self._lanes.add_activations(
-                header.pipeline, header.epoch, header.sequence, _unpack(header, raw)
-            ):
-                self.dropped += 1
+            if isinstance(header, steps.Activations):
+                # Unless they carry an old epoch.
+                tensors = _unpack(header, raw)
+                self._lanes.add_activations(header.pipeline, header.epoch, header.sequence, tensors)
 
     # ---- running
 
@@ -369,7 +368,6 @@ class NodeServer:
         try:
             sock.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
-            self.dropped += 1
             log.warning("%s: a message was dropped: %d wait for a peer already", self._member, MAX_WAITING_MESSAGES)
 
 

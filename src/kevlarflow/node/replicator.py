@@ -97,11 +97,6 @@ class Replicator(threading.Thread):
         while self.outcomes:
             yield self.outcomes.popleft()
 
-    @property
-    def refused(self) -> int:
-        """Copies from others that were wrong."""
-        return self._standby.refused
-
     # ---- this thread
 
     def run(self) -> None:

@@ -198,8 +198,8 @@ class Cluster(Grid):
     def retry_after_seconds(self, now: float) -> int:
         """When a node that is being started is likely to be ready: what starts have taken, less what has passed."""
         typical = statistics.median(self.start_seconds) if self.start_seconds else DEFAULT_START_SECONDS
-        starting = [slot for slot in self.slots.values() if slot.state is NodeState.STARTING]
-        passed = max((now - slot.started_at for slot in starting), default=0.0)
+        starting = [each for each in self.slots.values() if each.state is NodeState.STARTING and not each.was_ready]
+        passed = max((now - each.started_at for each in starting), default=0.0)
         return max(1, round(typical - passed))
 
     def member_is_current(self, member: Member) -> bool:

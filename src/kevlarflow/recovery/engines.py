@@ -6,7 +6,7 @@ it is started again. What its pipeline does about it is decided in `recovery.for
 
 from __future__ import annotations
 
-from kevlarflow.recovery import events, standstill, waiting
+from kevlarflow.recovery import events, formation, standstill, waiting
 from kevlarflow.recovery.events import KillEngine
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import NO_EPOCH, Pipeline, subject
@@ -67,7 +67,6 @@ def _detach(grid: Grid, pipeline: Pipeline) -> None:
     pipeline.forming = pipeline.formed = pipeline.reform = False
     pipeline.relink_at = None
     pipeline.order = None
-    pipeline.wait_until = None
     pipeline.forget_losses()
     pipeline.parted.clear()
     pipeline.relinked.clear()
@@ -99,6 +98,7 @@ def on_report(grid: Grid, event: events.EngineReport) -> None:
     pipeline.engine.report_is_new = event.epoch in (NO_EPOCH, ordered)
     _hear(grid, pipeline, event)
     waiting.note_report(pipeline, event)
+    formation.note_report(grid, pipeline, event)
     standstill.note_report(grid, pipeline, event)
     if event.kv_blocks > 0:
         pipeline.engine.kv_blocks = event.kv_blocks
@@ -131,7 +131,7 @@ def on_lost(grid: Grid, event: events.EngineLost) -> None:
         return
     _detach(grid, pipeline)
     pipeline.engine.state = EngineState.DEAD
-    grid.narrate(f"the engine of {subject(pipeline.id)} ended (pid {event.pid}): its requests are lost")
+    grid.narrate(f"the engine of {subject(pipeline.id)} ended (pid {event.pid}): the requests of all engines are lost")
 
 
 def look_after(grid: Grid, pipeline: Pipeline, pause: float) -> None:

@@ -218,6 +218,8 @@ class EngineAttached(Event, frozen=True):
     shares: int = 1
     suspended: bool = False
     """Whether it was told that a stage has no node: then it has to be formed anew, whoever lives."""
+    forming: bool = False
+    """Whether the nodes have yet to answer in that epoch."""
 
 
 class EngineReady(Event, frozen=True):

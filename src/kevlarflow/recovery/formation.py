@@ -33,6 +33,17 @@ def on_formed(grid: Grid, event: events.Formed) -> None:
     pipeline = grid.pipeline(event.pipeline)
     if pipeline is None or not pipeline.forming or event.epoch != pipeline.epoch:
         return
+    _note_formed(grid, pipeline, event)
+
+
+def note_report(grid: Grid, pipeline: Pipeline, report: events.EngineReport) -> None:
+    """An engine that was forming when it was taken over has formed, and its saying so came too soon to be heard."""
+    is_over = pipeline.forming and pipeline.order is None and not report.forming
+    if is_over and report.epoch == pipeline.epoch and not pipeline.holes:
+        _note_formed(grid, pipeline, None)
+
+
+def _note_formed(grid: Grid, pipeline: Pipeline, answer: events.Formed | None) -> None:
     pipeline.forming = False
     pipeline.formed = True
     pipeline.formed_at = grid.now
@@ -42,8 +53,8 @@ def on_formed(grid: Grid, event: events.Formed) -> None:
     if isinstance(pipeline.order, Form):
         pipeline.leaving -= {info.member for info in pipeline.order.released}
     pipeline.forget_losses()
-    grid.tell(subject(pipeline.id), f"formed in epoch {event.epoch}")
-    records.finish(grid, pipeline, event)
+    grid.tell(subject(pipeline.id), f"formed in epoch {pipeline.epoch}")
+    records.finish(grid, pipeline, answer)
 
 
 # ---- comparing what is with what could be
@@ -102,12 +113,16 @@ def _adopt(grid: Grid, pipeline: Pipeline, claim: events.EngineAttached) -> bool
         origin = grid.slots.get(claim.members[stage].node) or grid.home(pipeline, stage)
         if stage not in pipeline.recoveries:
             records.begin(grid, pipeline, stage, Cause.CRASH, origin)
-    if not holes:
+    # Someone has seen a newer epoch: what the engine sends would be refused.
+    pipeline.reform = pipeline.reform or claim.suspended or claim.epoch < pipeline.epoch
+    if not claim.suspended and not claim.forming:
+        # It has generated, whatever has happened since.
+        pipeline.wait_until = None
+    if claim.forming and not holes and not pipeline.reform:
+        pipeline.forming, pipeline.formed = True, False
+        grid.step_pipeline(pipeline, PipelineStep.FORM)
+    elif not holes:
         records.finish(grid, pipeline, None)
-        # Someone has seen a newer epoch: what the engine sends would be refused.
-        pipeline.reform = pipeline.reform or claim.suspended or claim.epoch < pipeline.epoch
-        if not claim.suspended:
-            pipeline.wait_until = None
     return True
 
 

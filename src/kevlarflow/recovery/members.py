@@ -68,6 +68,8 @@ class Slot:
     """When the exit of a starting member is believed: until then it may say why."""
     fenced_by: float | None = None
     """When a member that was sent SIGKILL counts as lost, seen to die or not."""
+    was_ready: bool = False
+    """Whether the member was ready in an earlier life of the controller, and has yet to introduce itself."""
     was_fenced: bool = False
     """Whether an earlier life of the controller may have sent the member SIGKILL."""
     silent_since: float = 0.0
@@ -121,7 +123,7 @@ class Slot:
         self.pids = ()
         self.info = None
         self.ready_by = self.start_at = self.exit_due = self.fenced_by = None
-        self.gives_way = self.hurt_from_outside = self.was_fenced = False
+        self.gives_way = self.hurt_from_outside = self.was_ready = self.was_fenced = False
         self.ending = ""
         self.computing = self.emptied_for = self.stuck_since = self.leave_by = None
         self.vacant = False

@@ -63,7 +63,7 @@ def expect(grid: Grid, slot: Slot, earlier: KnownNode) -> None:
     grid.step_node(slot, NodeStep.START)
     slot.pids = earlier.pids
     slot.emptied_for = earlier.emptied_for
-    slot.was_fenced = earlier.fenced
+    slot.was_ready, slot.was_fenced = earlier.ready, earlier.fenced
     slot.started_at = grid.now
     patience = timeouts.settle_ms / 1_000 if earlier.ready else timeouts.startup_timeout_s
     slot.ready_by = grid.now + patience
@@ -111,7 +111,9 @@ def on_ready(grid: Grid, event: events.NodeReady) -> None:
     slot.pids = info.pids
     slot.ready_by = None
     slot.failed_starts = 0
-    grid.start_seconds.append(grid.now - slot.started_at)
+    if not slot.was_ready:
+        grid.start_seconds.append(grid.now - slot.started_at)
+    slot.was_ready = False
     grid.step_node(slot, NodeStep.READY)
     if slot.emptied_for is not None:
         # An earlier life of the controller has begun to empty it.
@@ -208,11 +210,13 @@ def on_tick(grid: Grid, event: events.Tick) -> None:
         if slot.fenced_by is not None and now >= slot.fenced_by:
             _lose_silent(grid, slot)
         elif slot.exit_due is not None and now >= slot.exit_due:
-            lose(grid, slot, Cause.CRASH, now, f"died while it was starting (pid {_pid(slot)}{_how(slot)})")
+            when = "" if slot.was_ready else " while it was starting"
+            lose(grid, slot, Cause.CRASH, now, f"died{when} (pid {_pid(slot)}{_how(slot)})")
         elif slot.ready_by is not None and now >= slot.ready_by:
             if slot.pids:
                 grid.command(KillNode(slot.member, slot.pids))
-            lose(grid, slot, Cause.HANG, now, f"was not ready after {now - slot.started_at:.0f} s")
+            what = "did not introduce itself for" if slot.was_ready else "was not ready after"
+            lose(grid, slot, Cause.HANG, now, f"{what} {now - slot.started_at:.0f} s")
         elif slot.start_at is not None and now >= slot.start_at:
             start(grid, slot)
 
@@ -223,7 +227,8 @@ def on_tick(grid: Grid, event: events.Tick) -> None:
 def lose(grid: Grid, slot: Slot, cause: Cause, alive_at: float, what: str) -> None:
     """Take the member out of every pipeline, and see to the next one. `what` completes "node-0-1 ..."."""
     member = slot.member
-    was_starting, was_fenced = slot.state is NodeState.STARTING, slot.fenced_by is not None
+    was_starting = slot.state is NodeState.STARTING and not slot.was_ready
+    was_fenced = slot.fenced_by is not None
     grid.step_node(slot, NodeStep.LOSE)
     slot.info = None
     slot.ready_by = slot.exit_due = slot.fenced_by = slot.leave_by = None

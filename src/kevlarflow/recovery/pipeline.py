@@ -172,9 +172,9 @@ class Pipeline:
         # Steps that the nodes disagree on will not complete.
         if order.planned and busy and self.standing is Standing.SERVING and not self._disagrees:
             return self._plans.make(order, self.nodes, now) + self._form_as_planned(now)
-        return self._change_nodes(Ahead(order, now), now)
+        return self._change_nodes(Ahead(order, now))
 
-    def _change_nodes(self, ahead: Ahead, now: float) -> list[Command]:
+    def _change_nodes(self, ahead: Ahead) -> list[Command]:
         """Carry an order out, given what was done ahead of it."""
         order = ahead.order
         self._plans.drop()
@@ -404,7 +404,7 @@ class Pipeline:
     def _form_as_planned(self, now: float) -> list[Command]:
         """Carry out the order that waited, once only steps are left that were held back for it."""
         ahead = self._plans.due
-        return self._change_nodes(ahead, now) if ahead is not None else []
+        return self._change_nodes(ahead) if ahead is not None else []
 
     def _complete_in_order(self) -> list[Command]:
         """Fold what has completed, oldest first; a step without tokens completes when its turn comes."""
@@ -435,7 +435,7 @@ class Pipeline:
         else:
             commands = self._set_aside(dict.fromkeys(blamed or (), event.reason))
         if ahead is not None:
-            return commands + self._change_nodes(ahead, now)
+            return commands + self._change_nodes(ahead)
         return [*commands, RequestFormation(event.stage, event.reason)]
 
     def _behind(self, sequence: int) -> Sequence[str] | None:

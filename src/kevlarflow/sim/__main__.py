@@ -17,6 +17,7 @@ from kevlarflow.sim.many import Outcome, run_many
 from kevlarflow.sim.replay import replay
 from kevlarflow.sim.shrink import failure_of, shrink, story_of
 
+PROGRAM = "python -m kevlarflow.sim"
 SEEDS = 20_000
 STORY_LINES = 80
 INTERRUPTED = 130
@@ -57,7 +58,7 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m kevlarflow.sim", description=__doc__)
+    parser = Parser(prog=PROGRAM, description="Run many seeds, one seed, or a journal.")
     parser.add_argument("--seeds", type=_seeds, default=str(SEEDS), help="how many, or FIRST:END (default %(default)s)")
     parser.add_argument("--jobs", type=count, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--seconds", type=amount, default=float("inf"), help="begin no more seeds after this time")
@@ -113,13 +114,13 @@ def _replay(paths: list[str]) -> int:
             for line in replay(itertools.chain(*files)):
                 print(line)
     except OSError as error:
-        print(f"{error.filename} cannot be read: {error.strerror}", file=sys.stderr)
+        print(f"{PROGRAM}: {error.filename} cannot be read: {error.strerror}", file=sys.stderr)
         return 1
     except (UsageError, msgspec.MsgspecError) as error:
-        print(f"{' '.join(paths)} is no journal of a controller: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {' '.join(paths)} is no journal of a controller: {error}", file=sys.stderr)
         return 1
     except Violated as error:
-        print(f"an invariant did not hold: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: an invariant did not hold: {error}", file=sys.stderr)
         return 1
     print("every invariant held")
     return 0

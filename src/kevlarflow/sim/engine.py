@@ -89,9 +89,10 @@ class Engine(Process):
 
     def introduce(self) -> None:
         """Say who it is and what it serves."""
-        epoch = Epoch(self.core.epoch)
-        suspended = self.core.standing in (Standing.WAITING, Standing.SUSPENDED)
-        self._tell(messages.EngineAttached(self.pipeline, self.pid, epoch, self.core.members, self._shares, suspended))
+        core = self.core
+        suspended = core.standing in (Standing.WAITING, Standing.SUSPENDED)
+        facts = (Epoch(core.epoch), core.members, self._shares, suspended, core.standing is Standing.FORMING)
+        self._tell(messages.EngineAttached(self.pipeline, self.pid, *facts))
 
     def _tell(self, message: messages.AnyMessage) -> None:
         controller = self.fleet.controller

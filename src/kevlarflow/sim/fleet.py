@@ -148,7 +148,8 @@ class Fleet:
             if node.ails:
                 yield f"{node} {node.ails}"
             for lane in node.lanes:
-                if lane.replication is not None and lane.replication.queue.held_by_requests:
+                # What was lost with a connection is made good with the next step, and there may be none.
+                if lane.replication and node.is_in_touch(lane) and lane.replication.queue.held_by_requests:
                     yield f"{node} takes blocks of lane {lane.pipeline} for those of requests, and there are none"
 
     def _count(self) -> None:

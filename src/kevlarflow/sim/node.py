@@ -367,6 +367,11 @@ class Node(Process):
         """Send to the lane's engine."""
         self._answer(self._engines[lane.pipeline], answer, *payload)
 
+    def is_in_touch(self, lane: Lane) -> bool:
+        """Whether what the lane's engine has sent is here, or on its way: its connection has not broken since."""
+        line = self._engines[lane.pipeline]
+        return line.number == self.fleet.network.connection(line.engine, self)
+
     def _answer(self, line: Line, header: steps.AnyStepMessage, payload: Any = None) -> None:
         """An answer over a connection that is no more goes nowhere."""
         engine = line.engine

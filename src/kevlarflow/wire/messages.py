@@ -121,6 +121,8 @@ class EngineAttached(Message, frozen=True):
     """Lanes that share the KV memory of the busiest of them, as far as it knows."""
     suspended: bool = False
     """Whether it was told that a stage has no node, and has not been formed since."""
+    forming: bool = False
+    """Whether the nodes have yet to answer in that epoch."""
 
 
 class EngineReport(Message, frozen=True):

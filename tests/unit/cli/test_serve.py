@@ -189,7 +189,10 @@ def test_help_names_every_flag_of_ours(capsys: pytest.CaptureFixture[str]) -> No
         ("--replacement-wait SECONDS", f"{configuration.DEFAULT_REPLACEMENT_WAIT_S:g}"),
         ("--slow-node-ratio X", f"{configuration.DEFAULT_SLOW_RATIO:g}"),
         ("--slow-node-seconds N", f"{Timeouts().slow_after_ms / 1_000:g}"),
-        ("--kv-cache-memory-bytes N", f"what fits, up to {LARGEST_DEFAULT_KV_BYTES // GIB} GiB"),
+        (
+            "--kv-cache-memory-bytes N",
+            f"`VLLM_CPU_KVCACHE_SPACE` GiB if set, else what fits, up to {LARGEST_DEFAULT_KV_BYTES // GIB} GiB",
+        ),
     ],
 )
 def test_the_readme_tells_the_defaults(flag: str, default: str) -> None:

@@ -69,6 +69,12 @@ def vmstat(tmp_path):
     return file
 
 
+def test_the_kernel_ends_nobody_by_another_signal_for_want_of_memory(monkeypatch):
+    monkeypatch.setattr(OomKills, "may_have_been", lambda *_: True)
+    assert death_of("time.sleep(600)", signal.SIGTERM) == ("SIGTERM", True)
+    assert death_of("time.sleep(600)", signal.SIGKILL) == ("SIGKILL", False)
+
+
 def test_a_kill_while_memory_was_short_is_nobody_elses(vmstat):
     kills = OomKills(vmstat)
     assert not kills.may_have_been(10.0)

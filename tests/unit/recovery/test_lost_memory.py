@@ -42,7 +42,7 @@ def test_a_node_that_does_not_introduce_itself_is_killed_and_replaced():
     assert those(KillNode, pass_time(driver, SETTLE - 0.2)) == []
     commands = pass_time(driver, 0.4)
     assert those(KillNode, commands) == [KillNode(member("node-0-0"), (pid_of(member("node-0-0")),))]
-    (start,) = those(StartNode, pass_time(driver, 2.0))
+    (start,) = those(StartNode, commands + pass_time(driver, 2.0))
     # No life before has given this number out.
     assert (start.member.node, start.member.incarnation > 1_000) == ("node-0-0", True)
 

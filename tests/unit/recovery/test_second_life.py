@@ -1,0 +1,122 @@
+"""What the next life of the controller makes of a recovery that was under way, and of nodes that had started."""
+
+from cluster_driver import Driver, lines, member, orders
+from kevlarflow.recovery import events
+from kevlarflow.recovery.cluster import Cluster
+from kevlarflow.recovery.invariants import Invariants
+from kevlarflow.types import PipelineState, RecoveryState
+
+
+def restarted(driver):
+    snapshot = driver.cluster.snapshot()
+    driver.cluster = Cluster(driver.config)
+    driver.invariants = Invariants(driver.cluster)
+    driver.do(events.ControllerResumed(snapshot))
+    driver.now += 0.2
+    return driver
+
+
+BORROWED = (member("node-0-0"), member("node-1-1"))
+
+
+def taken_over(*, forming):
+    """Pipeline 0 borrows node-1-1; the order is the former life's, and its engine tells of it to the next one."""
+    driver = Driver().serve()
+    driver.exited("node-0-1")
+    restarted(driver)
+    for node in ("node-0-0", "node-1-0", "node-1-1"):
+        driver.ready(node)
+    driver.attach(0, 70, 2, BORROWED, shares=2, forming=forming)
+    return driver
+
+
+def test_an_engine_that_is_still_forming_has_not_recovered():
+    driver = taken_over(forming=True)
+    (recovery,) = driver.cluster.recoveries
+    assert (driver.state(0), recovery.state) == (PipelineState.RECOVERING, RecoveryState.RUNNING)
+    driver.report(0, running=8, in_flight=1, epoch=2, forming=True)
+    assert recovery.state is RecoveryState.RUNNING
+    assert "recovered" in lines(driver.formed(0, 2, requests=8, tokens=4_000))[-1]
+    assert (recovery.state, recovery.requests, recovery.recomputed_tokens) == (RecoveryState.DONE, 8, 4_000)
+    assert driver.state(0) is PipelineState.SERVING
+
+
+def test_an_engine_whose_answer_came_before_it_was_taken_over_serves_by_its_next_report():
+    driver = Driver().serve()
+    driver.exited("node-0-1")
+    restarted(driver)
+    driver.attach(0, 70, 2, BORROWED, shares=2, forming=True)
+    driver.formed(0, 2)
+    for node in ("node-0-0", "node-1-0", "node-1-1"):
+        driver.ready(node)
+    assert driver.state(0) is PipelineState.RECOVERING
+    driver.report(0, running=8, in_flight=1, epoch=2)
+    assert driver.state(0) is PipelineState.SERVING
+    assert [each.state for each in driver.cluster.recoveries] == [RecoveryState.DONE]
+
+
+def test_an_engine_that_has_formed_while_nobody_looked_has_recovered():
+    driver = taken_over(forming=False)
+    assert driver.state(0) is PipelineState.SERVING
+    assert [each.state for each in driver.cluster.recoveries] == [RecoveryState.DONE]
+
+
+def waited(*, forming):
+    """Its one pipeline has waited 44 of 45 s when a node took over; the next life finds that lost as well."""
+    driver = Driver(pipelines=1).serve()
+    driver.exited("node-0-1")
+    driver.now += 44.0
+    driver.tick()
+    driver.ready("node-0-1", 2)
+    restarted(driver)
+    driver.exited("node-0-1", 2)
+    driver.ready("node-0-0")
+    said = driver.attach(0, 70, 2, (member("node-0-0"), member("node-0-1", 2)), forming=forming) + driver.tick(0.2)
+    (order,) = orders(said)
+    assert order.waits
+    return driver
+
+
+def test_a_pipeline_that_has_generated_meanwhile_waits_for_the_whole_time_again():
+    driver = waited(forming=False)
+    assert not orders(driver.tick(44.0))
+    (over,) = orders(driver.tick(1.5))
+    assert not over.waits
+
+
+def test_one_that_was_still_forming_has_waited_all_the_time():
+    (over,) = orders(waited(forming=True).tick(1.5))
+    assert not over.waits
+
+
+def test_an_introduction_is_no_start():
+    driver = Driver()
+    driver.do(events.ClusterBegun())
+    driver.now += 30.0
+    for node in driver.cluster.slots:
+        driver.ready(node)
+    for pipeline in driver.cluster.pipelines:
+        driver.attach(pipeline.id)
+        driver.formed(pipeline.id, 1)
+        driver.engine_ready(pipeline.id)
+    for _ in range(2):
+        restarted(driver)
+        assert driver.cluster.retry_after_seconds(driver.now) == 30
+        for node in driver.cluster.slots:
+            driver.ready(node)
+    assert driver.cluster.retry_after_seconds(driver.now) == 30
+
+
+def test_a_node_that_had_started_did_not_die_while_it_was_starting():
+    driver = restarted(Driver().serve())
+    (line,) = lines(driver.exited("node-0-1") + driver.tick(0.2))
+    assert line == "node-0-1 died (pid 1001)"
+    assert driver.cluster.slots["node-0-1"].failed_starts == 0
+
+
+def test_a_node_that_had_started_and_does_not_appear_is_said_to_be_silent():
+    driver = restarted(Driver().serve())
+    driver.ready("node-1-1")
+    said = lines(driver.tick(driver.config.timeouts.settle_ms / 1_000))
+    assert any(line.startswith("node-0-1 did not introduce itself for ") for line in said)
+    assert not any("was not ready" in line for line in said)
