@@ -12,7 +12,8 @@ import zmq
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
-from kevlarflow.engine.availability import AvailabilityMiddleware, ControllerMetrics, Failure, Watch
+from kevlarflow.engine import availability
+from kevlarflow.engine.availability import AvailabilityMiddleware, ControllerMetrics, Reasons, Watch
 from kevlarflow.wire.messages import AskMetrics, Availability, Metrics, Subscribe, decode, encode
 from standins import wait_until
 
@@ -21,7 +22,7 @@ DOWN = Availability(serving=False, started=True, reason="stage 1 has no node", r
 STARTING = Availability(serving=False, started=False, reason="waiting for node-0-1", retry_after_seconds=1)
 
 
-def ask(now: Availability, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
+def ask(now: Availability, method: str, path: str, root: str = "") -> tuple[int, dict[str, str], bytes]:
     """One request through the middleware; vLLM behind it would answer 299."""
     sent: list[dict[str, Any]] = []
 
@@ -37,7 +38,7 @@ def ask(now: Availability, method: str, path: str) -> tuple[int, dict[str, str],
 
     watch = Watch("")
     watch.latest = now
-    scope = {"type": "http", "method": method, "path": path}
+    scope = {"type": "http", "method": method, "path": path, "root_path": root}
     asyncio.run(AvailabilityMiddleware(vllm, watch)(scope, receive, send))
     headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
     return sent[0]["status"], headers, b"".join(message["body"] for message in sent[1:])
@@ -56,7 +57,16 @@ def test_health_is_vllms_while_something_can_generate() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/invocations"]
+    "path",
+    [
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/invocations",
+        "/cohere/v2/chat",
+        "/generative_scoring",
+    ],
 )
 def test_new_requests_are_turned_away_in_openais_form(path: str) -> None:
     status, headers, body = ask(DOWN, "POST", path)
@@ -65,6 +75,13 @@ def test_new_requests_are_turned_away_in_openais_form(path: str) -> None:
     assert int(headers["content-length"]) == len(body)
     assert json.loads(body)["error"]["message"] == "stage 1 has no node"
     assert ask(SERVING, "POST", path)[0] == 299
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/health"), ("POST", "/v1/completions")])
+def test_behind_a_root_path_an_outage_is_seen_as_well(method: str, path: str) -> None:
+    assert ask(DOWN, method, f"/api{path}", "/api")[0] == 503
+    assert ask(DOWN, method, path, "/api")[0] == 503, "the proxy has taken it off"
+    assert ask(DOWN, method, f"/apis{path}", "/api")[0] == 299
 
 
 @pytest.mark.parametrize(
@@ -120,7 +137,8 @@ def test_the_watch_follows_a_controller_through_its_restart(
 
 
 class _Output:
-    def __init__(self, finish_reason: str | None, stop_reason: str | None) -> None:
+    def __init__(self, request_id: str, finish_reason: str | None, stop_reason: str | None) -> None:
+        self.request_id = request_id
         self.finish_reason = finish_reason
         self.stop_reason = stop_reason
 
@@ -134,10 +152,44 @@ class _OutputProcessor:
         return timestamp
 
 
-def test_the_reason_of_a_failed_request_is_learnt_before_vllm_sees_the_output() -> None:
-    processor, failure = _OutputProcessor(), Failure()
-    failure.listen(processor)
-    outputs = [_Output(None, None), _Output("stop", "END"), _Output("error", "stage 1 has no node")]
+def test_each_failed_request_has_the_reason_that_its_engine_gave() -> None:
+    processor, reasons = _OutputProcessor(), Reasons()
+    reasons.listen(processor)
+    outputs = [
+        _Output("cmpl-1-0-5eed", None, None),
+        _Output("cmpl-2-0-5eed", "stop", "END"),
+        _Output("1_cmpl-3-0-5eed", "error", "stage 1 has no node"),
+        _Output("chatcmpl-4-5eed", "error", "2 nodes were lost"),
+        _Output("cmpl-5-0-5eed", "error", None),
+    ]
     assert processor.process_outputs(outputs, 2.5) == 2.5
     assert processor.seen == outputs
-    assert failure.reason == "stage 1 has no node"
+    told = [reasons.of(f"cmpl-{number}") for number in (1, 2, 3, 5)]
+    assert told == ["", "", "stage 1 has no node", ""]
+    assert reasons.of("chatcmpl-4") == "2 nodes were lost"
+
+
+def test_only_the_last_reasons_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(availability, "MAX_REASONS", 2)
+    processor, reasons = _OutputProcessor(), Reasons()
+    reasons.listen(processor)
+    for number in range(4):
+        processor.process_outputs([_Output(f"cmpl-{number}", "error", f"reason {number}")], 0.0)
+    assert [reasons.of(f"cmpl-{number}") for number in range(4)] == ["", "", "reason 2", "reason 3"]
+
+
+def test_an_error_that_is_not_ours_is_vllms_to_explain(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+    from vllm.exceptions import GenerationError, RetryableRequestError
+
+    monkeypatch.setattr(GenerateBaseServing, "_raise_if_error", GenerateBaseServing._raise_if_error)
+    monkeypatch.setattr(availability, "_reasons", Reasons())
+    processor = _OutputProcessor()
+    availability.learn_reasons(processor)
+    availability.explain_failed_requests()
+    processor.process_outputs([_Output("cmpl-1-0", "error", "2 nodes were lost")], 0.0)
+    GenerateBaseServing._raise_if_error(None, "stop", "cmpl-1")
+    with pytest.raises(RetryableRequestError, match="2 nodes were lost"):
+        GenerateBaseServing._raise_if_error(None, "error", "cmpl-1")
+    with pytest.raises(GenerationError, match="Internal server error"):
+        GenerateBaseServing._raise_if_error(None, "error", "cmpl-2")

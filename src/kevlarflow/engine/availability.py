@@ -36,11 +36,9 @@ log = logging.getLogger("kevlarflow.engine.availability")
 REFRESH_SECONDS = 1.0
 """How often the subscription is renewed, so that a controller that was started again learns of it."""
 RETRY_SECONDS = 0.05
-GENERATION_PREFIXES = ("/v1/", "/v2/", "/inference/", "/invocations", "/generate")
-FAILED_REQUEST = (
-    "This request was ended because the cluster could not complete it after a failure; "
-    "the log of the API server and `kevlarflow status` say more."
-)
+GENERATION_PREFIXES = ("/v1/", "/v2/", "/inference/", "/invocations", "/generate", "/generative_scoring", "/cohere/")
+MAX_REASONS = 1_000
+"""Of requests that were ended and whose clients have yet to be told why."""
 UNKNOWN = Availability(serving=False, started=False, reason="the cluster is starting", retry_after_seconds=1)
 
 Scope = MutableMapping[str, Any]
@@ -123,15 +121,15 @@ class ControllerMetrics(Collector):
         yield from text_string_to_metric_families(self._watch.metrics.decode())
 
 
-class Failure:
-    """Why the engines ended requests last. The scheduler hook sends the reason along as the stop reason.
+class Reasons:
+    """Why the engines have ended requests. The scheduler hook sends the reason along as the stop reason.
 
-    vLLM asks about an error as soon as it has the output, so the last reason is that request's own, or one of the
-    same failure.
+    An engine's name for a request has the server's in it: what belongs to a prompt or a choice stands before and
+    behind that.
     """
 
     def __init__(self) -> None:
-        self.reason = ""
+        self._of: dict[str, str] = {}
 
     def listen(self, output_processor: Any) -> None:
         """Look at what the engines send before vLLM does."""
@@ -140,32 +138,40 @@ class Failure:
         def process_outputs(engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
             for output in engine_core_outputs:
                 if isinstance(output.stop_reason, str) and str(output.finish_reason) == "error":
-                    self.reason = output.stop_reason
+                    self._of[output.request_id] = output.stop_reason
+            for forgotten in list(self._of)[:-MAX_REASONS]:
+                del self._of[forgotten]
             return original(engine_core_outputs, *args, **kwargs)
 
         output_processor.process_outputs = process_outputs
 
+    def of(self, request: str) -> str:
+        """Why a request of the server was ended; empty if not by us."""
+        return next((reason for name, reason in self._of.items() if request in name), "")
 
-_failure = Failure()
+
+_reasons = Reasons()
 
 
 def learn_reasons(output_processor: Any) -> None:
     """Let `explain_failed_requests` know what the engines say of the requests that they end."""
-    _failure.listen(output_processor)
+    _reasons.listen(output_processor)
 
 
 def explain_failed_requests() -> None:
     """Let a request that ends in an error say why, where vLLM says "Internal server error"."""
     from vllm.entrypoints.generate.base.serving import GenerateBaseServing
-    from vllm.exceptions import GenerationError, RetryableRequestError
+    from vllm.exceptions import RetryableRequestError
 
-    def raise_if_error(_: object, finish_reason: str | None, request_id: str) -> None:
-        if finish_reason != "error":
-            return
-        reason = _failure.reason or _watch.latest.reason
-        log.error("request %s was ended with an error: %s", request_id, reason or "unknown")
+    original = GenerateBaseServing._raise_if_error
+
+    def raise_if_error(serving: Any, finish_reason: str | None, request_id: str) -> None:
+        reason = _reasons.of(request_id) if finish_reason == "error" else ""
         if not reason:
-            raise GenerationError(FAILED_REQUEST)
+            # It is well, or has failed of what vLLM knows.
+            original(serving, finish_reason, request_id)
+            return
+        log.error("request %s was ended with an error: %s", request_id, reason)
         raise RetryableRequestError(reason)
 
     GenerateBaseServing._raise_if_error = raise_if_error
@@ -185,19 +191,21 @@ class AvailabilityMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection, as ASGI defines it."""
         if scope["type"] == "http":
-            now = self._watch.latest
-            if not now.serving and scope["path"] == "/health":
+            now, path = self._watch.latest, _route(scope)
+            if not now.serving and path == "/health":
                 await _answer(send, now, _health_body(now))
                 return
-            if not now.serving and now.started and _generates(scope):
+            if not now.serving and now.started and scope["method"] == "POST" and path.startswith(GENERATION_PREFIXES):
                 await _answer(send, now, _error_body(now))
                 return
         await self._app(scope, receive, send)
 
 
-def _generates(scope: Scope) -> bool:
+def _route(scope: Scope) -> str:
+    """The path as vLLM's routes have it: without the `--root-path` of a proxy, which may or may not be there."""
     path: str = scope["path"]
-    return scope["method"] == "POST" and path.startswith(GENERATION_PREFIXES)
+    root: str = scope.get("root_path", "").rstrip("/")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 def _health_body(now: Availability) -> dict[str, Any]:

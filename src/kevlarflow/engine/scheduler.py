@@ -132,6 +132,17 @@ class KevlarScheduler(Scheduler):
         self._held = [request for request in self._held if request not in finished]
         return finished
 
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """As vLLM does, to which blocks that are withheld, and so hold nothing, would seem to be in use."""
+        queue = self.kv_cache_manager.block_pool.free_block_queue
+        for block in self._withheld.values():
+            queue.append(block)
+        try:
+            return bool(super().reset_prefix_cache(*args, **kwargs))
+        finally:
+            for block in self._withheld.values():
+                queue.remove(block)
+
     # ---- what a failure demands
 
     def _obey(self, orders: SchedulerOrders) -> None:

@@ -50,6 +50,19 @@ def test_only_usable_blocks_are_given_out_and_all_of_them_when_there_is_room_aga
     assert {block.block_id for block in pool.get_new_blocks(6)} == {1, 3, 4, 6, 8, 9}
 
 
+def test_the_prefix_cache_can_be_reset_while_blocks_are_withheld(hook):
+    pool = hook.kv_cache_manager.block_pool
+    hook.kv_cache_manager.reset_prefix_cache = pool.reset_prefix_cache
+    hook.running, hook.prev_step_scheduled_req_ids, hook.connector, hook.aux_output_connector = [], set(), None, None
+    hook._use_blocks(frozenset({2, 5, 7}))
+    # As POST /reset_prefix_cache and POST /pause ask for it.
+    assert hook.reset_prefix_cache(reset_running_requests=True)
+    assert {block.block_id for block in pool.get_new_blocks(3)} == {2, 5, 7}
+    assert not hook.reset_prefix_cache(), "some blocks are really in use"
+    hook._use_blocks(None)
+    assert {block.block_id for block in pool.get_new_blocks(6)} == {1, 3, 4, 6, 8, 9}
+
+
 def test_a_block_in_use_beyond_the_share_is_a_bug(hook):
     (block,) = hook.kv_cache_manager.block_pool.get_new_blocks(1)
     with pytest.raises(AssertionError, match="beyond this pipeline's share"):
