@@ -37,14 +37,18 @@ def make_config(folder: Path, port: int) -> ServeConfig:
 
 
 def start_cluster(
-    base: Path, port: int, *, zygote: str = "works", controller: str = "works", terminal: str = "open"
+    base: Path,
+    port: int,
+    *,
+    zygote: str = "works",
+    controller: str = "works",
+    terminal: str = "open",
+    output: int = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
     """Start a supervisor over stand-ins. `zygote` and `controller` say how those behave; `terminal` may be "nohup"."""
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(base)}
     command = [sys.executable, HERE, "supervisor", str(port), zygote, controller, terminal]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, process_group=0
-    )
+    return subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment, process_group=0)
 
 
 def members(run_folder: Path) -> dict[int, str]:

@@ -123,14 +123,14 @@ def test_the_watch_follows_a_controller_through_its_restart(
     watch = Watch(address)
     watch.start()
     assert not watch.latest.serving
-    for availability in (SERVING, DOWN):
+    for word in (SERVING, DOWN):
         router = context.socket(zmq.ROUTER)
         router.bind(address)
-        answer_once(router, availability)
-        wait_until(lambda: watch.latest == availability)  # noqa: B023
+        answer_once(router, word)
+        wait_until(lambda: watch.latest == word)  # noqa: B023
         router.close(linger=0)
         time.sleep(0.1)
-        assert watch.latest == availability  # The last word stays.
+        assert watch.latest == word  # The last word stays.
     registry = CollectorRegistry()
     registry.register(ControllerMetrics(watch))
     assert b"kevlarflow_nodes 4.0" in generate_latest(registry)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pty
 import re
+import resource
+import select
 import shutil
 import signal
 import socket
@@ -19,6 +22,7 @@ import pytest
 from kevlarflow.bench.systems import free_port
 from kevlarflow.control.awaited import awaited
 from kevlarflow.control.process import Process, last_words
+from kevlarflow.control.run_folder import await_predecessor, owner_of
 from kevlarflow.control.supervisor import FAILURES_IN_A_ROW, LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Unit, healthy
 from standins import make_config, members, start_cluster, wait_until
 
@@ -179,6 +183,73 @@ def test_a_zygote_that_cannot_start_again_at_once_is_given_time(base: Path) -> N
     assert cluster.end() == 0
 
 
+@pytest.mark.parametrize("word", ["guardian.py", "standins.py controller", "standins.py zygote"])
+def test_a_unit_that_cannot_be_started_for_a_moment_is_started_later(cluster: Cluster, word: str) -> None:
+    supervisor = cluster.supervisor.pid
+    before, highest = resource.prlimit(supervisor, resource.RLIMIT_NOFILE), max(map(int, descriptors(supervisor)))
+    resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (highest + 1, before[1]))
+    os.kill(cluster.the(word), signal.SIGKILL)
+    cluster.wait_for(r"cannot be started \(Too many open files\): trying again")
+    resource.prlimit(supervisor, resource.RLIMIT_NOFILE, before)
+    wait_until(lambda: len(cluster.pids(word)) == 1)
+    cluster.supervisor.terminate()
+    assert cluster.end() == 0
+
+
+def descriptors(pid: int) -> list[str]:
+    return os.listdir(f"/proc/{pid}/fd")
+
+
+class Terminal:
+    """A terminal with a cluster in it."""
+
+    def __init__(self, base: Path) -> None:
+        self.side, theirs = pty.openpty()
+        port = free_port()
+        self.folder = base / f"kevlarflow-{os.getuid()}" / str(port)
+        self.supervisor = start_cluster(base, port, output=theirs)
+        os.close(theirs)
+        self.said = ""
+
+    def shows(self, words: str) -> bool:
+        while select.select([self.side], [], [], 0.01)[0]:
+            self.said += os.read(self.side, 4096).decode()
+        return words in self.said
+
+    def controllers(self) -> set[int]:
+        return {pid for pid, command in members(self.folder).items() if "standins.py controller" in command}
+
+
+@pytest.fixture
+def terminal(base: Path) -> Iterator[Terminal]:
+    terminal = Terminal(base)
+    wait_until(lambda: terminal.shows("ready in"))
+    yield terminal
+    terminal.supervisor.kill()
+    terminal.supervisor.wait()
+    wait_until(lambda: not members(terminal.folder))
+    os.close(terminal.side)
+
+
+CTRL_S, CTRL_Q = b"\x13", b"\x11"
+
+
+def test_a_terminal_that_is_stopped_does_not_stop_the_supervisor(terminal: Terminal) -> None:
+    os.write(terminal.side, CTRL_S)
+    (controller,) = terminal.controllers()
+    os.kill(controller, signal.SIGKILL)
+    wait_until(lambda: terminal.controllers() - {controller})
+    assert not terminal.shows("starting it again")
+    os.write(terminal.side, CTRL_Q)
+    wait_until(lambda: terminal.shows(f"(process {controller}) died: starting it again"))
+
+
+def test_a_terminal_that_is_stopped_does_not_keep_a_cluster_from_ending(terminal: Terminal) -> None:
+    os.write(terminal.side, CTRL_S)
+    terminal.supervisor.terminate()
+    assert terminal.supervisor.wait(timeout=60) == 0
+
+
 def test_the_api_server_takes_its_engines_along(cluster: Cluster) -> None:
     servers = cluster.pids("kevlarflow: api-server")
     assert len(servers) == 2  # The server and its engine.
@@ -186,6 +257,24 @@ def test_the_api_server_takes_its_engines_along(cluster: Cluster) -> None:
     cluster.wait_for("the API server .* died: starting it again")
     wait_until(lambda: len(cluster.pids("kevlarflow: api-server")) == 2)
     assert not servers & cluster.pids("kevlarflow: api-server")
+
+
+def test_who_was_killed_and_is_not_reaped_yet_does_not_own_its_port(base: Path) -> None:
+    cluster = Cluster(base)
+    cluster.wait_for("^ready")
+    os.kill(cluster.supervisor.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, cluster.supervisor.pid, os.WEXITED | os.WNOWAIT)
+    assert owner_of(cluster.folder) is None
+    await_predecessor(cluster.folder)
+    assert not members(cluster.folder), "the guardian was done"
+    second = start_cluster(base, cluster.port)
+    try:
+        assert second.stdout is not None
+        assert any(line.startswith("ready") for line in second.stdout)
+    finally:
+        second.terminate()
+        second.wait(timeout=60)
+        cluster.supervisor.wait()
 
 
 def test_a_second_cluster_on_the_port_is_refused(cluster: Cluster, base: Path) -> None:

@@ -3,7 +3,8 @@
 The node itself (`kevlarflow.node.alone`) writes to its log, and hears from its engines and the controller only. Beside
 it runs a thread that asks the controller how the node is, says when it is ready, and turns a first Ctrl-C, SIGTERM or
 SIGHUP into `kevlarflow drain`: the controller then has the node leave, with status 0. Before it is ready, or for the
-second time, a signal ends it at once, which to the cluster is a death like any other.
+second time, a signal ends it at once, which to the cluster is a death like any other. It ends with its cluster, even if
+that was killed together with the guardian that would have ended it.
 
 Run it with ``python -m kevlarflow.cli.by_hand NODE INCARNATION STAGE``, with the environment of the cluster.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from kevlarflow import config as configuration
 from kevlarflow.control.process import last_words
+from kevlarflow.control.run_folder import owner_of
 from kevlarflow.control.status import ask, ask_status
 from kevlarflow.errors import INTERRUPTED, ClusterUnreachable
 from kevlarflow.types import Member, NodeId, NodeState
@@ -31,17 +33,27 @@ from kevlarflow.wire.messages import Answered, DrainNode
 LOOK_SECONDS = 0.5
 ANSWER_SECONDS = 5.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+CLUSTER_ENDED = 1
 END_AT_ONCE = "a second Ctrl-C ends it at once"
 
 
+class _ClusterEnded(Exception):
+    pass
+
+
 class Foreground(threading.Thread):
-    """See the module's text. `bell` is readable when a signal has come; `leave` ends the process."""
+    """See the module's text.
+
+    `bell` is readable when a signal has come, and `cluster`, a descriptor, when the cluster's main process has ended;
+    `leave` ends the process.
+    """
 
     def __init__(
         self,
         folder: Path,
         member: Member,
         bell: socket.socket,
+        cluster: int,
         say: Callable[[str], None],
         leave: Callable[[int], object] = os._exit,
     ) -> None:
@@ -49,12 +61,20 @@ class Foreground(threading.Thread):
         self._folder = folder
         self._member = member
         self._bell = bell
+        self._cluster = cluster
         self._say = say
         self._leave = leave
         self._begun_at = time.monotonic()
 
     def run(self) -> None:
         """Wait until the node is ready, then until somebody wants it to leave; the second time it is ended."""
+        try:
+            self._attend()
+        except _ClusterEnded:
+            self._say(f"the cluster has ended, and {self._member.node} with it")
+            self._leave(CLUSTER_ENDED)
+
+    def _attend(self) -> None:
         while not self._is_ready():
             if self._rings(LOOK_SECONDS):
                 self._say(f"{self._member.node} was not ready yet: it ends at once")
@@ -72,15 +92,18 @@ class Foreground(threading.Thread):
         self._leave(INTERRUPTED)
 
     def _rings(self, seconds: float | None) -> bool:
-        """Whether a signal comes within the time."""
-        readable, _, _ = select.select([self._bell], [], [], seconds)
+        """Whether a signal comes within the time. Raises `_ClusterEnded`."""
+        watched: list[socket.socket | int] = [self._bell, self._cluster]
+        readable, _, _ = select.select(watched, [], [], seconds)
+        if self._cluster in readable:
+            raise _ClusterEnded
         return bool(readable) and bool(self._bell.recv(1))
 
     def _is_ready(self) -> bool:
         try:
             nodes = ask_status(self._folder, ANSWER_SECONDS)["nodes"]
         except ClusterUnreachable:
-            return False  # If the cluster has ended, so does this process.
+            return False
         wanted = (self._member.node, self._member.incarnation, NodeState.READY)
         return any((each["id"], each["incarnation"], each["state"]) == wanted for each in nodes)
 
@@ -101,7 +124,13 @@ def main(arguments: list[str]) -> int:
     member = Member(NodeId(node), int(incarnation))
     config = configuration.load()
     say = _terminal()
-    Foreground(Path(config.run_folder), member, _bell(), say).start()
+    folder = Path(config.run_folder)
+    try:
+        cluster = os.pidfd_open(owner_of(folder) or 0)
+    except OSError:
+        say(f"the cluster has ended before {node} could start")
+        return CLUSTER_ENDED
+    Foreground(folder, member, _bell(), cluster, say).start()
     from kevlarflow.node import alone
 
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import resource
 import sys
 import tempfile
 from typing import Any
@@ -30,8 +31,12 @@ from kevlarflow.config import (
     ServeConfig,
     Timeouts,
 )
+from kevlarflow.control.run_folder import await_predecessor
 from kevlarflow.errors import UsageError
 from kevlarflow.log_output import lose_what_cannot_be_written
+
+OPEN_FILES = 65_535
+"""As many as vLLM asks for."""
 
 USAGE = f"""\
 usage: kevlarflow serve [MODEL] [-pp S] [-dp R] [--port P] [any flag of vllm serve]
@@ -73,6 +78,7 @@ def run(arguments: list[str]) -> int:
     config = _as_typed(flags)
     # Before a model is fetched for what makes no cluster.
     configuration.check(config)
+    await_predecessor(configuration.run_folder_of(config.port))
     preflight.check_port(config.host, config.port)
     return _supervise(_with_model(config, flags))
 
@@ -210,9 +216,18 @@ def _supervise(config: ServeConfig) -> int:
             f"{config.run_folder} cannot be made ({error.strerror}): set XDG_RUNTIME_DIR to a folder of yours with room"
         ) from error
     lose_what_cannot_be_written()
+    _allow_many_files()
     for line in introduction(config):
         say(line)
     return Supervisor(config, run_folder, child_environment(config), say).run()
+
+
+def _allow_many_files() -> None:
+    """Let all processes have more descriptors than shells allow: sockets, and two for each process that is watched."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
+    if allowed != resource.RLIM_INFINITY and allowed < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def introduction(config: ServeConfig) -> list[str]:

@@ -73,7 +73,12 @@ def spawn(
         )
     # The supervisor reaps everybody in `reap`, and has no use for this object.
     child.returncode = 0
-    return Process(name, child.pid, log)
+    try:
+        return Process(name, child.pid, log)
+    except OSError:
+        # Nobody could watch it.
+        os.kill(child.pid, signal.SIGKILL)
+        raise
 
 
 def _open(log: Path) -> BinaryIO:

@@ -98,7 +98,7 @@ class RunFolder:
             os.close(lock)
 
     def _refuse_if_alive(self, owner: str, deadline: float) -> None:
-        if os.path.exists(f"/proc/{owner}") or time.monotonic() > deadline:
+        if _runs(owner) or time.monotonic() > deadline:
             raise UsageError(
                 f"port {self.path.name} is taken by another kevlarflow (main process {owner}): "
                 "end that one, or choose another port with --port"
@@ -114,6 +114,19 @@ class RunFolder:
 
 def owner_of(folder: Path) -> int | None:
     """The main process of the cluster that has a run folder, ready or not; None when there is no cluster."""
+    owner = _named_owner(folder)
+    return int(owner) if owner is not None and _runs(owner) else None
+
+
+def await_predecessor(folder: Path) -> None:
+    """Wait while the guardian of a cluster that has died still removes what that had, its port among it."""
+    deadline = time.monotonic() + PREDECESSOR_SECONDS
+    while (owner := _named_owner(folder)) is not None and not _runs(owner) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _named_owner(folder: Path) -> str | None:
+    """Who is said to have a run folder that somebody has locked; None when nobody has."""
     try:
         lock = os.open(folder.with_suffix(".lock"), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
@@ -122,12 +135,16 @@ def owner_of(folder: Path) -> int | None:
         # Whoever wants to take it at this moment tries again.
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.pread(lock, 32, 0)
-        return int(owner) if owner.isdigit() and os.path.exists(f"/proc/{int(owner)}") else None
+        return os.pread(lock, 32, 0).decode()
     else:
         return None
     finally:
         os.close(lock)
+
+
+def _runs(pid: str) -> bool:
+    """Whether a process is there and has not ended, reaped or not."""
+    return pid.isdecimal() and bool(guardian.birth(int(pid)))
 
 
 def _modified_at(path: Path) -> float:

@@ -89,9 +89,13 @@ class Unit:
         self.failures = 0
 
     def ensure(self, now: float) -> None:
-        """Start the unit if it is missing and its time has come."""
+        """Start the unit if it is missing and its time has come. Raises `OSError` when no process is to be had."""
         if self.process is None and now >= self.due_at:
-            self.process = self.start()
+            try:
+                self.process = self.start()
+            except OSError:
+                self._put_off(now)
+                raise
             self.started_at = now
 
     def bury(self, now: float) -> None:
@@ -99,7 +103,12 @@ class Unit:
         assert self.process is not None
         self.process.close()
         self.process = None
-        self.failures = 1 if now - self.started_at > LONG_LIFE_SECONDS else self.failures + 1
+        if now - self.started_at > LONG_LIFE_SECONDS:
+            self.failures = 0
+        self._put_off(now)
+
+    def _put_off(self, now: float) -> None:
+        self.failures += 1
         pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (self.failures - 2)) if self.failures > 1 else 0.0
         self.due_at = now + pause
 
@@ -156,7 +165,7 @@ class Supervisor:
             while not self.signals:
                 now = time.monotonic()
                 for unit in self.units:
-                    unit.ensure(now)
+                    self._ensure(unit, now)
                 self._subscribe(now)
                 self._wait()
                 if not self.ready:
@@ -177,23 +186,44 @@ class Supervisor:
 
     # ---- starting
 
+    def _ensure(self, unit: Unit, now: float) -> None:
+        try:
+            unit.ensure(now)
+        except OSError as error:
+            # It may be that no process, memory or descriptor is to be had for a moment.
+            what = f"the {unit.name} cannot be started ({error.strerror or error})"
+            if not self.ready or unit.failures >= FAILURES_IN_A_ROW:
+                raise StartupFailed(f"{what}; logs in {self.run_folder.log_path}") from error
+            self.say(f"{time.strftime('%H:%M:%S')} {what}: trying again")
+
     def _start_guardian(self) -> Process:
         end, beginning = os.pipe()
         command = [sys.executable, "-I", "-S", guardian.__file__, *self.run_folder.guard_arguments(end)]
         log = self.run_folder.log_path / "guardian.log"
-        process = spawn("guardian", command, self.environment, log, (end, self.run_folder.lock), outlives_us=True)
-        os.close(end)
+        try:
+            process = spawn("guardian", command, self.environment, log, (end, self.run_folder.lock), outlives_us=True)
+        except OSError:
+            os.close(beginning)
+            raise
+        finally:
+            os.close(end)
         if self.lifeline >= 0:
             os.close(self.lifeline)
         self.lifeline = beginning
         return process
 
     def _start_zygote(self) -> Process:
-        self.report, written = os.pipe()
+        report, written = os.pipe()
         command = [*self.programs.zygote, "--report-fd", str(written)]
         log = self.run_folder.log_path / "zygote.log"
-        process = spawn("zygote", command, self.environment, log, (written,))
-        os.close(written)
+        try:
+            process = spawn("zygote", command, self.environment, log, (written,))
+        except OSError:
+            os.close(report)
+            raise
+        finally:
+            os.close(written)
+        self.report = report
         return process
 
     def _start_controller(self) -> Process | None:
@@ -221,6 +251,8 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Wait for the next thing to happen, and see to everything that has."""
+        # What a terminal did not take that was stopped (Ctrl-S).
+        sys.stdout.flush()
         poller = zmq.Poller()
         poller.register(self.wakeup.fileno(), zmq.POLLIN)
         poller.register(self.observer, zmq.POLLIN)

@@ -149,8 +149,12 @@ class LocalProcessWatcher(Generic[Key]):
                 continue
             try:
                 process = Process(pid)
-            except OSError:
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
                 complete = False
+                continue
+            except OSError as error:
+                # It may be well. That it ends is noticed by its silence.
+                log.error("process %d cannot be watched: %s", pid, error.strerror)
                 continue
             if start_times is not None and start_times.get(pid, process.start_time) != process.start_time:
                 process.close()

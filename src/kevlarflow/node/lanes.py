@@ -115,6 +115,7 @@ class Lanes:
         if lane is None:
             # It comes on a channel of its own, and may have overtaken the order to open the lane.
             self.epochs[pipeline] = Epoch(max(epoch, self.epochs.get(pipeline, 0)))
+            self._forget_activations(pipeline)
         if lane is None or epoch < lane.epoch:
             return None
         self._fence(lane, epoch)
@@ -135,7 +136,11 @@ class Lanes:
             # Until the lane is restored nobody knows what its blocks hold. And another thread may be copying one that
             # is about to be given away: it looks once more when it is done.
             lane.replication.queue.hold(())
-        stale = [key for key in self._activations if key[0] == lane.pipeline and key[1] < epoch]
+        self._forget_activations(lane.pipeline)
+
+    def _forget_activations(self, pipeline: PipelineId) -> None:
+        """Drop those of older epochs."""
+        stale = [key for key in self._activations if key[0] == pipeline and key[1] < self.epochs[pipeline]]
         for key in stale:
             del self._activations[key]
 

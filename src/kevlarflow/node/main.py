@@ -164,9 +164,9 @@ class NodeServer:
             self._pass_on_outcomes()
             self._take_from_engines()
             self._take_activations()
+            due_ms = self._say_flushed()
             ready = self._lanes.next_work()
             if ready is None:
-                due_ms = self._say_flushed()
                 self._progress.rest()
                 poller.poll(due_ms)
                 self._progress.wake()
@@ -268,7 +268,8 @@ class NodeServer:
             lane = self._lanes.current(outcome.pipeline)
             if lane is not None:
                 self._answer(lane.engine, outcome)
-                lane.flush_until = None if isinstance(outcome, steps.Flushed) else lane.flush_until
+                if isinstance(outcome, steps.Flushed) and outcome.epoch == lane.epoch:
+                    lane.flush_until = None
 
     def _say_flushed(self) -> int | None:
         """Say so of lanes whose standbys have had time enough; returns the milliseconds until that is due again."""

@@ -177,7 +177,8 @@ class Node(Process):
             lane = self.lanes.current(outcome.pipeline)
             if lane is not None:
                 self._answer(self._engines[lane.pipeline], outcome)
-                lane.flush_until = None if isinstance(outcome, steps.Flushed) else lane.flush_until
+                if isinstance(outcome, steps.Flushed) and outcome.epoch == lane.epoch:
+                    lane.flush_until = None
         self._say_flushed()
         while self._inbox and self.alive and not self.thread.hangs:
             self._take(*self._inbox.popleft())

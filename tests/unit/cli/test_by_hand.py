@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import signal
 import socket
@@ -52,13 +53,15 @@ class Controller:
 
 
 class Terminal:
-    """A node in the foreground, and what its node's person hears."""
+    """A node in the foreground, what its node's person hears, and a process that stands for its cluster."""
 
     def __init__(self, folder: Path) -> None:
         self.said: queue.Queue[str] = queue.Queue()
         self.left: queue.Queue[int] = queue.Queue()
         bell, self.signals = socket.socketpair()
-        Foreground(folder, ME, bell, self.said.put, self.left.put).start()
+        self.cluster = subprocess.Popen(["sleep", "600"])
+        pidfd = os.pidfd_open(self.cluster.pid)
+        Foreground(folder, ME, bell, pidfd, self.said.put, self.left.put).start()
 
     def hears(self) -> str:
         return self.said.get(timeout=PATIENCE_SECONDS)
@@ -91,6 +94,20 @@ def test_a_node_that_cannot_be_drained_stays_and_says_why(controller: Controller
     terminal.signals.send(b"\2")
     assert terminal.hears() == "node-0-1 cannot be drained: it is alone; it stays, and a second Ctrl-C ends it at once"
     assert terminal.left.empty()
+
+
+@pytest.mark.parametrize("state", ["ready", "starting"])
+def test_a_node_ends_with_its_cluster_even_without_a_guardian(
+    state: str, controller: Controller, tmp_path: Path
+) -> None:
+    controller.state = state
+    terminal = Terminal(tmp_path)
+    if state == "ready":
+        assert "is ready after" in terminal.hears()
+    terminal.cluster.kill()
+    assert terminal.hears() == "the cluster has ended, and node-0-1 with it"
+    assert terminal.left.get(timeout=PATIENCE_SECONDS) == 1
+    terminal.cluster.wait()
 
 
 def test_a_node_that_is_not_ready_ends_at_once(controller: Controller, tmp_path: Path) -> None:

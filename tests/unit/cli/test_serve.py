@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -280,3 +286,35 @@ def test_a_wait_that_is_no_bound_is_refused(value: str, words: str, model: Path,
     with pytest.raises(UsageError, match=words):
         serve.run([str(model), "--replacement-wait", value])
     assert not served
+
+
+def test_who_starts_a_killed_cluster_again_at_once_waits_for_its_port(
+    served: list[ServeConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    base = Path(tempfile.mkdtemp())
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
+    monkeypatch.setattr(serve, "_with_model", lambda config, _: config)
+    monkeypatch.setattr(serve, "_supervise", lambda config: served.append(config) or 0)
+    api_server = socket.create_server(("127.0.0.1", 0))
+    port = api_server.getsockname()[1]
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    lock_path = configuration.run_folder_of(port).with_suffix(".lock")
+    lock_path.parent.mkdir(mode=0o700)
+    # A guardian holds the lock until it has ended whatever the dead had.
+    guardian = lock_path.open("w")
+    fcntl.flock(guardian, fcntl.LOCK_EX)
+    guardian.write(str(dead.pid))
+    guardian.flush()
+
+    def sweep() -> None:
+        api_server.close()
+        guardian.close()
+
+    threading.Timer(0.3, sweep).start()
+    try:
+        assert serve.run(["--port", str(port)]) == 0
+    finally:
+        shutil.rmtree(base)
+    assert [config.port for config in served] == [port]

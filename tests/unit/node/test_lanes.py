@@ -164,6 +164,14 @@ def test_activations_may_arrive_before_their_epoch_and_old_ones_are_dropped():
     assert table.next_work()[2] == {"early": True}
 
 
+def test_activations_of_a_lane_that_was_left_before_it_was_opened_are_dropped():
+    table = lanes()
+    assert table.add_activations(0, 1, 7, {})
+    assert table.add_activations(1, 1, 7, {})
+    table.leave(0, 2)
+    assert set(table._activations) == {(1, 1, 7)}
+
+
 def test_a_broken_lane_takes_no_work_until_it_is_opened_again():
     table = lanes(first_stage=True)
     lane = table.open(0, 1)

@@ -7,16 +7,19 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import zmq
 
+from kevlarflow.node.lanes import Lane, Lanes, Work
 from kevlarflow.node.main import NodeServer
 from kevlarflow.node.pace import PaceMeter
 from kevlarflow.node.progress import UNSEEN_FACTOR, Progress, Step
 from kevlarflow.node.sockets import Sockets
-from kevlarflow.types import Member, NodeId, Stage
+from kevlarflow.types import Epoch, Member, NodeId, PipelineId, Stage
+from kevlarflow.wire.steps import Execute, Flushed
 from toy_world import make_config
 
 MEMBER = Member(NodeId("node-0-0"), 1)
@@ -82,3 +85,45 @@ def test_a_loop_that_rests_is_not_overdue_and_one_that_is_stuck_is(
     loop.join(DEADLINE_SECONDS)
     upstream.close(linger=0)
     assert not loop.is_alive()
+
+
+class Runner:
+    batch = ()
+
+    def use_blocks(self, table: object) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+
+def test_a_flush_is_over_in_time_though_another_lane_is_never_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = NodeServer(
+        msgspec.structs.replace(make_config(), run_folder=str(tmp_path)),
+        MEMBER,
+        Stage(0),
+        Progress(60.0),
+        PaceMeter(),
+    )
+    runners: list[Any] = [Runner(), Runner()]
+    server._lanes = Lanes(runners, 4, is_first_stage=True)
+    moving, busy = (server._lanes.open(PipelineId(each), Epoch(1)) for each in (0, 1))
+    assert moving is not None
+    assert busy is not None
+    moving.flush_until = time.monotonic() + 0.1
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    said: list[object] = []
+
+    def run(lane: Lane, work: Work, _: object) -> None:
+        lane.queue.append(work)
+        if said or time.monotonic() > deadline:
+            raise Ended
+
+    monkeypatch.setattr(server, "_run", run)
+    monkeypatch.setattr(server, "_answer", lambda _, header: said.append(header))
+    server._lanes.add_work(Work(b"engine", Execute(PipelineId(1), Epoch(1), 1, has_tokens=True, writes=()), [b""]))
+    with pytest.raises(Ended):
+        server.serve()
+    assert said == [Flushed(PipelineId(0), Epoch(1), Stage(0))]
