@@ -135,6 +135,7 @@ def test_the_v2_runner_is_refused_when_asked_for_by_name(configured: Any, monkey
         (DEEPSEEK, [], "a model with multi-head latent attention"),
         (BERT, [], "a pooling model"),
         (LLAMA, ["--runner", "pooling", "--convert", "embed"], "a pooling model"),
+        (LLAMA, ["--dtype", "float32", "--kv-cache-dtype", "bfloat16"], "served with a --kv-cache-dtype that is not"),
     ],
 )
 def test_models_that_are_not_yet_safe(configured: Any, model: dict[str, Any], words: list[str], line: str) -> None:
@@ -145,6 +146,7 @@ def test_models_that_are_not_yet_safe(configured: Any, model: dict[str, Any], wo
 def test_what_makes_such_models_safe_is_accepted(configured: Any) -> None:
     assert inspect(configured("--disable-sliding-window", model=MISTRAL)).max_model_len == 128
     assert inspect(configured(model=MIXTRAL, pipelines=1)).layers == 4
+    assert inspect(configured("--dtype", "bfloat16", "--kv-cache-dtype", "bfloat16")).layers == 4
 
 
 def test_more_stages_than_layers(configured: Any) -> None:
@@ -180,22 +182,3 @@ def test_a_seam_that_has_changed_is_named(configured: Any, monkeypatch: pytest.M
     monkeypatch.setattr(GenerateBaseServing, "_raise_if_error", lambda self, outputs: None)
     with pytest.raises(IncompatibleVllm, match=r"has changed .*_raise_if_error \(it lacks finish_reason, request_id\)"):
         inspect(configured())
-
-
-def test_a_failed_request_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
-    from vllm.exceptions import GenerationError, RetryableRequestError
-
-    from kevlarflow.engine import availability
-    from kevlarflow.wire.messages import Availability
-
-    monkeypatch.setattr(GenerateBaseServing, "_raise_if_error", GenerateBaseServing._raise_if_error)
-    availability.explain_failed_requests()
-    serving = object.__new__(GenerateBaseServing)
-    serving._raise_if_error("stop", "r1")
-    monkeypatch.setattr(availability._watch, "latest", Availability(False, True, "stage 1 has no node", 5))
-    with pytest.raises(RetryableRequestError, match="stage 1 has no node"):
-        serving._raise_if_error("error", "r1")
-    monkeypatch.setattr(availability._watch, "latest", Availability(True, True, "", 0))
-    with pytest.raises(GenerationError, match="could not complete it after a failure"):
-        serving._raise_if_error("error", "r1")

@@ -14,6 +14,7 @@ from prometheus_client.exposition import generate_latest
 
 from kevlarflow.engine import availability
 from kevlarflow.engine.availability import AvailabilityMiddleware, ControllerMetrics, Reasons, Watch
+from kevlarflow.recovery.suspicion import REASON
 from kevlarflow.wire.messages import AskMetrics, Availability, Metrics, Subscribe, decode, encode
 from standins import wait_until
 
@@ -187,9 +188,13 @@ def test_an_error_that_is_not_ours_is_vllms_to_explain(monkeypatch: pytest.Monke
     processor = _OutputProcessor()
     availability.learn_reasons(processor)
     availability.explain_failed_requests()
-    processor.process_outputs([_Output("cmpl-1-0", "error", "2 nodes were lost")], 0.0)
+    processor.process_outputs([_Output("cmpl-1-0", "error", "stage 1 has no node")], 0.0)
+    processor.process_outputs([_Output("cmpl-3-0", "error", REASON)], 0.0)
     GenerateBaseServing._raise_if_error(None, "stop", "cmpl-1")
-    with pytest.raises(RetryableRequestError, match="2 nodes were lost"):
+    with pytest.raises(RetryableRequestError, match="stage 1 has no node"):
         GenerateBaseServing._raise_if_error(None, "error", "cmpl-1")
+    with pytest.raises(GenerationError, match="2 nodes were lost") as told:
+        GenerateBaseServing._raise_if_error(None, "error", "cmpl-3")
+    assert not isinstance(told.value, RetryableRequestError), "to try it again would cost two more nodes"
     with pytest.raises(GenerationError, match="Internal server error"):
         GenerateBaseServing._raise_if_error(None, "error", "cmpl-2")

@@ -29,6 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from kevlarflow.config import ServeConfig
+from kevlarflow.recovery.suspicion import NOT_AGAIN
 from kevlarflow.wire.messages import AskMetrics, Availability, Metrics, Subscribe, decode, encode
 
 log = logging.getLogger("kevlarflow.engine.availability")
@@ -161,7 +162,7 @@ def learn_reasons(output_processor: Any) -> None:
 def explain_failed_requests() -> None:
     """Let a request that ends in an error say why, where vLLM says "Internal server error"."""
     from vllm.entrypoints.generate.base.serving import GenerateBaseServing
-    from vllm.exceptions import RetryableRequestError
+    from vllm.exceptions import GenerationError, RetryableRequestError
 
     original = GenerateBaseServing._raise_if_error
 
@@ -172,7 +173,8 @@ def explain_failed_requests() -> None:
             original(serving, finish_reason, request_id)
             return
         log.error("request %s was ended with an error: %s", request_id, reason)
-        raise RetryableRequestError(reason)
+        # The second is HTTP 503, which clients and proxies take for "try again".
+        raise GenerationError(reason) if reason.endswith(NOT_AGAIN) else RetryableRequestError(reason)
 
     GenerateBaseServing._raise_if_error = raise_if_error
 

@@ -119,6 +119,14 @@ def _other_attention(config: Any) -> bool:
     return model.get_sliding_window() is not None or kinds != {"full_attention"}
 
 
+def _stores_another_type(config: Any) -> bool:
+    """Whether keys and values are kept in a type that the CPU's attention does not convert to: it checks nothing."""
+    kept: str = config.cache_config.cache_dtype
+    return (
+        kept != "auto" and not kept.startswith("fp8") and kept != str(config.model_config.dtype).removeprefix("torch.")
+    )
+
+
 MODEL = (
     Row(
         "a pooling model (--runner pooling)",
@@ -149,6 +157,11 @@ MODEL = (
         "a mixture-of-experts model with -dp above 1",
         lambda config: config.model_config.is_moe and config.parallel_config.data_parallel_size > 1,
         "its engines wait for each other; use -dp 1 or a dense model",
+    ),
+    Row(
+        "served with a --kv-cache-dtype that is not the type that it computes with",
+        _stores_another_type,
+        "leave it out",
     ),
     Row(
         "the V2 model runner",

@@ -46,6 +46,7 @@ from kevlarflow.errors import StartupFailed
 from kevlarflow.node.compiled import load_or_compile
 from kevlarflow.node.kv_blocks import HostKvBlocks, find_token_slots
 from kevlarflow.node.stage import LaneRunner, StageDescription
+from kevlarflow.node.thinking_budget import follow_thinking
 from kevlarflow.node.v1_runner import V1LaneRunner
 from kevlarflow.replication.memory import map_memory
 
@@ -294,4 +295,7 @@ class CpuStage:
             runner.initialize_kv_cache(kv_cache)
             self._prepare_activations(runner)
             runners.append(runner)
+        if self._stage == self._stages - 1:
+            for runner in runners:
+                follow_thinking(runner.input_batch)
         self._runners = [V1LaneRunner(runner) for runner in runners]

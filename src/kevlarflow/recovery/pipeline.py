@@ -67,6 +67,7 @@ from kevlarflow.recovery.pipeline_events import (
 )
 from kevlarflow.recovery.recompute import Chunk, Limits, plan_hits, unreachable_hits
 from kevlarflow.recovery.restoring import Restoring
+from kevlarflow.recovery.suspicion import NOT_AGAIN
 from kevlarflow.recovery.watermarks import Watermarks
 from kevlarflow.types import Epoch, Member, NodeInfo, Stage
 
@@ -433,7 +434,7 @@ class Pipeline:
         if self._failures > MAX_FAILURES:
             commands = self._abandon_all(event.reason, stays=ahead is not None)
         else:
-            commands = self._set_aside(dict.fromkeys(blamed or (), event.reason))
+            commands = self._set_aside(dict.fromkeys(blamed or (), f"{event.reason}: {NOT_AGAIN}"))
         if ahead is not None:
             return commands + self._change_nodes(ahead)
         return [*commands, RequestFormation(event.stage, event.reason)]

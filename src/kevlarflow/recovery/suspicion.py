@@ -25,8 +25,10 @@ MAX_COST = 2
 """Nodes that may be lost while they compute a request."""
 MAX_POSSIBLE_COST = 4
 """Nodes that may be lost while a request is in flight there, though none was caught computing it."""
-REASON = f"{MAX_COST} nodes were lost while they computed this request: it is not tried again"
-POSSIBLE_REASON = f"{MAX_POSSIBLE_COST} nodes were lost while they had this request: it is not tried again"
+NOT_AGAIN = "it is not tried again"
+"""How the reason ends of a request that is to blame itself: its client had better not try again either."""
+REASON = f"{MAX_COST} nodes were lost while they computed this request: {NOT_AGAIN}"
+POSSIBLE_REASON = f"{MAX_POSSIBLE_COST} nodes were lost while they had this request: {NOT_AGAIN}"
 
 
 class Requests(NamedTuple):

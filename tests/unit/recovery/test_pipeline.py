@@ -280,7 +280,7 @@ def test_a_step_that_raised_ends_its_requests_and_no_others():
     pipeline.handle(p.StepIssued(admit(2, "b", blocks=(3, 4))), 1.0)
     commands = pipeline.handle(p.StepBroken(1, 1, 0, "boom"), 1.1)
     assert commands == [
-        p.SetAside((p.Aside("a", "boom", known=False),), frozenset({1, 2})),
+        p.SetAside((p.Aside("a", "boom: it is not tried again", known=False),), frozenset({1, 2})),
         p.Deliver(1, frozenset("a")),
         p.RequestFormation(0, "boom"),
     ]
@@ -312,7 +312,7 @@ def test_who_counts_on_a_block_of_a_step_that_raised_is_computed_again():
     pipeline.handle(p.StepIssued(admit(1, "a", blocks=(1, 2))), 1.0)
     pipeline.handle(p.StepIssued(admit(2, "b", blocks=(1, 3), computed=4)), 1.0)
     (aside, *_) = pipeline.handle(p.StepBroken(1, 1, 0, "boom"), 1.1)
-    assert [(each.request, each.reason) for each in aside.requests] == [("a", "boom"), ("b", "")]
+    assert [(each.request, each.reason) for each in aside.requests] == [("a", "boom: it is not tried again"), ("b", "")]
 
 
 def test_copies_of_a_step_that_only_some_stages_have_run_are_not_put_in_place():

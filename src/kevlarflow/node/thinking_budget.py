@@ -1,0 +1,89 @@
+"""vLLM's thinking budget for rows that come back: after a failure, and whenever a request was not part of a step.
+
+vLLM's V1 sampler follows the thinking of each row of its batch token by token, to force its end in time
+(`thinking_token_budget`). From tokens that come all at once it tells something else, and begins to force the end anew.
+That is what a row has that is put into the batch with tokens, because its request was rebuilt, or was left out of a
+step, as happens all the time with more than one stage. So here what is known of a row outlives its absence, and of one
+that was rebuilt it is found out again from one token after another. Then it follows from the tokens alone.
+
+Non-public names of vLLM, used in this module only: `InputBatch.thinking_budget_state_holder`, and of that `_state`,
+with the fields `output_tok_ids` and `prev_output_length`, `_update_think_state` and `_find_last_sequence_index`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.sample.logits_processor.interface import BatchUpdate
+from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
+
+from kevlarflow.errors import IncompatibleVllm
+
+USED_NAMES = ("sync_batch", "_update_think_state", "_find_last_sequence_index", "_init_state_entry")
+MOST_AWAY = 1_024
+"""Rows that are remembered while they are not in the batch. A row that is forgotten is found out again."""
+
+
+def check_thinking_budget(batch: Any) -> None:
+    """Raise `IncompatibleVllm` when vLLM's batch or its thinking budget lacks a name that this module uses."""
+    missing = [name for name in USED_NAMES if not hasattr(ThinkingBudgetStateHolder, name)]
+    if not hasattr(batch, "thinking_budget_state_holder"):
+        missing.append("InputBatch.thinking_budget_state_holder")
+    if missing:
+        raise IncompatibleVllm(
+            f"vLLM's thinking budget has no {', '.join(missing)}: this KevlarFlow release needs vLLM 0.32"
+        )
+
+
+def follow_thinking(batch: Any) -> None:
+    """Replace the state holder of an `InputBatch` whose stage samples, if it has one: without reasoning it has none."""
+    check_thinking_budget(batch)
+    holder = batch.thinking_budget_state_holder
+    if holder is not None:
+        batch.thinking_budget_state_holder = ThinkingBudget(holder)
+
+
+class ThinkingBudget(ThinkingBudgetStateHolder):
+    """See the module's text."""
+
+    def __init__(self, original: ThinkingBudgetStateHolder) -> None:
+        self.__dict__.update(original.__dict__)
+        self._away: dict[int, dict[str, Any]] = {}
+        """What is known of rows that are not in the batch, by the identity of their list of output tokens."""
+
+    def sync_batch(self, batch_update: BatchUpdate | None) -> None:
+        """Take note of rows that come, go and move."""
+        before = list(self._state.values())
+        super().sync_batch(batch_update)
+        now = {id(state) for state in self._state.values()}
+        for state in before:
+            if id(state) not in now:
+                # It holds the list, so no other can get its identity.
+                self._away[id(state["output_tok_ids"])] = state
+        added = {id(tokens) for _, _, _, tokens in batch_update.added} if batch_update else set()
+        for index, state in self._state.items():
+            if id(state) in now and id(state["output_tok_ids"]) in added and not state["prev_output_length"]:
+                self._state[index] = self._as_before(state)
+        for forgotten in list(self._away)[:-MOST_AWAY]:
+            del self._away[forgotten]
+
+    def _as_before(self, new: dict[str, Any]) -> dict[str, Any]:
+        tokens: list[int] = new["output_tok_ids"]
+        known = self._away.pop(id(tokens), None)
+        # The last token may have been withdrawn; more than that is another story.
+        if known is not None and known["prev_output_length"] <= len(tokens):
+            return known
+        # What it would have learnt before each token; before the next one it is asked anyway.
+        for count in range(len(tokens)):
+            new |= {"output_tok_ids": tokens[:count], "spec_token_ids": [], "force_index": []}
+            self._update_think_state(new)
+        return new | {"output_tok_ids": tokens}
+
+    @staticmethod
+    def _find_last_sequence_index(target_list: Sequence[int], token_ids: Sequence[int]) -> int:
+        """As vLLM does, but quickly where there is nothing: it looks at all tokens before each token."""
+        if not token_ids or token_ids[0] not in target_list:
+            return -1
+        found: int = ThinkingBudgetStateHolder._find_last_sequence_index(list(target_list), list(token_ids))
+        return found
