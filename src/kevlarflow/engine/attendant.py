@@ -19,7 +19,6 @@ from kevlarflow.engine.session import Session
 from kevlarflow.types import Epoch
 from kevlarflow.wire.messages import (
     AnyMessage,
-    EngineAttached,
     EngineReport,
     Form,
     Hasten,
@@ -104,9 +103,7 @@ class Attendant(threading.Thread):
                     self._introduce(controller)
 
     def _introduce(self, controller: zmq.Socket[bytes]) -> None:
-        session = self._session
-        facts = (Epoch(session.epoch), session.members, session.shares, session.suspended, session.forming)
-        self._send(controller, EngineAttached(session.pipeline, os.getpid(), *facts))
+        self._send(controller, self._session.introduction)
 
     def _report_load(self, controller: zmq.Socket[bytes]) -> None:
         session = self._session

@@ -31,6 +31,11 @@ class SchedulerOrders:
                 self.aside += requests
                 self.spoilt |= spoilt
             case UseBlocks(usable):
-                self.usable.append(usable)
+                self._use(usable)
             case EvictPrefixCache(keep):
                 self.keep = keep if self.keep is None else keep & self.keep
+
+    def _use(self, usable: frozenset[int] | None) -> None:
+        """Of all but the last only what is in all of them counts: an idle engine may be formed anew for ever."""
+        former = [each for each in self.usable if each is not None]
+        self.usable = [frozenset.intersection(*former), usable] if former else [usable]

@@ -30,11 +30,20 @@ from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.ledger import Step, StepResult
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.recovery.watched import LaneLeft, TimePassed, WatchedPipeline
-from kevlarflow.types import Epoch, LaneCoverage, Member, PipelineId, Stage
+from kevlarflow.types import Epoch, LaneCoverage, PipelineId, Stage
 from kevlarflow.wire import steps
 from kevlarflow.wire.answers import event_of
 from kevlarflow.wire.commands import NOTHING, execute_header, letters
-from kevlarflow.wire.messages import AnyMessage, Form, Formed, Hasten, MemberFailed, Standbys, Suspend
+from kevlarflow.wire.messages import (
+    AnyMessage,
+    EngineAttached,
+    Form,
+    Formed,
+    Hasten,
+    MemberFailed,
+    Standbys,
+    Suspend,
+)
 from kevlarflow.wire.orders import formation_ordered, suspension_ordered
 
 log = logging.getLogger("kevlarflow.engine")
@@ -92,6 +101,7 @@ class Session:
         self.reports: collections.deque[AnyMessage] = collections.deque(maxlen=MAX_REPORTS)
         """What the attendant has to tell the controller."""
         self.report_bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._introduction = self._introduce()
 
     # ---- the engine thread
 
@@ -153,9 +163,9 @@ class Session:
         return self._core.epoch
 
     @property
-    def members(self) -> tuple[Member, ...]:
-        """The current members, in stage order."""
-        return self._core.members
+    def introduction(self) -> EngineAttached:
+        """What it serves, all as of one moment: whoever asks has not got the door."""
+        return self._introduction
 
     @property
     def forming(self) -> bool:
@@ -347,6 +357,12 @@ class Session:
             self._links.use(self._core.nodes)
         for command in commands:
             self._carry_out(command)
+        self._introduction = self._introduce()
+
+    def _introduce(self) -> EngineAttached:
+        core = self._core
+        facts = (Epoch(core.epoch), core.members, self.shares, self.suspended, self.forming)
+        return EngineAttached(self.pipeline, os.getpid(), *facts)
 
     def _carry_out(self, command: core.Command) -> None:
         match command:

@@ -16,6 +16,9 @@ from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.ledger import Step
 from kevlarflow.recovery.pipeline_events import Aside, Command, SetAside, UseBlocks
 
+MOST_CHOICES = 16
+"""That are remembered apart."""
+
 
 class GivingWay:
     """See the module's text."""
@@ -57,8 +60,15 @@ class GivingWay:
             self._changed_at = count
             if self.usable is not None:
                 self._choices[count] = self.usable
+                self._forget_details()
             commands.append(UseBlocks(self.usable))
         return commands + self.set_aside(dict.fromkeys(surplus, "") | dict(doomed), count)
+
+    def _forget_details(self) -> None:
+        """Have two of many choices count as one until the later one is done: an idle engine may be formed for ever."""
+        if len(self._choices) > MOST_CHOICES:
+            first, second, *_ = self._choices
+            self._choices[second] &= self._choices.pop(first)
 
     def set_aside(self, reasons: Mapping[str, str], count: int) -> list[Command]:
         """Set requests aside, and those that count on what they would have filled, before the nodes start afresh.

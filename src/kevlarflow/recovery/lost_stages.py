@@ -10,6 +10,9 @@ from collections.abc import Iterable, Sequence
 
 from kevlarflow.types import Member, NodeInfo, Stage
 
+MOST_LOSSES = 16
+"""That are remembered apart."""
+
 
 class LostStages:
     """See the module's text. `count` is the count of formations, of which a step bears that of its scheduling."""
@@ -37,6 +40,10 @@ class LostStages:
     def note(self, lost: frozenset[Stage], count: int) -> None:
         """A step that is scheduled under a smaller count may count on KV that these stages do not have."""
         self._lost_at[count] = lost
+        if len(self._lost_at) > MOST_LOSSES:
+            # An idle engine may be formed for ever. Who is told of the first as if it were the second computes more.
+            first, second, *_ = self._lost_at
+            self._lost_at[second] |= self._lost_at.pop(first)
 
     def since(self, count: int) -> frozenset[Stage]:
         """Stages lost by formations that a step scheduled under `count` did not know of; forgets older ones."""

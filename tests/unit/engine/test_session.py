@@ -10,8 +10,9 @@ import pytest
 
 from kevlarflow.recovery import pipeline_events as core
 from kevlarflow.recovery.recompute import Limits
-from kevlarflow.types import Epoch, Member, NodeInfo, PipelineId, Stage
+from kevlarflow.types import Cause, Epoch, Member, NodeInfo, PipelineId, Stage
 from kevlarflow.wire import steps
+from kevlarflow.wire.messages import Form
 
 if TYPE_CHECKING:
     from kevlarflow.engine.session import Session
@@ -133,3 +134,44 @@ def test_a_request_that_is_taken_out_of_a_step_under_way_has_sampled_nothing(ses
     session._receive(steps.StepFailed(PIPELINE, Epoch(1), 3, Stage(0), "boom"), [])
     session._receive(steps.Executed(PIPELINE, Epoch(1), 2), [sampled(hits=7, other=8)])
     assert tokens_of(under_way) == {"hits": [], "other": [8], "long": []}
+
+
+def order(epoch: int, names: str, *, lends: bool) -> Form:
+    nodes = tuple(node(name, stage) for stage, name in enumerate(names))
+    return Form(PIPELINE, Epoch(epoch), nodes, (), Cause.CRASH, (Stage(1),), shares=1 + lends)
+
+
+def answer(session: Session, epoch: int) -> None:
+    for stage in (Stage(0), Stage(1)):
+        session._receive(steps.Joined(PIPELINE, Epoch(epoch), stage), [])
+        session._receive(steps.Restored(PIPELINE, Epoch(epoch), stage), [])
+
+
+def test_an_introduction_is_of_one_moment(session: Session) -> None:
+    def told() -> tuple[int, list[str], int, bool]:
+        said = session.introduction
+        return said.epoch, [member.node for member in said.members], said.shares, said.forming
+
+    assert told() == (1, ["a-0", "a-1"], 1, False)
+    session.post(order(2, "ab", lends=True))
+    assert told() == (1, ["a-0", "a-1"], 1, False)
+    session.attend(0.0)
+    assert told() == (2, ["a-0", "b-1"], 2, True)
+    answer(session, 2)
+    assert told() == (2, ["a-0", "b-1"], 2, False)
+
+
+def test_an_idle_engine_does_not_grow_with_each_recovery(session: Session) -> None:
+    kept = []
+    for epoch in range(2, 102):
+        session.post(order(epoch, "ab" if epoch % 2 else "aa", lends=epoch % 2 == 1))
+        session.attend(0.0)
+        answer(session, epoch)
+        core = session._core
+        kept.append(len(session._orders.usable) + len(core._giving_way._choices) + len(core._lost_stages._lost_at))
+    assert kept[-1] == kept[49]
+    # What any of them left out is left out first, whatever may be used in the end.
+    first, last = session._orders.usable
+    assert first is not None
+    assert last is not None
+    assert first == last
