@@ -17,7 +17,7 @@ from kevlarflow.recovery.capacity import without
 from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.ledger import LedgerEntry, Step
 from kevlarflow.recovery.recompute import Limits
-from kevlarflow.recovery.suspicion import POSSIBLE_REASON, REASON
+from kevlarflow.recovery.suspicion import NOT_AGAIN, POSSIBLE_REASON, REASON
 from kevlarflow.recovery.watched import LaneLeft, TimePassed, WatchedPipeline
 from kevlarflow.sim.errors import NoReason, NotFenced, Unbounded
 from kevlarflow.sim.network import Process
@@ -231,7 +231,7 @@ class Engine(Process):
             if request.error in (REASON, POSSIBLE_REASON):
                 self.fleet.blame.check(request.name, request.error, self.pipeline)
                 self.fleet.counts["requests ended for what they cost"] += 1
-            elif request.error != DRAWN_ERROR:
+            elif request.error.removesuffix(f": {NOT_AGAIN}") != DRAWN_ERROR:
                 raise NoReason(f"{self} ends {request.name}: {request.error}")
             self.fleet.clients.end(request, request.error)
         self.scheduler.ended.clear()

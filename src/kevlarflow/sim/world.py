@@ -21,7 +21,7 @@ from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.ledger import Step
 from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Limits
-from kevlarflow.recovery.suspicion import MAX_POSSIBLE_COST, POSSIBLE_REASON, REASON
+from kevlarflow.recovery.suspicion import MAX_POSSIBLE_COST, NOT_AGAIN, POSSIBLE_REASON, REASON
 from kevlarflow.sim.errors import Stuck, Violation, WrongTokens
 from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler, completed
 from kevlarflow.sim.shapes import Shape, draw
@@ -120,7 +120,8 @@ class World:
             if request.error:
                 unknown = self.shape.blames and request.error == REASON
                 excused = unknown or (self.recoveries >= MAX_POSSIBLE_COST and request.error == POSSIBLE_REASON)
-                if not excused and request.error not in self.blamed.get(request.name, ()):
+                cause = request.error.removesuffix(f": {NOT_AGAIN}")
+                if not excused and cause not in self.blamed.get(request.name, ()):
                     raise WrongTokens(f"{request.name} ended without need: {request.error}")
             elif not request.aborted and request.tokens != self.expected[request.name]:
                 raise WrongTokens(f"{request.name}: {request.tokens} instead of {self.expected[request.name]}")
