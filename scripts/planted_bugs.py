@@ -403,6 +403,27 @@ MUTANTS = (
         "pipeline.epoch = Epoch(0)",
     ),
     Mutant(
+        "a restarted controller takes an engine that forms for one that has recovered",
+        "recovery/formation.py",
+        "    if claim.forming and not holes and not pipeline.reform:\n",
+        "    if False:\n",
+        "tests/unit/recovery/test_second_life.py",
+    ),
+    Mutant(
+        "the bound of a wait outlives what was generated while the controller was away",
+        "recovery/formation.py",
+        "if not claim.suspended and not claim.forming:",
+        "if False:",
+        "tests/unit/recovery/test_second_life.py",
+    ),
+    Mutant(
+        "what is said of a flush in an earlier epoch ends the one of this",
+        "node/main.py",
+        "if isinstance(outcome, steps.Flushed) and outcome.epoch == lane.epoch:",
+        "if isinstance(outcome, steps.Flushed):",
+        "tests/unit/node/test_main_loop.py",
+    ),
+    Mutant(
         "a stage counts as whole before it is recomputed",
         "recovery/forming.py",
         "return not (self.to_place or self.to_join or self.to_restore or self.chunks)",

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -127,3 +128,22 @@ def test_a_flush_is_over_in_time_though_another_lane_is_never_idle(
     with pytest.raises(Ended):
         server.serve()
     assert said == [Flushed(PipelineId(0), Epoch(1), Stage(0))]
+
+
+def test_what_is_said_of_a_flush_in_an_earlier_epoch_does_not_end_the_one_of_this(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = msgspec.structs.replace(make_config(), run_folder=str(tmp_path))
+    server = NodeServer(config, MEMBER, Stage(0), Progress(60.0), PaceMeter())
+    runners: list[Any] = [Runner()]
+    server._lanes = Lanes(runners, 4, is_first_stage=True)
+    server._lanes.open(PipelineId(0), Epoch(1))
+    lane = server._lanes.open(PipelineId(0), Epoch(2))
+    assert lane is not None
+    monkeypatch.setattr(server, "_answer", lambda *_: None)
+    for epoch, awaited in ((1, 5.0), (2, None)):
+        lane.flush_until = 5.0
+        outcomes = [Flushed(PipelineId(0), Epoch(epoch), Stage(0))]
+        monkeypatch.setattr(server, "_replicas", SimpleNamespace(outcomes=lambda said=outcomes: said))
+        server._pass_on_outcomes()
+        assert lane.flush_until == awaited
