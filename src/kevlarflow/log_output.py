@@ -14,6 +14,7 @@ import os
 import select
 import stat
 import sys
+import threading
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -44,11 +45,17 @@ class _LossyFile(io.RawIOBase):
         self._descriptor = descriptor
         self._kept = b""
         self._is_stuck = False
+        self._lock = threading.RLock()
+        # A process that is forked must not wait for a thread that it has not got.
+        os.register_at_fork(after_in_child=self._renew_lock)
         self._poller: select.poll | None = None
         with contextlib.suppress(OSError):
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 self._poller = select.poll()
                 self._poller.register(descriptor, select.POLLOUT)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.RLock()
 
     def fileno(self) -> int:
         return self._descriptor
@@ -61,19 +68,21 @@ class _LossyFile(io.RawIOBase):
 
     def write(self, data: ReadableBuffer, /) -> int:
         said = bytes(data)
-        self._kept += said
-        self.flush()
-        self._kept = self._kept[-MOST_KEPT_BYTES:]
+        with self._lock:
+            self._kept += said
+            self.flush()
+            self._kept = self._kept[-MOST_KEPT_BYTES:]
         return len(said)
 
     def flush(self) -> None:
         """Write what is kept, as far as it is taken."""
-        try:
-            while self._kept and self._takes_more():
-                piece = self._kept if self._poller is None else self._kept[:PIECE_BYTES]
-                self._kept = self._kept[os.write(self._descriptor, piece) :]
-        except OSError:
-            self._kept = b""
+        with self._lock:
+            try:
+                while self._kept and self._takes_more():
+                    piece = self._kept if self._poller is None else self._kept[:PIECE_BYTES]
+                    self._kept = self._kept[os.write(self._descriptor, piece) :]
+            except OSError:
+                self._kept = b""
 
     def _takes_more(self) -> bool:
         """Whether a write would not wait. Who takes nothing for a moment is asked again only later."""

@@ -162,11 +162,12 @@ def test_each_failed_request_has_the_reason_that_its_engine_gave() -> None:
         _Output("1_cmpl-3-0-5eed", "error", "stage 1 has no node"),
         _Output("chatcmpl-4-5eed", "error", "2 nodes were lost"),
         _Output("cmpl-5-0-5eed", "error", None),
+        _Output("cmpl-60-0-5eed", "error", "step 7 failed"),
     ]
     assert processor.process_outputs(outputs, 2.5) == 2.5
     assert processor.seen == outputs
-    told = [reasons.of(f"cmpl-{number}") for number in (1, 2, 3, 5)]
-    assert told == ["", "", "stage 1 has no node", ""]
+    told = [reasons.of(f"cmpl-{number}") for number in (1, 2, 3, 5, 6)]
+    assert told == ["", "", "stage 1 has no node", "", ""]
     assert reasons.of("chatcmpl-4") == "2 nodes were lost"
 
 

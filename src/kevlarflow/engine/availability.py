@@ -125,8 +125,8 @@ class ControllerMetrics(Collector):
 class Reasons:
     """Why the engines have ended requests. The scheduler hook sends the reason along as the stop reason.
 
-    An engine's name for a request has the server's in it: what belongs to a prompt or a choice stands before and
-    behind that.
+    An engine's name for a request has the server's in it: what tells its choices and prompts apart stands before that
+    with ``_``, and behind it with ``-``.
     """
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class Reasons:
 
     def of(self, request: str) -> str:
         """Why a request of the server was ended; empty if not by us."""
-        return next((reason for name, reason in self._of.items() if request in name), "")
+        return next((reason for name, reason in self._of.items() if f"_{request}-" in f"_{name}-"), "")
 
 
 _reasons = Reasons()

@@ -40,7 +40,6 @@ class NodeLinks:
         died never do: their channels go when the next one is opened and they have had their time."""
         self._bell = bell
         self._poller = zmq.Poller()
-        """Messages that could not be sent or decoded."""
 
     def use(self, nodes: Sequence[NodeInfo]) -> None:
         """Talk to these nodes; channels to others are closed."""
