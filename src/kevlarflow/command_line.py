@@ -56,7 +56,7 @@ def human_integer(text: str) -> int:
     return int(float(number) * 1000**power) if suffix.islower() else int(number) * 1024**power
 
 
-def size(text: str) -> int:
+def memory_size(text: str) -> int:
     """The type of a number of bytes above 0, in vLLM's notation."""
     try:
         number = human_integer(text)

@@ -14,7 +14,7 @@ from kevlarflow.cli import bench_suite, preflight
 from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.model_files import find
 from kevlarflow.cli.output_folder import require_writable
-from kevlarflow.command_line import Parser, amount, count, size
+from kevlarflow.command_line import Parser, amount, count, memory_size
 from kevlarflow.errors import UsageError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("-dp", "--pipelines", type=count, default=2, help="pipelines (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="as vLLM's (the model's own)")
     parser.add_argument("--max-model-len", type=count, default=2048, help="as vLLM's (%(default)s)")
-    parser.add_argument("--kv-cache-memory-bytes", type=size, default=512 * 2**20, help="as vLLM's (512M)")
+    parser.add_argument("--kv-cache-memory-bytes", type=memory_size, default=512 * 2**20, help="as vLLM's (512M)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and moments (%(default)s)")
     parser.add_argument(
         "--patience",
