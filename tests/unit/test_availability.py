@@ -45,9 +45,10 @@ def ask(now: Availability, method: str, path: str, root: str = "") -> tuple[int,
     return sent[0]["status"], headers, b"".join(message["body"] for message in sent[1:])
 
 
+@pytest.mark.parametrize("path", ["/health", "/ping"])
 @pytest.mark.parametrize("now", [DOWN, STARTING])
-def test_health_is_503_with_the_reason_while_nothing_can_generate(now: Availability) -> None:
-    status, headers, body = ask(now, "GET", "/health")
+def test_health_is_503_with_the_reason_while_nothing_can_generate(now: Availability, path: str) -> None:
+    status, headers, body = ask(now, "GET", path)
     assert status == 503
     assert json.loads(body) == {"status": "unavailable" if now.started else "starting", "reason": now.reason}
     assert headers["retry-after"] == str(now.retry_after_seconds)

@@ -3,7 +3,7 @@
 vLLM's server knows its engines, not the nodes behind them. The controller knows both, and `Watch` holds its latest
 word. From it come four things that vLLM cannot say:
 
-* ``GET /health`` is 200 exactly while at least one pipeline can generate;
+* ``GET /health`` (and vLLM's other name for it, ``/ping``) is 200 exactly while at least one pipeline can generate;
 * new generation requests get HTTP 503 with ``Retry-After`` while none can, rather than wait for a node;
 * a request that had to be ended says why, where vLLM says "Internal server error";
 * ``GET /metrics`` has the controller's metrics next to vLLM's.
@@ -37,6 +37,7 @@ log = logging.getLogger("kevlarflow.engine.availability")
 REFRESH_SECONDS = 1.0
 """How often the subscription is renewed, so that a controller that was started again learns of it."""
 RETRY_SECONDS = 0.05
+HEALTH_PATHS = ("/health", "/ping")
 GENERATION_PREFIXES = ("/v1/", "/v2/", "/inference/", "/invocations", "/generate", "/generative_scoring", "/cohere/")
 MAX_REASONS = 1_000
 """Of requests that were ended and whose clients have yet to be told why."""
@@ -194,7 +195,7 @@ class AvailabilityMiddleware:
         """Handle one connection, as ASGI defines it."""
         if scope["type"] == "http":
             now, path = self._watch.latest, _route(scope)
-            if not now.serving and path == "/health":
+            if not now.serving and path in HEALTH_PATHS:
                 await _answer(send, now, _health_body(now))
                 return
             if not now.serving and now.started and scope["method"] == "POST" and path.startswith(GENERATION_PREFIXES):
