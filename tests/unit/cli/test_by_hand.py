@@ -66,6 +66,17 @@ class Terminal:
     def hears(self) -> str:
         return self.said.get(timeout=PATIENCE_SECONDS)
 
+    def close(self) -> None:
+        self.cluster.kill()
+        self.cluster.wait()
+
+
+@pytest.fixture
+def terminal(tmp_path: Path, controller: Controller) -> Iterator[Terminal]:
+    terminal = Terminal(tmp_path)
+    yield terminal
+    terminal.close()
+
 
 @pytest.fixture
 def controller(tmp_path: Path) -> Iterator[Controller]:
@@ -74,8 +85,7 @@ def controller(tmp_path: Path) -> Iterator[Controller]:
     controller.close()
 
 
-def test_a_node_that_is_ready_says_so_and_ctrl_c_drains_it(controller: Controller, tmp_path: Path) -> None:
-    terminal = Terminal(tmp_path)
+def test_a_node_that_is_ready_says_so_and_ctrl_c_drains_it(controller: Controller, terminal: Terminal) -> None:
     controller.state = "ready"
     assert "is ready after" in terminal.hears()
     terminal.signals.send(b"\2")
@@ -87,9 +97,8 @@ def test_a_node_that_is_ready_says_so_and_ctrl_c_drains_it(controller: Controlle
     assert terminal.left.get(timeout=PATIENCE_SECONDS) == 130
 
 
-def test_a_node_that_cannot_be_drained_stays_and_says_why(controller: Controller, tmp_path: Path) -> None:
+def test_a_node_that_cannot_be_drained_stays_and_says_why(controller: Controller, terminal: Terminal) -> None:
     controller.state, controller.refusal = "ready", "node-0-1 cannot be drained: it is alone"
-    terminal = Terminal(tmp_path)
     terminal.hears()
     terminal.signals.send(b"\2")
     assert terminal.hears() == "node-0-1 cannot be drained: it is alone; it stays, and a second Ctrl-C ends it at once"
@@ -98,20 +107,17 @@ def test_a_node_that_cannot_be_drained_stays_and_says_why(controller: Controller
 
 @pytest.mark.parametrize("state", ["ready", "starting"])
 def test_a_node_ends_with_its_cluster_even_without_a_guardian(
-    state: str, controller: Controller, tmp_path: Path
+    state: str, controller: Controller, terminal: Terminal
 ) -> None:
     controller.state = state
-    terminal = Terminal(tmp_path)
     if state == "ready":
         assert "is ready after" in terminal.hears()
     terminal.cluster.kill()
     assert terminal.hears() == "the cluster has ended, and node-0-1 with it"
     assert terminal.left.get(timeout=PATIENCE_SECONDS) == 1
-    terminal.cluster.wait()
 
 
-def test_a_node_that_is_not_ready_ends_at_once(controller: Controller, tmp_path: Path) -> None:
-    terminal = Terminal(tmp_path)
+def test_a_node_that_is_not_ready_ends_at_once(controller: Controller, terminal: Terminal) -> None:
     terminal.signals.send(b"\2")
     assert terminal.hears() == "node-0-1 was not ready yet: it ends at once"
     assert terminal.left.get(timeout=PATIENCE_SECONDS) == 130
@@ -128,7 +134,13 @@ def test_signals_are_heard_while_the_main_thread_is_busy_and_end_nothing(number:
         "os.write(1, b'go')\n"
         "threading.Event().wait()\n"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+
+    def hear_it() -> None:
+        # Whoever runs the tests in the background may have it ignored.
+        signal.signal(number, signal.SIG_DFL)
+
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=hear_it) as process:  # noqa: PLW1509
         assert process.stdout is not None
         assert process.stdout.read(2) == b"go"
         process.send_signal(number)
