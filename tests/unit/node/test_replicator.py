@@ -134,7 +134,7 @@ def test_a_peer_that_sends_nonsense_over_the_wire_is_refused_and_others_are_serv
     peer.setsockopt(zmq.LINGER, 0)
     peer.connect(standby.address)
     peer.send_multipart([b"nonsense"])
-    wait_for(lambda: standby.replicator.refused == 1)
+    wait_for(lambda: standby.replicator._standby.refused == 1)
     peer.send_multipart([header(block=9), b"12345678"])
     lane = source.replicator.lane(0, range(1_000))
     source.replicator.assign(lane, standby.info)

@@ -8,7 +8,7 @@ import pytest
 
 from kevlarflow.control.journal import Journal
 from kevlarflow.sim import fleet, plan
-from kevlarflow.sim.__main__ import main
+from kevlarflow.sim.__main__ import PROGRAM, main
 from kevlarflow.sim.controller import Controller
 
 
@@ -51,7 +51,7 @@ def test_an_invariant_that_does_not_hold_ends_it(
 ) -> None:
     monkeypatch.setattr("kevlarflow.recovery.invariants.CHECKS", (lambda _: iter([("pipeline 0", "is odd")]),))
     assert main(["--journal", str(journal)]) == 1
-    assert capsys.readouterr().err.rstrip() == "an invariant did not hold: pipeline 0 is odd"
+    assert capsys.readouterr().err.rstrip() == f"{PROGRAM}: an invariant did not hold: pipeline 0 is odd"
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,12 @@ def test_what_is_no_journal_is_refused_in_one_line(
     path.write_text(text)
     assert main(["--journal", str(path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{path} is no journal of a controller: {why}")
+    assert line.startswith(f"{PROGRAM}: {path} is no journal of a controller: {why}")
 
 
 def test_a_journal_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--journal", str(tmp_path / "nowhere")]) == 1
-    assert capsys.readouterr().err == f"{tmp_path / 'nowhere'} cannot be read: No such file or directory\n"
+    assert capsys.readouterr().err == f"{PROGRAM}: {tmp_path / 'nowhere'} cannot be read: No such file or directory\n"
 
 
 @pytest.mark.parametrize(
