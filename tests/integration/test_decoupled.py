@@ -21,7 +21,8 @@ from parity import workload
 from parity.client import Recording, replay
 from parity.reference import Reference
 
-pytestmark = pytest.mark.timeout(600)
+# Each start of a cluster is one; here it is looked at piece by piece.
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 
 def test_a_pipeline_is_formed_of_nodes_that_started_alone(stock_reference: Reference) -> None:
