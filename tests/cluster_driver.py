@@ -95,15 +95,24 @@ class Driver:
         self.now += seconds
         return self.do(events.Tick.after(seconds))
 
-    def serve(self):
-        """Bring everything up."""
+    def serve(self, start_seconds=0.0):
+        """Bring everything up, with nodes that take so long to start."""
         self.do(events.ClusterBegun())
+        self.now += start_seconds
         for node in self.cluster.slots:
             self.ready(node)
         for pipeline in self.cluster.pipelines:
             self.attach(pipeline.id)
             self.formed(pipeline.id, 1)
             self.engine_ready(pipeline.id)
+        return self
+
+    def restart(self):
+        """The same cluster with another life of the controller."""
+        snapshot = self.cluster.snapshot()
+        self.cluster = Cluster(self.config)
+        self.invariants = Invariants(self.cluster)
+        self.do(events.ControllerResumed(snapshot))
         return self
 
     def form(self, pipeline, epoch, nodes, cause, released=(), lost=(), orphans=()):

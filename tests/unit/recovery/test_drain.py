@@ -6,9 +6,7 @@ import pytest
 
 from cluster_driver import Driver, lines, member, orders
 from kevlarflow.recovery import events
-from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.events import Answer, KillNode, Retire, StartNode
-from kevlarflow.recovery.invariants import Invariants
 from kevlarflow.types import Cause, NodeId, NodeState, PipelineId, Stage
 
 STANDBY_HAS_ALL = [(1, "node-1-1", 1_000, 1_000)]
@@ -210,26 +208,17 @@ def test_a_place_that_was_given_up_or_waits_for_the_next_try_is_filled_by_hand()
     assert not any(isinstance(command, StartNode) for command in driver.tick(60.0))
 
 
-def restarted(driver: Driver) -> Driver:
-    """The same cluster with another life of the controller."""
-    snapshot = driver.cluster.snapshot()
-    driver.cluster = Cluster(driver.config)
-    driver.invariants = Invariants(driver.cluster)
-    driver.do(events.ControllerResumed(snapshot))
-    return driver
-
-
 def test_a_restarted_controller_goes_on_draining():
     driver = Driver(replication=True).serve()
     drain(driver, "node-0-1")
-    restarted(driver)
+    driver.restart()
     for node in driver.cluster.slots:
         driver.ready(node)
     assert state_of(driver, "node-0-1") is NodeState.DRAINING
 
 
 def test_a_restarted_controller_leaves_a_drained_place_empty():
-    driver = restarted(drained())
+    driver = drained().restart()
     driver.tick(60.0)
     assert state_of(driver, "node-0-1") is NodeState.DEAD
     assert join(driver, "node-0-1").member == member("node-0-1", 2)

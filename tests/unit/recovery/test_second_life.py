@@ -1,17 +1,11 @@
 """What the next life of the controller makes of a recovery that was under way, and of nodes that had started."""
 
 from cluster_driver import Driver, lines, member, orders
-from kevlarflow.recovery import events
-from kevlarflow.recovery.cluster import Cluster
-from kevlarflow.recovery.invariants import Invariants
 from kevlarflow.types import PipelineState, RecoveryState
 
 
 def restarted(driver):
-    snapshot = driver.cluster.snapshot()
-    driver.cluster = Cluster(driver.config)
-    driver.invariants = Invariants(driver.cluster)
-    driver.do(events.ControllerResumed(snapshot))
+    driver.restart()
     driver.now += 0.2
     return driver
 
@@ -90,15 +84,7 @@ def test_one_that_was_still_forming_has_waited_all_the_time():
 
 
 def test_an_introduction_is_no_start():
-    driver = Driver()
-    driver.do(events.ClusterBegun())
-    driver.now += 30.0
-    for node in driver.cluster.slots:
-        driver.ready(node)
-    for pipeline in driver.cluster.pipelines:
-        driver.attach(pipeline.id)
-        driver.formed(pipeline.id, 1)
-        driver.engine_ready(pipeline.id)
+    driver = Driver().serve(start_seconds=30.0)
     for _ in range(2):
         restarted(driver)
         assert driver.cluster.retry_after_seconds(driver.now) == 30
