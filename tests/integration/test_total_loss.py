@@ -136,13 +136,11 @@ def member_at(cluster: Cluster, place: str) -> Member:
 
 
 def wait_for_refusal(cluster: Cluster) -> httpx.Response:
-    """The first 503 to a new request; fails when service came back before anyone was refused."""
-
-    def refusal() -> httpx.Response | None:
-        answer = httpx.post(f"{cluster.base_url}/v1/completions", json=PROBE, timeout=30.0)
-        return answer if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE else None
-
-    return until("a new request gets 503", refusal, timeout=30, poll=0.02)
+    """A new request's answer once the server knows that it cannot serve: one that it accepts before that waits."""
+    until("/health is not 200", lambda: not cluster.healthy(), timeout=30, poll=0.02)
+    answer = httpx.post(f"{cluster.base_url}/v1/completions", json=PROBE, timeout=30.0)
+    assert answer.status_code == httpx.codes.SERVICE_UNAVAILABLE, answer.text
+    return answer
 
 
 def check_refused(refused: httpx.Response) -> None:
