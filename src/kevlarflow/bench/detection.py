@@ -105,7 +105,7 @@ def run(plan: Plan, result: Detection, folder: Path, say: Say) -> None:
                 watcher.start()
                 asyncio.run(_Living(plan, result, life, system, hogs, watcher, say).live())
     except (SystemFailed, JournalIncomplete) as error:
-        life.void = str(error)
+        life.void, life.has_journal = str(error), not isinstance(error, JournalIncomplete)
         say(f"detection: {error}")
 
 

@@ -47,7 +47,8 @@ def _alarm_remarks(result: Detection) -> Iterator[str]:
         yield f"Started with {result.flags}, and the default timeouts."
     for number, life in enumerate(result.lives, 1):
         if life.void is not None:
-            yield f"cluster {number} ended before its time: {life.void}"
+            unknown = "" if life.has_journal else "; its minutes do not count"
+            yield f"cluster {number} ended before its time: {life.void}{unknown}"
         for name, stretch in (("no fault", life.calm), ("faults", life.struck)):
             for what, found in (
                 ("false alarm", stretch.alarms),
@@ -56,8 +57,7 @@ def _alarm_remarks(result: Detection) -> Iterator[str]:
                 ("differs", stretch.different),
             ):
                 yield from (f"{what} (cluster {number}, {name}): {each}" for each in found)
-    calm = [life.calm for life in result.lives]
-    count, minutes = sum(len(stretch.alarms) for stretch in calm), sum(stretch.seconds for stretch in calm) / 60
+    count, minutes = sum(len(life.calm.alarms) for life in result.lives), result.calm_seconds() / 60
     is_reached = count == 0 and minutes >= result.minutes
     yield (
         f"Required: no false alarm in {result.minutes:g} minutes without a fault; {count} in {minutes:.1f}: "

@@ -60,6 +60,8 @@ class Life(msgspec.Struct):
     faults: list[Fault] = msgspec.field(default_factory=list)
     void: str | None = None
     """Why it ended before its time; what it has shown until then counts."""
+    has_journal: bool = True
+    """Whether what the cluster noted is all there. Otherwise nobody knows its alarms, and its minutes do not count."""
 
 
 class Detection(msgspec.Struct):
@@ -90,7 +92,7 @@ class Detection(msgspec.Struct):
 
     def calm_seconds(self) -> float:
         """Watched so far without a fault."""
-        return sum(life.calm.seconds for life in self.lives)
+        return sum(life.calm.seconds for life in self.lives if life.has_journal)
 
     def missing(self, kills: int) -> list[Kind]:
         """The faults that are still to be made for `kills` of each kind, the kinds in turns."""

@@ -37,6 +37,7 @@ EARLIEST_TOKEN = 8
 """The kill waits until each stream has so many tokens."""
 LONGEST_WAIT_SECONDS = 2.0
 """And then for a while that differs each time, at most this."""
+UNFINISHED = "it was not measured to its end"
 MOST_REQUESTS = 40
 """Of one client: by then a lane is back that ever will be."""
 BEFORE_SECONDS = 2.0
@@ -93,10 +94,11 @@ async def _kills(plan: Plan, result: Failover, system: System, watcher: Watcher,
         await wait_quiet(meter, plan.patience_seconds)
         stages, pipelines = plan.recipe.stages, plan.recipe.pipelines
         stage = 0 if number % 2 == 0 else stages - 1
-        kill = Kill(number + 1, pipeline=number // 2 % pipelines, stage=stage)
+        kill = Kill(number + 1, pipeline=number // 2 % pipelines, stage=stage, void=UNFINISHED)
         result.kills.append(kill)
         try:
             await _kill(plan, kill, system, watcher, chance.uniform(0, LONGEST_WAIT_SECONDS))
+            kill.void = None
             say(_told(plan, kill))
         except (Void, FaultDidNotHappen) as error:
             kill.void = str(error)

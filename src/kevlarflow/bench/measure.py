@@ -113,7 +113,11 @@ def summarize(streams: Sequence[Stream], at_a_time: int) -> LoadSummary:
 
 
 def pause_after(stream: Stream, fault_at: float) -> Pause | None:
-    """What a fault at `fault_at` did to a stream; None when the stream was over, or not yet begun."""
+    """What a fault at `fault_at` did to a stream; None when the stream was over, or not yet begun.
+
+    Of the waits around the fault, it is the one of which most lies behind it: one that was long before, such as for a
+    first token, and ends just after it ended with a token that was on its way.
+    """
     marks = [stream.sent_at, *stream.times]
     if stream.sent_at >= fault_at or marks[-1] <= fault_at:
         return None
@@ -121,16 +125,16 @@ def pause_after(stream: Stream, fault_at: float) -> Pause | None:
     longest_usual = max(usual[-USUAL_WAITS:], default=DRAIN_SECONDS)
     drain = min(DRAIN_SECONDS, max(LEAST_DRAIN_SECONDS, longest_usual))
     waits = [
-        (later - earlier, later, position)
+        (later - max(earlier, fault_at), later, position)
         for position, (earlier, later) in enumerate(itertools.pairwise(marks))
         if later > fault_at and earlier <= fault_at + drain
     ]
-    gap, ended_at, position = max(waits)
+    _, ended_at, position = max(waits)
     return Pause(
         stream=stream.name,
         next_token_seconds=min(later for _, later, _ in waits) - fault_at,
         resumed_seconds=ended_at - fault_at,
-        gap_seconds=gap,
+        gap_seconds=ended_at - marks[position],
         tokens_before=sum(stream.counts[:position]),
     )
 

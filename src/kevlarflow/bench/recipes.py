@@ -10,8 +10,11 @@ Stock vLLM is ``vllm serve``, unchanged. Two things have to be put beside it, in
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +31,10 @@ REMEDY_NOTE = (
     "without it `--enforce-eager` with more than one stage fails on the CPU."
 )
 
+LONGEST_SOCKET_PATH = 107
+"""Linux'."""
+LONGEST_SOCKET_NAME = 1 + 36
+"""vLLM's: a slash and a UUID."""
 METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n"
 REMEDY = '''\
 """Makes the buffer between stages that vLLM's eager CPU runner lacks; imported in workers only."""
@@ -131,9 +138,18 @@ def stock_vllm(
         return [*serve, *named, *recipe.flags(), *remedy]
 
     path = os.pathsep.join(filter(None, (str(shim), environment.get("PYTHONPATH"))))
-    completed = environment | {"PYTHONPATH": path, "VLLM_RPC_BASE_PATH": str(folder)}
+    completed = environment | {"PYTHONPATH": path, "VLLM_RPC_BASE_PATH": str(_sockets(folder))}
     log = folder / f"{name.replace(' ', '-').lower()}.log"
     return ServerProcess(name, recipe.served_name, command, completed, log, port)
+
+
+def _sockets(folder: Path) -> Path:
+    """Where stock vLLM's sockets go: to its folder, or, where their names would be too long for the kernel, to /tmp."""
+    if len(str(folder)) + LONGEST_SOCKET_NAME < LONGEST_SOCKET_PATH:
+        return folder
+    short = Path(tempfile.mkdtemp(prefix="kevlarflow-bench-"))
+    atexit.register(shutil.rmtree, short, ignore_errors=True)
+    return short
 
 
 def _write_shim(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from kevlarflow.bench.experiment import Say, Void, require_whole, running, until
+from kevlarflow.bench.experiment import Say, Void, require_whole, running, until, whole_rounds
 from kevlarflow.bench.kv_cache import Sent, counted, kv_cache, read_page, sent
 from kevlarflow.bench.load import closed_loop
 from kevlarflow.bench.machine import CpuMeter, wait_quiet
@@ -48,8 +48,11 @@ class Plan(msgspec.Struct, frozen=True):
 
 def run(plan: Plan, result: ReplicationCost, folder: Path, say: Say) -> None:
     """Run the rounds that `result` does not have yet."""
-    done = max((load.number for load in result.loads), default=0)
-    if done >= plan.rounds:
+    measured = ((load.number, load.replicated, load.void is None and load.summary is not None) for load in result.loads)
+    done = whole_rounds(measured, (True, False))
+    result.loads = [load for load in result.loads if load.number in done]
+    missing = [number for number in range(1, plan.rounds + 1) if number not in done]
+    if not missing:
         return
     try:
         with contextlib.ExitStack() as stack:
@@ -57,7 +60,7 @@ def run(plan: Plan, result: ReplicationCost, folder: Path, say: Say) -> None:
             for replicated in (True, False):
                 say(f"replication-cost: {KEVLARFLOW} starts, replication {'on' if replicated else 'off'}")
                 sides[replicated] = stack.enter_context(_side(plan, replicated, folder))
-            for number in range(done + 1, plan.rounds + 1):
+            for number in missing:
                 _round(plan, number, sides, result, say)
     except SystemFailed as error:
         result.void = str(error)

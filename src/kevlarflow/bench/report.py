@@ -37,6 +37,11 @@ MEASURES = (
 )
 
 
+def has_results(report: Report) -> bool:
+    """Whether any experiment has begun."""
+    return any(getattr(report, name) is not None for name in EXPERIMENTS)
+
+
 def tables(report: Report) -> Iterator[Table]:
     """All tables of a report."""
     if report.throughput is not None:
@@ -284,7 +289,7 @@ def markdown(report: Report) -> str:
         f"- Model: {recipe.served_name}, {recipe.pipelines} pipelines (-dp) x {recipe.stages} stages (-pp), "
         f"{'eager' if recipe.eager else 'compiled'}; both systems with `{' '.join(recipe.flags())}`",
         f"- Machine: {machine.cores} cores of {machine.processor}, {machine.memory_gib} GiB; "
-        f"vLLM {machine.vllm}, torch {machine.torch}, Python {machine.python}",
+        f"KevlarFlow {machine.kevlarflow}, vLLM {machine.vllm}, torch {machine.torch}, Python {machine.python}",
         *(f"- {note}" for note in report.notes),
     ]
     for table in tables(report):

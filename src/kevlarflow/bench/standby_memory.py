@@ -47,7 +47,9 @@ def run(plan: Plan, result: StandbyMemory, folder: Path, say: Say) -> None:
             with running(stock, []):
                 result.stock_kv_blocks = kv_cache(read_page(stock.address, "/metrics"), plan.recipe.pipelines).blocks
             say(f"  {result.stock_kv_blocks} blocks")
-        if not result.samples:
+        if not result.samples or result.samples[-1].seconds < plan.minutes * 60:
+            # One cluster has to be watched all the time.
+            result.samples, result.requests = [], 0
             say(f"standby-memory: {KEVLARFLOW} starts, for {plan.minutes:g} minutes of load")
             system = make(KEVLARFLOW, plan.recipe, folder, own_caches(folder, KEVLARFLOW))
             with running(system, []):

@@ -175,9 +175,9 @@ class ServerProcess:
         for process in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
-        self._child.wait(KILL_SECONDS)
         if not wait_gone(left, KILL_SECONDS):
             raise SystemFailed(f"{self.name} cannot be stopped: {', '.join(leftovers)}")
+        self._child.wait()
         self._child = None
         return leftovers
 

@@ -68,7 +68,13 @@ def run(arguments: list[str]) -> int:
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = FILE_WIDTH
-    report = _earlier_report(options) or _empty_report(arguments, options)
+    earlier, fresh = _earlier_report(options), _empty_report(arguments, options)
+    report = earlier or fresh
+    if earlier is not None:
+        _require_like(earlier, fresh, options.resume)
+        console.print(
+            f"goes on with {options.resume}, and its flags: {shlex.join(earlier.recipe.flags())}", markup=False
+        )
     if report.recipe.model is not None:
         # Each system would take a minute to say so.
         preflight.check_layers(report.recipe.stages, find(report.recipe.model))
@@ -86,10 +92,12 @@ def run(arguments: list[str]) -> int:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             console.print(f"logs of the systems are kept in {folder}")
+        # Before anything is shown: a table that cannot be drawn must not cost what was measured.
+        saved = reporting.save(report, options.output) if reporting.has_results(report) else []
         for table in reporting.tables(report):
             console.print(reporting.rich_table(table))
-        if any(True for _ in reporting.tables(report)):
-            console.print(f"saved {' and '.join(map(str, reporting.save(report, options.output)))}")
+        if saved:
+            console.print(f"saved {' and '.join(map(str, saved))}")
     return 0 if is_complete else 1
 
 
@@ -162,6 +170,17 @@ def _earlier_report(options: argparse.Namespace) -> Report | None:
         return msgspec.json.decode(options.resume.read_bytes(), type=Report)
     except (OSError, msgspec.MsgspecError) as error:
         raise UsageError(f"--resume {options.resume} is no report of kevlarflow bench: {error}") from error
+
+
+def _require_like(earlier: Report, fresh: Report, path: Path) -> None:
+    """Raises `UsageError` when what is measured now could not stand beside what the report has."""
+    there, here = earlier.machine.lasting(), fresh.machine.lasting()
+    if there != here:
+        what = next(name for name in there.__struct_fields__ if getattr(there, name) != getattr(here, name))
+        raise UsageError(
+            f"--resume {path} was measured with {what} {getattr(there, what)!r}, and this machine has "
+            f"{getattr(here, what)!r}: begin a new report"
+        )
 
 
 def _empty_report(arguments: list[str], options: argparse.Namespace) -> Report:

@@ -72,6 +72,7 @@ def _chosen(options: argparse.Namespace) -> list[Cell]:
     if options.suite is not None and options.suite not in SUITES:
         raise UsageError(f"there is no suite {options.suite!r}: use {' or '.join(SUITES)}")
     chosen = [*SUITES.get(options.suite, []), *map(_cell, options.cell)]
+    chosen = list({cell.name: cell for cell in reversed(chosen)}.values())[::-1]
     chosen = [cell for cell in chosen if options.cells is None or fnmatch.fnmatch(cell.name, options.cells)]
     if not chosen:
         raise UsageError(f"no cell matches {options.cells!r}: see kevlarflow bench run {options.suite} --list")
@@ -112,6 +113,7 @@ def _report(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from kevlarflow.bench.evaluation import document
 
+    require_writable(options.folder)
     print(f"saved {document.write(options.folder, options.again)}")
     return 0
 

@@ -93,6 +93,13 @@ def test_a_wait_that_begins_when_what_was_on_its_way_must_have_arrived_is_no_pau
     assert on_its_way.resumed_seconds == pytest.approx(0.55), "a step that was under way came late"
 
 
+def test_a_wait_that_was_long_before_the_fault_is_not_the_faults():
+    """A slow step ends just after the fault, with a token that was on its way; the next one takes the recovery."""
+    pause = pause_after(stream(0.0, 48.8, 49.4, 50.01, 50.5, 50.6), fault_at=50.0)
+    assert pause.resumed_seconds == pytest.approx(0.5)
+    assert pause.gap_seconds == pytest.approx(0.49)
+
+
 def test_a_longer_wait_well_after_the_fault_is_not_the_faults():
     late = 2.0 + DRAIN_SECONDS + 0.5
     pause = pause_after(stream(0.0, 1.0, 2.0, 2.6, late, late + 9.0), fault_at=2.0)

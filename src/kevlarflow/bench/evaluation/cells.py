@@ -6,12 +6,12 @@ A full matrix would take days. `FULL` holds the cells that the claims need, and 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from kevlarflow.bench.evaluation.workload import Workload
+from kevlarflow.bench.evaluation.workload import Planned, Workload
+from kevlarflow.bench.machine import Machine
 from kevlarflow.bench.recipes import Recipe
 from kevlarflow.emulation.profile import GIGABIT, Profile
 
@@ -125,9 +125,9 @@ SETTINGS = {
     for setting in (
         REAL,
         # As little as lets two cores run the host side of so many workers, with a restart beside them.
-        _emulated("a10-2x4-1g", 2, 1, 4.0),
-        _emulated("a10-2x4-100g", 2, 100, 4.0),
-        _emulated("a10-4x4-1g", 4, 1, 8.0),
+        _emulated("a10-2x4-1g", 2, 1, 6.0),
+        _emulated("a10-2x4-100g", 2, 100, 6.0),
+        _emulated("a10-4x4-1g", 4, 1, 12.0),
     )
 }
 
@@ -165,17 +165,18 @@ def workload(cell: Cell, trace: str | None = None, arrivals: str | None = None) 
     return msgspec.structs.replace(load, **changes)
 
 
-def conditions(cell: Cell, load: Workload) -> str:
-    """Names the setting and the load of a cell; whoever changes one of them makes another name."""
-    return f"{_digest(SETTINGS[cell.setting])}-{_digest(msgspec.structs.replace(load, trace=Path(load.trace).name))}"
+def conditions(cell: Cell, requests: Sequence[Planned], here: Machine) -> str:
+    """Names the setting, the load and the machine of a cell; whoever changes one of them makes another name."""
+    return f"{_digest(SETTINGS[cell.setting])}-{_digest(list(requests))}-{_digest(here.lasting())}"
 
 
 def is_of_today(cell: Cell, measured_under: str) -> bool:
     """Whether a cell's `conditions` were those of its setting as it is now; its load may have been another."""
-    return measured_under.startswith(f"{_digest(SETTINGS[cell.setting])}-")
+    setting = SETTINGS.get(cell.setting)
+    return setting is not None and measured_under.startswith(f"{_digest(setting)}-")
 
 
-def _digest(thing: msgspec.Struct) -> str:
+def _digest(thing: msgspec.Struct | list[Planned]) -> str:
     return f"{zlib.crc32(msgspec.json.encode(thing)):08x}"
 
 

@@ -32,12 +32,15 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 
 
 def _mttr(rows: Sequence[Row]) -> Claim:
-    by_stock = {each.cell.name: each.values["MTTR"] for each in ratios(rows) if each.cell.system == STOCK}
-    known = {name: value for name, value in by_stock.items() if not math.isnan(value)}
+    text = f"MTTR at least {MTTR_RATIO:.0f}x lower than stock's"
+    never = [row.cell.name for row in rows if row.cell.system == KEVLARFLOW and math.isinf(row.mttr)]
+    if never:
+        return Claim(text, f"never back: {', '.join(never)}", False)
+    by_stock = [each.values["MTTR"] for each in ratios(rows) if each.cell.system == STOCK]
+    known = [value for value in by_stock if not math.isnan(value)]
     if not known:
-        return Claim(f"MTTR at least {MTTR_RATIO:.0f}x lower than stock's", "", None)
-    found = f"{min(known.values()):.0f}x to {max(known.values()):.0f}x"
-    return Claim(f"MTTR at least {MTTR_RATIO:.0f}x lower than stock's", found, min(known.values()) >= MTTR_RATIO)
+        return Claim(text, "", None)
+    return Claim(text, f"{min(known):.0f}x to {max(known):.0f}x", min(known) >= MTTR_RATIO)
 
 
 def _lost(rows: Sequence[Row]) -> Claim:
@@ -49,7 +52,7 @@ def _lost(rows: Sequence[Row]) -> Claim:
 
 def _losses(rows: Sequence[Row]) -> tuple[int, int | None, str]:
     """Requests lost, requests wrong (None: nothing could be compared), and both in words."""
-    lost, compared = sum(row.window.lost for row in rows), [row.wrong for row in rows if row.wrong is not None]
+    lost, compared = sum(row.lost for row in rows), [row.wrong for row in rows if row.wrong is not None]
     words = f"{lost} lost in {len(rows)} cells, {sum(compared)} wrong in the {len(compared)} that can be compared"
     return lost, sum(compared) if compared else None, words
 

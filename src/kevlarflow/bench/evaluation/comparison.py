@@ -38,12 +38,14 @@ class Row(msgspec.Struct, frozen=True):
     window: Window
     """The failure window; without a fault the whole load."""
     mttr: float
-    """Fault to first token, of the pipeline that took longest."""
+    """Fault to first token, of the pipeline that took longest; infinite when one was not back within the cell."""
     goodput_back: float
     goodput_kept: float
-    """Goodput in the seconds after the fault by that before it."""
+    """Goodput in the seconds after the fault by what was delivered before it, to whomever."""
     tokens_per_second: float
     """Of requests that ended whole, over the load."""
+    lost: int
+    """Of all requests of the cell, whenever."""
     wrong: int | None
     """None: there is no run without failure to compare with."""
     repeated: int
@@ -61,7 +63,7 @@ def rows(results: Sequence[CellResult]) -> list[Row]:
 
 
 def _row(result: CellResult, reference: CellResult | None) -> Row:
-    firsts = [strike.first_token_seconds for strike in result.strikes]
+    firsts = [math.inf if each.first_token_seconds is None else each.first_token_seconds for each in result.strikes]
     restarts = [life.first_token - life.ended for life in result.lives if life.first_token is not None]
     steps = sum(each.steps for each in result.steps)
     back = outcome.goodput_back_seconds(result)
@@ -73,10 +75,11 @@ def _row(result: CellResult, reference: CellResult | None) -> Row:
         seconds=result.seconds,
         rate=result.requests_per_second,
         window=outcome.window(result.requests, result.fault_at or 0.0, result.load_seconds),
-        mttr=max((math.nan if each is None else each for each in firsts), default=math.nan),
+        mttr=max(firsts, default=math.nan),
         goodput_back=math.nan if back is None else back,
         goodput_kept=_kept(result),
         tokens_per_second=_throughput(result),
+        lost=outcome.window(result.requests, -math.inf).lost,
         wrong=None if reference is None else len(outcome.wrong(result, reference)),
         repeated=len(outcome.repeated(result)),
         recomputed_tokens=outcome.recomputed_tokens(result),
@@ -107,8 +110,10 @@ def _reference(result: CellResult, results: Sequence[CellResult]) -> CellResult 
 def _kept(result: CellResult) -> float:
     if (fault := result.fault_at) is None:
         return math.nan
-    at, bins = round(fault), result.good_tokens_per_second
-    before, after = sum(bins[max(0, at - AFTER_SECONDS) : at]), sum(bins[at : at + AFTER_SECONDS])
+    at = round(fault)
+    # What a request got that was lost later was delivered before the fault as well.
+    before = sum(result.tokens_per_second[max(0, at - AFTER_SECONDS) : at])
+    after = sum(result.good_tokens_per_second[at : at + AFTER_SECONDS])
     return after / before if before else math.nan
 
 
@@ -123,7 +128,7 @@ class Ratios(msgspec.Struct, frozen=True):
     cell: Cell
     """The other system's."""
     values: dict[str, float]
-    """By the paper's names; NaN where one of the two has none."""
+    """By the paper's names; NaN where one of the two has none, or the other was never back."""
     lost: int
     lost_by_us: int
 
@@ -136,7 +141,7 @@ def ratios(found: Sequence[Row]) -> Iterator[Ratios]:
         if row.cell.fault == NO_FAULT or row.cell.system == KEVLARFLOW or mine is None or row.void is not None:
             continue
         pairs = zip(measures(row), measures(mine), strict=True)
-        values = [theirs / us if us else math.nan for theirs, us in pairs]
+        values = [theirs / us if us and math.isfinite(theirs) else math.nan for theirs, us in pairs]
         yield Ratios(row.cell, dict(zip(PAPER, values, strict=True)), row.window.lost, mine.window.lost)
 
 

@@ -29,8 +29,10 @@ from kevlarflow.config import run_folder_of
 from kevlarflow.faults import FaultDidNotHappen, KillServing, Target
 from kevlarflow.faults.processes import ProcessIdentity, identify
 
-WORKER = re.compile(r"Worker(?:_DP(?P<rank>\d+))?_PP(?P<stage>\d+)")
-"""The title of a vLLM worker's process."""
+WORKER = re.compile(r"Worker(?:_DP\d+)?_PP(?P<stage>\d+)")
+"""The title of a vLLM worker's process. It names the pipeline only where pipelines depend on each other."""
+ENGINE = re.compile(r"EngineCore_DP(?P<rank>\d+)")
+"""The title of the process that has started it, if its server has several."""
 READY_POLL_SECONDS = 0.1
 START_TIMEOUT_SECONDS = 400.0
 STATUS_TIMEOUT_SECONDS = 10.0
@@ -175,12 +177,12 @@ class Stock:
 
     def victim(self, pipeline: int, stage: int) -> Target:
         """See `Contender.victim`."""
-        place, rank = (0, str(pipeline)) if self._router is None else (pipeline, None)
-        for process in self._servers[place].server.processes():
-            found = WORKER.search(_title(process.pid))
-            if found and found["stage"] == str(stage) and (rank is None or found["rank"] in (rank, None)):
-                return Target(f"worker of stage {stage}, pipeline {pipeline}", (process,))
-        raise FaultDidNotHappen(f"no worker of stage {stage} of pipeline {pipeline} is running")
+        server = self._servers[0 if self._router is None else pipeline].server
+        rank = None if self._router is not None else str(pipeline)
+        found = [process for process in server.processes() if _is_worker(process.pid, str(stage), rank)]
+        if len(found) != 1:
+            raise FaultDidNotHappen(f"stage {stage} of pipeline {pipeline} has {len(found)} workers, not one")
+        return Target(f"worker of stage {stage}, pipeline {pipeline}", tuple(found))
 
     def lives(self) -> list[Life]:
         """See `Contender.lives`."""
@@ -205,9 +207,14 @@ class Stock:
 
     def stop(self) -> list[str]:
         """See `Contender.stop`."""
-        left = self._router.stop() if self._router is not None else []
-        for server in self._servers:
-            left += server.stop()
+        left, failures = [], []
+        for each in (*filter(None, (self._router,)), *self._servers):
+            try:
+                left += each.stop()
+            except SystemFailed as error:
+                failures.append(str(error))
+        if failures:
+            raise SystemFailed("; ".join(failures))
         return left
 
 
@@ -256,6 +263,20 @@ def router(servers: list[ServerProcess], model: str, folder: Path) -> ServerProc
         return [program, *where, "--worker-urls", *workers, *ROUTER_FLAGS]
 
     return ServerProcess("vllm-router", model, command, {}, folder / "router.log")
+
+
+def _is_worker(pid: int, stage: str, rank: str | None) -> bool:
+    """Whether a process is the worker of a stage, of the pipeline of that rank."""
+    worker = WORKER.search(_title(pid))
+    if worker is None or worker["stage"] != stage:
+        return False
+    if rank is None:
+        return True
+    try:
+        engine = ENGINE.search(_title(psutil.Process(pid).ppid()))
+    except psutil.Error:
+        return False
+    return engine is not None and engine["rank"] == rank
 
 
 def _title(pid: int) -> str:

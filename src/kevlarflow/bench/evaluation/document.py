@@ -7,9 +7,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from kevlarflow.bench import machine
 from kevlarflow.bench.evaluation import figures
-from kevlarflow.bench.evaluation.cells import NO_FAULT, RATES, SETTINGS, SYSTEMS, Cell
+from kevlarflow.bench.evaluation.cells import NO_FAULT, RATES, SETTINGS, SYSTEMS, Cell, workload
 from kevlarflow.bench.evaluation.claims import claims
 from kevlarflow.bench.evaluation.comparison import (
     AFTER_SECONDS,
@@ -68,12 +67,12 @@ def _lines(
 
 
 def _how(results: Sequence[CellResult]) -> Iterator[str]:
-    here = machine.describe()
     first, last = min(each.begun for each in results), max(each.begun for each in results)
     yield "Each cell is `kevlarflow bench run --cell NAME`, or part of a suite; this page is `kevlarflow bench report`."
     yield f"Cells begun {first} to {last}; they took {sum(each.seconds for each in results) / 60:.0f} minutes."
-    yield f"Machine: {here.processor}, {here.cores} cores, {here.memory_gib} GiB; Python {here.python},"
-    yield f"vLLM {here.vllm}, torch {here.torch}, KevlarFlow {here.kevlarflow}."
+    for each in dict.fromkeys(each.machine for each in results if each.machine is not None):
+        yield f"Machine: {each.processor}, {each.cores} cores, {each.memory_gib} GiB; Python {each.python},"
+        yield f"vLLM {each.vllm}, torch {each.torch}, KevlarFlow {each.kevlarflow}."
     yield from ("", "| system | what it is |", "|---|---|")
     yield from (f"| {name} | {what} |" for name, what in SYSTEMS.items())
     yield from ("", "| setting | nodes | device time | requests/s |", "|---|---|---|---|")
@@ -87,10 +86,19 @@ def _how(results: Sequence[CellResult]) -> Iterator[str]:
         "Rates: " + "; ".join(f"*{name}*: {what}" for name, what in RATES.items()) + ". Arrivals are a Poisson process;"
     )
     yield "lengths are drawn from the Azure LLM inference trace 2023 (conversation; CC-BY 4.0, Microsoft), by 1/8."
+    yield from _other_loads(results)
     yield "All systems run eagerly, in float32, without prefix caching, with the same flags."
     yield REMEDY_NOTE
     if any(is_emulated(each.cell) for each in results):
         yield from ("", "## Where device time is emulated (e)", "", FORMULAS)
+
+
+def _other_loads(results: Sequence[CellResult]) -> Iterator[str]:
+    """Cells whose load is none of the suite's."""
+    for each in results:
+        if each.load is not None and each.load != workload(each.cell):
+            rate, trace = each.load.requests_per_second, Path(each.load.trace).name
+            yield f"But {each.cell.name}: {each.load.arrivals} arrivals, {rate:g} a second, of {trace}."
 
 
 def _ratio_lines(found: Sequence[Row]) -> Iterator[str]:
@@ -152,8 +160,10 @@ def _range(limits: tuple[float, float] | None) -> str:
 
 def _cell_lines(found: Sequence[Row]) -> Iterator[str]:
     yield "MTTR: from the fault to the first token of the pipeline that was hit (the slower of two). Goodput back:"
-    yield f"until goodput stays at 90 % of what it was, averaged over {GOODPUT_WINDOW_SECONDS} s."
-    yield f"Kept: goodput in the {AFTER_SECONDS} s after the fault by that before. Wrong: whole, and not the output of"
+    yield "until goodput is at 90 % of what was delivered before, over the next "
+    yield f"{GOODPUT_WINDOW_SECONDS} s and over the rest of the load. Kept: goodput in the {AFTER_SECONDS} s after the"
+    yield "fault by what was delivered in as many before."
+    yield "Requests, lost ones and times are those of the failure window. Wrong: whole, and not the output of"
     yield "a run without failure (or of what stock did not lose in one with). Times in seconds."
     yield ""
     yield from _table(
@@ -174,7 +184,7 @@ def _cells(row: Row) -> Iterator[str]:
     lost = f"{seen.lost} ({seen.lost_tokens} tokens)" if seen.lost else "0"
     yield from (str(seen.requests), lost + ", and it died" * bool(row.died))
     yield NOTHING if row.wrong is None else str(row.wrong)
-    yield _number(row.mttr, "{:.2f}") if has_fault else ""
+    yield _number(row.mttr, "{:.2f}", "not in the cell") if has_fault else ""
     yield _number(row.goodput_back, "{:.0f}", "not in the cell") if has_fault else ""
     yield _number(row.goodput_kept, "{:.2f}") if has_fault else ""
     yield _pair(seen.latency_mean, seen.latency_p99, "{:.2f}")
@@ -194,7 +204,7 @@ def _mark(cell: Cell) -> str:
 
 
 def _number(value: float, form: str, otherwise: str = NOTHING) -> str:
-    return otherwise if math.isnan(value) else form.format(value)
+    return form.format(value) if math.isfinite(value) else otherwise
 
 
 def _pair(one: float, other: float, form: str) -> str:

@@ -10,6 +10,7 @@ import asyncio
 import datetime
 import math
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import msgspec
 
 from kevlarflow.bench.evaluation.cells import SETTINGS, Cell, Strike, conditions, strikes
 from kevlarflow.bench.evaluation.contenders import Contender, make
-from kevlarflow.bench.evaluation.emulating import overrun_complaint, step_counts
+from kevlarflow.bench.evaluation.emulating import step_complaint, step_counts
 from kevlarflow.bench.evaluation.outcome import (
     CellResult,
     LifeRecord,
@@ -29,7 +30,7 @@ from kevlarflow.bench.evaluation.outcome import (
 from kevlarflow.bench.evaluation.workload import Planned, Workload, plan, request_of
 from kevlarflow.bench.experiment import Say, Void, require_whole
 from kevlarflow.bench.load import closed_loop, open_loop
-from kevlarflow.bench.machine import CpuMeter
+from kevlarflow.bench.machine import CpuMeter, describe
 from kevlarflow.bench.prompts import clients
 from kevlarflow.bench.streams import Stream
 from kevlarflow.bench.systems import SystemFailed
@@ -43,6 +44,7 @@ DRAIN_SECONDS = 90.0
 SETTLE_SECONDS = 60.0
 """After the load, how long a restarted server may take to make its first token."""
 POLL_SECONDS = 0.2
+ERROR = "error.txt"
 STREAMS = "streams.json"
 """Beside the logs: every stream with the arrival of each of its tokens."""
 
@@ -62,28 +64,48 @@ def run(
     result = CellResult(
         cell,
         begun=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        conditions=conditions(cell, workload),
+        machine=(here := describe()),
         requests_per_second=workload.requests_per_second,
         load_seconds=workload.seconds,
     )
     system: Contender | None = None
     try:
         requests = plan(workload)
+        result.load = workload
+        result.conditions = conditions(cell, requests, here)
         system = make_contender(cell, folder)
         system.start()
         result.ready_seconds = system.wait_ready()
         say(f"  ready in {result.ready_seconds:.1f} s; {len(requests)} requests in {workload.seconds:.0f} s")
         streams = asyncio.run(_measure(cell, workload, requests, system, result, say))
         (folder / STREAMS).write_bytes(msgspec.json.encode(streams))
-    except (KevlarFlowError, Void, OSError) as error:
-        result.void = str(error)
+    except Exception as error:  # The other cells have their turn all the same.
+        result.void = _told(error, folder)
     finally:
         if system is not None:
-            result.leftovers = system.stop()
+            _stop(system, result, folder)
     result.steps = step_counts(folder)
-    result.void = result.void or overrun_complaint(result.steps) or _leftover_complaint(result)
+    profile = SETTINGS[cell.setting].profile
+    emulated = profile.stages if profile is not None else 0
+    result.void = result.void or step_complaint(result.steps, emulated) or _leftover_complaint(result)
     result.seconds = time.monotonic() - began
     return result
+
+
+def _stop(system: Contender, result: CellResult, folder: Path) -> None:
+    """Whatever happens here, what was measured before is kept."""
+    try:
+        result.leftovers = system.stop()
+    except Exception as error:
+        result.void = result.void or _told(error, folder)
+
+
+def _told(error: Exception, folder: Path) -> str:
+    """What went wrong, in a line; what nobody has foreseen is written down whole."""
+    if isinstance(error, (KevlarFlowError, Void, OSError)):
+        return str(error)
+    (folder / ERROR).write_text("".join(traceback.format_exception(error)))
+    return f"{type(error).__name__}: {error} (see {folder / ERROR})"
 
 
 def _leftover_complaint(result: CellResult) -> str | None:

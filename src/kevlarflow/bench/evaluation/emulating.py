@@ -42,8 +42,11 @@ def step_counts(folder: Path) -> list[StepCounts]:
     return [msgspec.json.decode(path.read_bytes(), type=StepCounts) for path in sorted(_reports(folder).glob("*.json"))]
 
 
-def overrun_complaint(counts: list[StepCounts]) -> str | None:
-    """Why too many steps took longer than their emulated time for the cell to count; None when they did not."""
+def step_complaint(counts: list[StepCounts], stages: int) -> str | None:
+    """Why the cell does not count: a stage did not emulate, or too many steps overran; None when all is well."""
+    idle = set(range(stages)) - {each.stage for each in counts if each.steps}
+    if idle:
+        return f"no step of stage {min(idle)} took its emulated time: see the logs"
     steps, late = sum(each.steps for each in counts), sum(each.overruns for each in counts)
     if late <= LONGEST_OVERRUN_SHARE * steps:
         return None

@@ -30,7 +30,7 @@ def draw(results: Sequence[CellResult], rows: Sequence[Row], folder: Path) -> li
     return [
         *_each(valid, folder, "around", _around),
         *_rates([row for row in rows if row.void is None], folder),
-        *_each(valid, folder, "phases", _phases),
+        *_each([result for result in valid if _phases_of(result)], folder, "phases", _phases),
     ]
 
 
@@ -109,7 +109,7 @@ def _rate(row: Row) -> float:
 
 
 def _phases(results: Sequence[CellResult], path: Path) -> None:
-    bars = [(result.cell.system, phases) for result in results if (phases := _phases_of(result))]
+    bars = [(result.cell.system, _phases_of(result)) for result in results]
     figure, axes = _axes(len(bars), 1, (9, 1.2 + 1.5 * len(bars)))
     for axis, (system, phases) in zip(axes, bars, strict=True):
         begun = 0.0

@@ -16,12 +16,15 @@ from typing import Any
 import msgspec
 
 from kevlarflow.bench.evaluation.cells import Cell
-from kevlarflow.bench.evaluation.workload import Planned
+from kevlarflow.bench.evaluation.workload import Planned, Workload
+from kevlarflow.bench.machine import Machine
 from kevlarflow.bench.measure import DRAIN_SECONDS, pause_after, percentile
 from kevlarflow.bench.streams import Stream
 from kevlarflow.emulation.profile import StepCounts
 
 GOODPUT_SHARE = 0.9
+BEFORE_SECONDS = 30
+"""What was delivered before a fault is that of so many seconds."""
 GOODPUT_WINDOW_SECONDS = 8
 """Goodput is averaged over so long: requests come at random."""
 
@@ -95,7 +98,10 @@ class CellResult(msgspec.Struct):
     begun: str
     """Local time, ISO 8601."""
     conditions: str = ""
-    """`cells.conditions` of the setting and the load: what is compared must have been measured under the same."""
+    """`cells.conditions` of setting, load and machine: what is compared must have been measured under the same."""
+    machine: Machine | None = None
+    load: Workload | None = None
+    """None: it could not be planned."""
     seconds: float = 0.0
     """What the cell took in all."""
     load_begun: float | None = None
@@ -211,15 +217,19 @@ def first_token_after(streams: Sequence[Stream], pipeline: int, fault_at: float)
 
 
 def goodput_back_seconds(result: CellResult) -> float | None:
-    """From the first fault until goodput stays at 90 % of what it was, averaged; 0: it never fell; None: never back."""
+    """From the first fault until goodput is at 90 % of what was delivered before; 0: it never fell; None: never back.
+
+    Both averaged over the next seconds and on average until the load ends: a moment of it is not yet a return.
+    """
     if (fault := result.fault_at) is None:
         return None
     begun, end = math.ceil(fault), math.floor(result.load_seconds)
-    bins = result.good_tokens_per_second + [0] * end
-    before = bins[max(0, begun - 30) : begun]
-    wanted = GOODPUT_SHARE * _mean(before)
+    bins = (result.good_tokens_per_second + [0] * end)[:end]
+    wanted = GOODPUT_SHARE * _mean(result.tokens_per_second[max(0, begun - BEFORE_SECONDS) : begun])
+    if not wanted > 0:
+        return None
     for second in range(begun, end - GOODPUT_WINDOW_SECONDS + 1):
-        if _mean(bins[second : second + GOODPUT_WINDOW_SECONDS]) >= wanted:
+        if min(_mean(bins[second : second + GOODPUT_WINDOW_SECONDS]), _mean(bins[second:])) >= wanted:
             return max(0.0, second - fault) if second > begun else 0.0
     return None
 

@@ -61,7 +61,7 @@ class Restarting(threading.Thread):
             self._tried.set()
             while not self._stopping.wait(POLL_SECONDS):
                 self._look()
-        except SystemFailed as error:
+        except (SystemFailed, OSError) as error:
             self.failure = str(error)
         finally:
             self._tried.set()

@@ -24,11 +24,11 @@ class SceneSpread(msgspec.Struct, frozen=True):
 
 def spreads(found: Sequence[Row]) -> Iterator[SceneSpread]:
     """Every scene that was run more than once."""
-    scenes: dict[str, list[Row]] = {}
+    scenes: dict[tuple[str, float], list[Row]] = {}
     for row in found:
         if row.void is None:
-            scenes.setdefault(row.cell.name.rpartition(".")[0], []).append(row)
-    for scene, rows in sorted(scenes.items()):
+            scenes.setdefault((row.cell.name.rpartition(".")[0], row.rate), []).append(row)
+    for (scene, _), rows in sorted(scenes.items()):
         if len(rows) > 1:
             yield SceneSpread(scene, len(rows), dict(_ranges(rows)))
 
@@ -36,7 +36,7 @@ def spreads(found: Sequence[Row]) -> Iterator[SceneSpread]:
 def _ranges(rows: Sequence[Row]) -> Iterator[tuple[str, tuple[float, float]]]:
     columns = zip(*((*measures(row), row.tokens_per_second) for row in rows), strict=True)
     for name, values in zip((*PAPER, THROUGHPUT), columns, strict=True):
-        if not any(map(math.isnan, values)):
+        if all(map(math.isfinite, values)):
             yield name, (min(values), max(values))
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from kevlarflow.bench.evaluation.cells import SETTINGS, STOCK, STOCK_DP, Cell, conditions
 from kevlarflow.bench.evaluation.outcome import CellResult, window
 from kevlarflow.bench.evaluation.saved import load, logs_of, save
-from kevlarflow.bench.evaluation.workload import Workload
+from kevlarflow.bench.evaluation.workload import Workload, plan
 from kevlarflow.bench.experiment import Say
+from kevlarflow.bench.machine import describe
 
 RunCell = Callable[[Cell, Path], CellResult]
 SECONDS_TO_START = {STOCK: 120.0, STOCK_DP: 100.0}
@@ -57,8 +58,8 @@ def run(
 ) -> int:
     """Run the cells that are not done yet, each with its load; save them below `output`. Returns how many are void."""
     progress = progress or Progress()
-    cells = list(loads)
-    todo = [cell for cell in cells if not _is_done(load(output, cell), conditions(cell, loads[cell]))]
+    cells, here = list(loads), describe()
+    todo = [cell for cell in cells if not _is_done(load(output, cell), conditions(cell, plan(loads[cell]), here))]
     if len(todo) < len(cells):
         say(f"{len(cells) - len(todo)} of {len(cells)} cells are done already (in {output})")
     void = 0

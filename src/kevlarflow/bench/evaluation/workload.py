@@ -23,6 +23,8 @@ COLUMNS = ("seconds", "context_tokens", "generated_tokens")
 POISSON, TRACE = "poisson", "trace"
 TOKENS_OF_A_SENTENCE = 16
 FEWEST_OUTPUT_TOKENS = 4
+TRACED_SHARE = 0.9
+"""So much of a load's time a trace has to fill."""
 
 
 class TraceRow(NamedTuple):
@@ -91,6 +93,9 @@ def plan(workload: Workload) -> list[Planned]:
     trace = read_trace(Path(workload.trace))
     chance = random.Random(workload.seed)
     starts = list(_poisson(workload, chance) if workload.arrivals == POISSON else _as_traced(workload, trace))
+    if not starts:
+        rate = f"{workload.requests_per_second:g} requests/s"
+        raise UsageError(f"at {rate} no request comes within {workload.seconds:g} s: use a higher rate")
     return [
         _planned(workload, number, start, chance.choice(trace) if workload.arrivals == POISSON else trace[number])
         for number, start in enumerate(starts)
@@ -107,6 +112,12 @@ def _poisson(workload: Workload, chance: random.Random) -> Iterator[float]:
 def _as_traced(workload: Workload, trace: Sequence[TraceRow]) -> Iterator[float]:
     own_rate = (len(trace) - 1) / max(trace[-1].seconds - trace[0].seconds, 1e-9)
     stretch = own_rate / workload.requests_per_second
+    lasts = (trace[-1].seconds - trace[0].seconds) * stretch
+    if lasts < TRACED_SHARE * workload.seconds:
+        raise UsageError(
+            f"the trace {workload.trace} is over after {lasts:.0f} of {workload.seconds:.0f} s at "
+            f"{workload.requests_per_second:g} requests/s: use a lower rate or name a longer one with --trace"
+        )
     for row in trace:
         if (start := (row.seconds - trace[0].seconds) * stretch) >= workload.seconds:
             return

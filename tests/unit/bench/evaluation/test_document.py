@@ -11,8 +11,11 @@ from kevlarflow.bench.evaluation.cells import SUITES, Cell
 from kevlarflow.bench.evaluation.claims import claims
 from kevlarflow.bench.evaluation.outcome import CellResult, LifeRecord, RequestRecord, StrikeRecord
 from kevlarflow.bench.evaluation.spread import spreads
+from kevlarflow.bench.evaluation.workload import plan
+from kevlarflow.bench.machine import Machine
 from kevlarflow.errors import UsageError
 
+HERE = Machine("a processor", 2, 23.5, "3.11", "0.32", "2.13", "0.1.0 at 1a2b3c4")
 PHASES = {"detect": 0.05, "plan": 0.01, "relink": 0.02, "restore": 0.1, "recompute": 0.2, "reissue": 0.1}
 
 
@@ -21,7 +24,9 @@ def cell(system, fault="one-middle"):
 
 
 def under_conditions(found):
-    found.conditions = cells.conditions(found.cell, cells.workload(found.cell))
+    found.load = cells.workload(found.cell)
+    found.machine = HERE
+    found.conditions = cells.conditions(found.cell, plan(found.load), HERE)
     return found
 
 
@@ -35,7 +40,7 @@ def requests(ttft, latency, digest=1, defect=None):
 def result(system, mttr, ttft, latency, **more):
     found = CellResult(cell(system), "2026-01-01T00:00:00", requests_per_second=1.0, load_seconds=160.0)
     found.requests = requests(ttft, latency, **more)
-    found.good_tokens_per_second = [10] * 160
+    found.tokens_per_second = found.good_tokens_per_second = [10] * 160
     found.strikes = [StrikeRecord(40.0, 0, 2, "a node", mttr)]
     return under_conditions(found)
 
@@ -104,7 +109,7 @@ def test_output_that_cannot_be_compared_is_not_called_right(tmp_path):
 
 def test_goodput_below_the_share_of_nodes_that_is_left_breaks_the_claim(tmp_path):
     low = result("kevlarflow", 0.5, 0.2, 2.0)
-    low.good_tokens_per_second = [10] * 40 + [4] * 120
+    low.tokens_per_second = low.good_tokens_per_second = [10] * 40 + [4] * 120
     saved.save(tmp_path, low)
     found = {each.text: each.holds for each in claims(comparison.rows(saved.load_all(tmp_path)))}
     assert found["goodput after a loss at least 0.50 of what it was"] is False
@@ -128,7 +133,7 @@ def test_a_cell_whose_setting_has_changed_since_is_void(folder):
 def test_cells_under_another_load_are_not_compared(folder):
     other = result("kevlarflow", 0.5, 0.2, 2.0)
     slower = msgspec.structs.replace(cells.workload(other.cell), length_scale=0.5)
-    other.conditions = cells.conditions(other.cell, slower)
+    other.conditions = cells.conditions(other.cell, plan(slower), HERE)
     saved.save(folder, other)
     found = comparison.rows(saved.load_all(folder))
     assert list(comparison.ratios(found)) == []
@@ -171,6 +176,76 @@ def test_a_system_that_died_of_a_fault_is_not_void(folder):
 def test_a_folder_without_cells_says_what_to_do(tmp_path):
     with pytest.raises(UsageError, match=r"holds no cells: run kevlarflow bench run SUITE"):
         document.write(tmp_path)
+
+
+def test_cells_of_two_machines_are_not_compared_and_both_machines_are_named(folder):
+    other = result("kevlarflow", 0.5, 0.2, 2.0)
+    other.machine = msgspec.structs.replace(HERE, processor="another one")
+    other.conditions = cells.conditions(other.cell, plan(other.load), other.machine)
+    saved.save(folder, other)
+    assert list(comparison.ratios(comparison.rows(saved.load_all(folder)))) == []
+    text = document.write(folder).read_text()
+    assert "Machine: a processor, 2 cores" in text
+    assert "Machine: another one, 2 cores" in text
+
+
+def test_the_same_machine_after_a_commit_or_a_restart_is_the_same(folder):
+    cell, requests = SUITES["quick"][0], plan(cells.workload(SUITES["quick"][0]))
+    later = msgspec.structs.replace(HERE, kevlarflow="0.1.0 at 2b3c4d5", memory_gib=23.4)
+    assert cells.conditions(cell, requests, HERE) == cells.conditions(cell, requests, later)
+
+
+def test_a_load_that_is_not_the_suites_is_named(folder):
+    other = result("kevlarflow", 0.5, 0.2, 2.0)
+    other.load = msgspec.structs.replace(other.load, arrivals="trace", trace="/somewhere/own.csv")
+    saved.save(folder, other)
+    said = "But a10-2x4-1g.kevlarflow.near.one-middle.0: trace arrivals"
+    assert f"{said}, {other.load.requests_per_second:g} a second, of own.csv." in document.write(folder).read_text()
+
+
+@pytest.mark.parametrize("firsts", [(0.5, None), (None, 0.5)])
+def test_of_two_pipelines_the_one_that_never_comes_back_counts(folder, firsts):
+    ours = result("kevlarflow", 0.5, 0.2, 2.0)
+    ours.strikes = [StrikeRecord(40.0, pipeline, 2, "a node", first) for pipeline, first in enumerate(firsts)]
+    saved.save(folder, ours)
+    found = comparison.rows(saved.load_all(folder))
+    assert next(row.mttr for row in found if row.cell == ours.cell) == math.inf
+    (claim,) = [each for each in claims(found) if each.text.startswith("MTTR")]
+    assert (claim.holds, claim.found) == (False, "never back: a10-2x4-1g.kevlarflow.near.one-middle.0")
+    assert "not in the cell" in document.write(folder).read_text()
+
+
+def test_a_request_that_is_lost_before_the_fault_is_lost(folder):
+    ours = result("kevlarflow", 0.5, 0.2, 2.0)
+    ours.requests[3] = msgspec.structs.replace(ours.requests[3], defect="gone")
+    saved.save(folder, ours)
+    (claim,) = [c for c in claims(comparison.rows(saved.load_all(folder))) if c.text == "no request lost or wrong"]
+    assert claim.holds is False
+    assert claim.found.startswith("1 lost in 2 cells")
+
+
+def test_goodput_that_is_kept_is_compared_with_all_that_was_delivered(folder):
+    """What a request got that is lost later was delivered before the fault all the same."""
+    theirs = result("stock", 60.0, 2.0, 6.0)
+    theirs.good_tokens_per_second = [5] * 160
+    saved.save(folder, theirs)
+    row = next(row for row in comparison.rows(saved.load_all(folder)) if row.cell == theirs.cell)
+    assert row.goodput_kept == pytest.approx(0.5)
+
+
+def test_a_cell_of_a_setting_that_is_gone_is_void(folder):
+    path = saved.path_of(folder, cell("replay"))
+    path.write_text(path.read_text().replace("a10-2x4-1g", "a100-1x1"))
+    (gone,) = [each for each in saved.load_all(folder) if each.cell.setting == "a100-1x1"]
+    assert gone.void is not None
+
+
+def test_a_recovery_without_a_record_has_no_bar(folder):
+    """Neither system says anything of its phases."""
+    for system in ("kevlarflow", "stock"):
+        saved.save(folder, result(system, 0.5, 0.2, 2.0))
+    document.write(folder)
+    assert [path.name for path in (folder / "figures").glob("phases*")] == []
 
 
 def test_a_system_that_never_came_back_has_no_ratio(folder):

@@ -9,11 +9,11 @@ import msgspec
 import psutil
 import pytest
 
-from kevlarflow.bench.evaluation import cells, drive, outcome, suite
+from kevlarflow.bench.evaluation import cells, drive, outcome, saved, suite
 from kevlarflow.bench.evaluation.cells import Cell
 from kevlarflow.bench.evaluation.outcome import CellResult
 from kevlarflow.bench.evaluation.workload import Workload, plan
-from kevlarflow.bench.systems import ServerProcess, free_port
+from kevlarflow.bench.systems import ServerProcess, SystemFailed, free_port
 from kevlarflow.faults import FaultDidNotHappen, Target
 
 SERVER = Path(__file__).parents[3] / "faulty_server.py"
@@ -222,6 +222,44 @@ def test_a_machine_that_fails_makes_its_cell_void(tmp_path):
         raise OSError("no space left")
 
     assert drive.run(CELL, LOAD, tmp_path, lambda _: None, make).void == "no space left"
+
+
+def test_a_system_that_cannot_be_stopped_costs_one_cell_only(tmp_path):
+    cells = [Cell("real-2x2", "kevlarflow", "light", "none", seed) for seed in range(2)]
+
+    class Stubborn(Faulty):
+        def __init__(self, mode, folder):
+            super().__init__(mode, folder)
+            self.stop = self.refuse
+
+        def refuse(self):
+            self.server.stop()
+            raise SystemFailed("it cannot be stopped")
+
+    def run_cell(cell, folder):
+        make = Faulty if cell.seed else Stubborn
+        return drive.run(cell, LOAD, folder, lambda _: None, lambda *_: make("well", folder))
+
+    assert suite.run(dict.fromkeys(cells, LOAD), tmp_path, run_cell, lambda _: None) == 1
+    first, second = (saved.load(tmp_path, cell) for cell in cells)
+    assert first.void == "it cannot be stopped"
+    assert len(first.requests) == len(plan(LOAD))
+    assert second.void is None
+
+
+def test_an_error_that_nobody_has_foreseen_is_written_down(tmp_path):
+    def make(*_):
+        raise KeyError("recoveries")
+
+    said = drive.run(CELL, LOAD, tmp_path, lambda _: None, make).void
+    assert said == f"KeyError: 'recoveries' (see {tmp_path / 'error.txt'})"
+    assert "Traceback" in (tmp_path / "error.txt").read_text()
+
+
+def test_a_cell_without_emulation_is_no_emulated_cell(tmp_path):
+    emulated = msgspec.structs.replace(CELL, setting="a10-2x4-1g")
+    result = drive.run(emulated, LOAD, tmp_path, lambda _: None, lambda *_: Faulty("well", tmp_path))
+    assert result.void == "no step of stage 0 took its emulated time: see the logs"
 
 
 def test_nothing_is_left_running(tmp_path):

@@ -68,6 +68,12 @@ def test_a_token_that_was_on_its_way_is_not_the_first_after_a_fault():
     assert outcome.first_token_after([broken_off, stream(9.0, 9.9, 12.0)], 0, 10.0) == pytest.approx(2.0)
 
 
+def test_a_first_token_that_was_on_its_way_does_not_end_an_outage():
+    """It had been waited for longer than the outage lasts."""
+    queued = stream(50.01, 50.6, 50.75, 51.2, sent=48.0)
+    assert outcome.first_token_after([queued], 0, 50.0) == pytest.approx(0.6)
+
+
 def test_the_first_token_after_a_fault_may_be_of_a_later_request():
     assert outcome.first_token_after([stream(15.0, sent=11.0), stream(9.0)], 0, 10.0) == pytest.approx(5.0)
     assert outcome.first_token_after([stream(15.0, sent=11.0)], 1, 10.0) is None
@@ -82,6 +88,7 @@ def goodput(*bins):
         CELL,
         "",
         load_seconds=len(bins),
+        tokens_per_second=list(bins),
         good_tokens_per_second=list(bins),
         strikes=[StrikeRecord(20.0, 0, 0, "node")],
     )
@@ -94,6 +101,23 @@ def test_goodput_is_back_when_it_stays():
 
 def test_goodput_that_never_fell_is_back_at_once():
     assert outcome.goodput_back_seconds(goodput(*[100] * 40)) == 0.0
+
+
+def test_a_moment_of_goodput_is_not_its_return():
+    """What a survivor still had is delivered, and then nothing for a while."""
+    seconds = outcome.goodput_back_seconds(goodput(*[100] * 20, *[90] * 8, *[0] * 30, *[100] * 92))
+    assert 25.0 <= seconds <= 40.0
+    assert outcome.goodput_back_seconds(goodput(*[100] * 20, *[90] * 8, *[0] * 30)) is None
+
+
+def test_where_nothing_was_delivered_nothing_can_come_back():
+    assert outcome.goodput_back_seconds(goodput(*[0] * 40)) is None
+
+
+def test_goodput_has_to_reach_all_that_was_delivered_before():
+    lost_later = goodput(*[60] * 60)
+    lost_later.tokens_per_second = [100] * 20 + [60] * 40
+    assert outcome.goodput_back_seconds(lost_later) is None
 
 
 def test_goodput_that_stays_low_is_not_back():

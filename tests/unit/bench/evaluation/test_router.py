@@ -54,5 +54,5 @@ def test_requests_go_on_while_a_server_is_restarted(stock):
 def test_a_worker_that_is_not_there_is_said(stock):
     stock.start()
     stock.wait_ready()
-    with pytest.raises(FaultDidNotHappen, match="no worker of stage 1 of pipeline 0 is running"):
+    with pytest.raises(FaultDidNotHappen, match="stage 1 of pipeline 0 has 0 workers, not one"):
         stock.victim(0, 1)
