@@ -765,4 +765,32 @@ MUTANTS = (
         "return len(lanes) <= room",
         "tests/unit/recovery/test_drain.py",
     ),
+    Mutant(
+        "a step that comes while the plan waits has no hits",
+        "recovery/pipeline.py",
+        "            self._forming.late[step.sequence] = lost\n",
+        "",
+        "tests/unit/recovery/test_raced_hits.py",
+    ),
+    Mutant(
+        "a stage that lacks what a waiting step hits is whole",
+        "recovery/pipeline.py",
+        "            self._lost_stages.lack(lost)\n",
+        "",
+        "tests/unit/recovery/test_raced_hits.py",
+    ),
+    Mutant(
+        "what was lost on the way to a standby is not missed while other copies are answered",
+        "replication/source.py",
+        "[each for each in channel.unanswered if each < number]",
+        "[]",
+        "tests/unit/replication/test_source.py",
+    ),
+    Mutant(
+        "a full block that a standby had no room for is never sent again",
+        "replication/queue.py",
+        "            del self._sent[block]\n            self._dropped.pop(block, None)\n",
+        "            continue\n",
+        "tests/unit/replication/test_queue.py",
+    ),
 )

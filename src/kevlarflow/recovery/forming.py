@@ -45,6 +45,8 @@ class Forming:
 
     It may have been in the middle of one when the order came: until then nothing is planned, nor does a step go out.
     """
+    late: dict[int, frozenset[Stage]] = dataclasses.field(default_factory=dict)
+    """Steps that came while the plan waited, with the stages that an earlier forming lost and that lack their hits."""
     placed: dict[Stage, dict[int, Replica]] = dataclasses.field(default_factory=dict)
     later: set[int] = dataclasses.field(default_factory=set)
     """Blocks that `PlaceRest` is for."""

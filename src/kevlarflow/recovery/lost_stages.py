@@ -69,7 +69,11 @@ class LostStages:
         """A step came that counts on KV which these stages have to compute first, in chunks of these numbers."""
         for number in numbers:
             self._hits[number] = stages
-            self._whole_on = {stage: member for stage, member in self._whole_on.items() if stage not in stages}
+            self.lack(stages)
+
+    def lack(self, stages: frozenset[Stage]) -> None:
+        """These are not whole: the next forming, should there be one, counts them among the lost."""
+        self._whole_on = {stage: member for stage, member in self._whole_on.items() if stage not in stages}
 
     def recomputed(self, number: int) -> bool:
         """A chunk is done; returns whether that was awaited."""

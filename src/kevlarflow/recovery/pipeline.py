@@ -257,6 +257,7 @@ class Pipeline:
     def _resume(self, forming: Forming) -> list[Command]:
         """All replicas are in place that will be: do the rest, and go on with the steps in flight."""
         commands = self._set_aside_unreachable(forming)
+        self._recompute_late_hits(forming)
         self._lost_stages.await_rest(forming.placed)
         commands += self._restoring.resume(forming)
         if forming.lost:
@@ -380,17 +381,32 @@ class Pipeline:
         self._in_flight.add(step, effects, left_out, overtakes=bool(lost))
         if self.standing is Standing.WAITING:
             return commands + self._set_aside(dict.fromkeys(step.scheduled, ""))
-        if self._forming is not None and self._forming.waits:
-            return commands
         if lost:
             self._recompute_hits(step, plan_hits(self.ledger, before, step, lost, self._books.limits), lost)
+        if self._forming is not None and self._forming.waits:
+            return commands
         return commands + self._due() + self._complete_in_order()
 
     def _recompute_hits(self, step: Step, chunks: Sequence[Chunk], lost: frozenset[Stage]) -> None:
         """Before a step whose hits these stages do not have. Until they have, they are not whole."""
+        if chunks and self._forming is not None and self._forming.waits:
+            # What the ledger holds may change until the plan is made, and this is planned along.
+            self._forming.late[step.sequence] = lost
+            self._lost_stages.lack(lost)
+            return
         numbered = self._in_flight.dispatched.add_chunks(chunks)
         self._lost_stages.await_chunks(numbered, lost)
         self._in_flight.precede(step.sequence, [Recompute(*each) for each in numbered.items()])
+
+    def _recompute_late_hits(self, forming: Forming) -> None:
+        """Those of steps that came while the plan waited, and were scheduled before an earlier loss than this one's."""
+        late, forming.late = forming.late, {}
+        steps = list(self._in_flight)
+        for place, step in enumerate(steps):
+            if step.sequence in late:
+                lost = late[step.sequence]
+                chunks = plan_hits(self.ledger, steps[:place], step, lost, self._books.limits)
+                self._recompute_hits(step, chunks, lost)
 
     def _flushed(self, event: StageFlushed, now: float) -> list[Command]:
         self._plans.flushed(event.stage)

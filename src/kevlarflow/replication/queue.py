@@ -46,8 +46,12 @@ class ReplicationQueue:
         self._lock = threading.Lock()
         self._holds: dict[int, Replica] = {}
         self._sent: dict[int, Replica] = {}
-        self._dropped: set[int] = set()
-        """Blocks whose earlier copies the standby has not kept: the next one starts from the first token."""
+        self._dropped: dict[int, None] = {}
+        """Blocks whose earlier copies the standby has not kept: the next one starts from the first token.
+
+        A full block has no next one by itself. It is tried again when there may be room: as many as requests have let
+        go of, and all of them when the lane is formed anew or is about to move.
+        """
         self._due: dict[int, None] = {}
         self._copying: set[int] = set()
         """Blocks that are being copied, and belong to the same forming of the lane still."""
@@ -64,6 +68,8 @@ class ReplicationQueue:
             self._idle.difference_update(use.taken)
             self._idle.update(use.released)
             self._touched.update(dict.fromkeys(use.taken + use.released))
+            in_use = (block for block in self._dropped if self._was_sent(block) and block not in self._idle)
+            self._try_again([*itertools.islice(in_use, len(use.released)), *(self._dropped.keys() & use.taken)])
             for block in use.taken:
                 self._note_due(block)
             for replica in writes:
@@ -88,6 +94,7 @@ class ReplicationQueue:
             self._idle.clear()
             for replica in replicas:
                 self._note(replica)
+            self._try_again(self._dropped)
             self._forsaken = {block for block in self._sent if not self._is_held(self._sent[block])}
             self._touched = dict.fromkeys([*self._holds, *self._forsaken])
             return bool(self._due)
@@ -108,8 +115,16 @@ class ReplicationQueue:
         """The lane is about to move: from now on every token is due at once; returns whether something is due now."""
         with self._lock:
             self._interval = 1
+            self._try_again(self._dropped)
             self._look_for_due()
             return bool(self._due)
+
+    def _try_again(self, blocks: Iterable[int]) -> None:
+        """The standby may have room by now for these, which it has dropped."""
+        for block in [each for each in blocks if self._was_sent(each)]:
+            del self._sent[block]
+            self._dropped.pop(block, None)
+            self._note_due(block)
 
     def _look_for_due(self) -> None:
         self._due = dict.fromkeys(block for block, replica in self._holds.items() if self._is_due(replica))
@@ -188,7 +203,7 @@ class ReplicationQueue:
                 replica = dataclasses.replace(replica, worth=worth)
             self._sent[replica.block] = replica
             if copied.start == 0:
-                self._dropped.discard(replica.block)
+                self._dropped.pop(replica.block, None)
             return replica
 
     def revalued(self, limit: int) -> list[Revalued]:
@@ -210,6 +225,10 @@ class ReplicationQueue:
         if sent is None or block in self._dropped:
             return None
         return sent if block in self._forsaken or self._is_held(sent) else None
+
+    def _was_sent(self, block: int) -> bool:
+        """Whether something was sent of what the block holds."""
+        return block in self._sent and self._is_held(self._sent[block])
 
     def _is_held(self, replica: Replica) -> bool:
         held = self._holds.get(replica.block)
@@ -241,7 +260,7 @@ class ReplicationQueue:
             for block, generation in contents:
                 sent = self._sent.get(block)
                 if sent is not None and sent.generation == generation:
-                    self._dropped.add(block)
+                    self._dropped[block] = None
 
     def lacking(self, blocks: Iterable[int]) -> None:
         """The standby has not what a copy of these went on from: they are due again, from the first token."""

@@ -68,6 +68,7 @@ class _Message(NamedTuple):
     buffer: memoryview
     length: int
     """Bytes of `buffer` that they take."""
+    sent_at: float = 0.0
 
 
 class _Channel:
@@ -83,7 +84,6 @@ class _Channel:
         self.unanswered: dict[int, _Message] = {}
         self.buffers = [memoryview(bytearray(block_bytes)) for _ in range(CHANNEL_PLACES)]
         """Host memory that is free for the next messages."""
-        self.sent_at = 0.0
         self.blocked_until = 0.0
         """When to try again whether it takes a message."""
         self.closed_at: float | None = None
@@ -182,8 +182,8 @@ class Source:
         """Returns the seconds until the next copies of this lane may be made."""
         if channel.closed_at is not None:
             return IDLE_SECONDS
-        if channel.unanswered and now - channel.sent_at > UNANSWERED_SECONDS:
-            self._give_up(lane, channel)
+        overdue = [n for n, each in channel.unanswered.items() if now - each.sent_at > UNANSWERED_SECONDS]
+        self._give_up(lane, channel, overdue)
         if not channel.buffers:
             return BLOCKED_SECONDS
         if now < channel.blocked_until:
@@ -240,8 +240,8 @@ class Source:
             channel.blocked_until = now + BLOCKED_SECONDS
             return BLOCKED_SECONDS
         lane.queue.told(revalued)
-        channel.sent, channel.unanswered[number] = number, message
-        channel.sent_at = lane.copied_at = now
+        channel.sent, channel.unanswered[number] = number, message._replace(sent_at=now)
+        lane.copied_at = now
         self._count(lane, message)
         pause = message.length / self._bytes_per_second
         self._next_copy_at = now + pause
@@ -266,13 +266,12 @@ class Source:
         self._blocks.read_tokens(block, start, replica.filled, into[:size])
         return due, size
 
-    def _give_up(self, lane: LaneReplication, channel: _Channel) -> None:
+    def _give_up(self, lane: LaneReplication, channel: _Channel, numbers: Sequence[int]) -> None:
         """Take back what the standby does not answer; it may still be read, so its buffers are not used again."""
-        for message in channel.unanswered.values():
-            for copy in message.copies:
+        for number in numbers:
+            for copy in channel.unanswered.pop(number).copies:
                 lane.queue.not_sent(copy.replica)
-        channel.unanswered.clear()
-        channel.buffers = [memoryview(bytearray(self._blocks.block_bytes)) for _ in range(CHANNEL_PLACES)]
+            channel.buffers.append(memoryview(bytearray(self._blocks.block_bytes)))
 
     def _take_answers(self, lane: LaneReplication, channel: _Channel, now: float) -> None:
         while channel.closed_at is None and (frame := channel.outlet.receive()) is not None:
@@ -285,6 +284,8 @@ class Source:
                     message = channel.unanswered.pop(number, None)
                     if message is not None:
                         channel.buffers.append(message.buffer)
+                    # Answers keep the order of what they answer: these were lost, or their answers were.
+                    self._give_up(lane, channel, [each for each in channel.unanswered if each < number])
                     lane.queue.dropped((block, generation) for block, generation, _ in dropped)
                     lane.queue.lacking(block for block, _, _ in lacking)
                     self._tell(lane, answer)

@@ -30,8 +30,15 @@ from kevlarflow.sim.world_lane import Lane, Standby
 from kevlarflow.types import Computing, Epoch, Loss, Member, NodeId, NodeInfo, Stage
 
 MAX_ACTIONS = 20_000
+LAGGING_SHARE = 0.1
 FIRST_STEP = 1_000_000
 """Far above every epoch, as in reality: see `Generations.mark`."""
+
+
+def _draw_lag(seed: int) -> random.Random | None:
+    """For runs in which much may happen between the scheduling of a step and its issue: what is drawn there."""
+    chance = random.Random(f"lag {seed}")
+    return chance if chance.random() < LAGGING_SHARE else None
 
 
 class World:
@@ -42,6 +49,7 @@ class World:
 
     def __init__(self, seed: int, shape: Shape | None = None) -> None:
         self.rng = random.Random(seed)
+        self.lag = _draw_lag(seed)
         self.shape = shape or draw(self.rng)
         shape = self.shape
         self.now = 0.0
@@ -54,7 +62,6 @@ class World:
         self.incarnations = [0] * shape.stages
         self.lanes = [self._new_lane(Stage(stage)) for stage in range(shape.stages)]
         self.standbys = [self._new_standby(Stage(stage)) for stage in range(shape.stages)]
-        self.resumed = 0
         self.answers: deque[core.Event] = deque()
         self.steps: dict[int, tuple[Step, dict[str, list[int]]]] = {}
         """All of them: a node that lags behind may still run one that has completed elsewhere."""
@@ -73,7 +80,7 @@ class World:
         self.lost_idle: list[Loss] = []
         """Lost nodes that were computing nothing, where that is known."""
         self.shares = 1
-        self.set_aside = self.recoveries = self.waits = 0
+        self.resumed = self.set_aside = self.recoveries = self.waits = 0
         self._form()
         self._assign()
 
@@ -182,11 +189,26 @@ class World:
             self._reshare(self.rng.randint(1, 3))
         while self.answers and self.rng.random() < 0.3:
             self._answer()
+        self._go_on_meanwhile()
         self.steps[step.sequence] = (step, known)
         self.scheduled_nothing = not step.scheduled
         if step.scheduled:
             self.waits_for.append(step.sequence)
         self._handle(core.StepIssued(step))
+
+    def _go_on_meanwhile(self) -> None:
+        """The engine may be slow to issue a step: nodes work and answer, and more than one order may come."""
+        chance = self.lag
+        if chance is None or chance.random() > 0.2:
+            return
+        while chance.random() < 0.98:
+            actions = [lane.work for lane in self.lanes if lane.can_work()]
+            actions += [self._answer] if self.answers else []
+            if chance.random() < 0.03:
+                actions = [self._form, functools.partial(self._form, anew=True)]
+                actions += [self._lose] if self.losses_left else []
+            if actions:
+                chance.choice(actions)()
 
     def _obey(self) -> None:
         """Do what the core tells the scheduler, in the order of the real hook."""
@@ -264,7 +286,7 @@ class World:
         self.shares = shares
         self._form(planned=self.rng.random() < 0.5)
 
-    def _form(self, *, planned: bool = False, lost: bool = False) -> None:
+    def _form(self, *, planned: bool = False, lost: bool = False, anew: bool = False) -> None:
         self._asked = False
         self.epoch += 1
         nodes = tuple(lane.info for lane in self.lanes)
@@ -276,6 +298,7 @@ class World:
                 shares=self.shares,
                 lost=lost,
                 losses=tuple(self.lost_idle) if lost else (),
+                anew=anew,
             )
         )
 

@@ -75,3 +75,44 @@ def test_a_stage_is_not_whole_either_while_the_chunk_waits_for_its_turn():
     commands = pipeline.handle(p.FormationOrdered(3, (C0, B1), lost=True), 2.1)
     commands += pipeline.handle(p.StageJoined(3, 1), 2.2)
     assert CACHED in computed_on_stage_1(commands)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_step_that_is_issued_while_the_next_forming_waits_has_its_hits_computed(order):
+    """It was scheduled before stage 1 was lost, and a whole forming has passed since; now another one has begun."""
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "first", blocks=(CACHED,), tokens=4)), 1.0)
+    pipeline.handle(executed(1, 1, first=[7]), 1.0)
+    pipeline.handle(p.StepIssued(empty(2, "first")), 1.0)
+    pipeline.handle(p.StepIssued(admit(3, "r", blocks=(1, 2))), 1.0)
+    before = pipeline.formations
+    prepared(pipeline, 2, pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.5))
+    pipeline.handle(order, 2.1)
+    hits = admit(4, "second", formation=before, computed=4, blocks=(CACHED, 6))
+    waiting = pipeline.handle(p.StepIssued(hits), 2.15)
+    assert sent(waiting) == [], "the last stage has yet to say what it has sampled"
+    commands = pipeline.handle(p.StageJoined(3, 1), 2.2)
+    commands += [each for stage in (0, 1) for each in pipeline.handle(p.StageRestored(3, stage), 2.3)]
+    # Steps that may have cost a node go out one at a time.
+    commands += pipeline.handle(executed(3, 3, r=[8]), 2.4)
+    assert CACHED in computed_on_stage_1(commands)
+    assert sent(commands)[-1] == 4
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_stage_is_not_whole_while_a_step_that_hits_what_it_lacks_waits(order):
+    """The order after that plans for what the one before has not come to."""
+    pipeline = serving()
+    pipeline.handle(p.StepIssued(admit(1, "first", blocks=(CACHED,), tokens=4)), 1.0)
+    pipeline.handle(executed(1, 1, first=[7]), 1.0)
+    pipeline.handle(p.StepIssued(empty(2, "first")), 1.0)
+    pipeline.handle(p.StepIssued(admit(3, "r", blocks=(1, 2))), 1.0)
+    before = pipeline.formations
+    prepared(pipeline, 2, pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.5))
+    pipeline.handle(order, 2.1)
+    pipeline.handle(p.StepIssued(admit(4, "second", formation=before, computed=4, blocks=(CACHED, 6))), 2.15)
+    commands = pipeline.handle(p.FormationOrdered(4, order.nodes, anew=True), 2.2)
+    commands += pipeline.handle(p.StageJoined(4, 1), 2.3)
+    commands += [each for stage in (0, 1) for each in pipeline.handle(p.StageRestored(4, stage), 2.3)]
+    commands += pipeline.handle(executed(4, 3, r=[8]), 2.4)
+    assert CACHED in computed_on_stage_1(commands)

@@ -303,3 +303,56 @@ def test_a_drop_of_an_older_content_is_not_taken_for_one_of_the_newer():
     queue.dropped([(1, 1)])
     queue.begin((), Use(released=(1,)))
     assert told(queue) == [(1, 2, Worth.PREFIX)]
+
+
+# ---- full blocks that the standby had no room for
+
+
+def full_and_dropped(*blocks):
+    queue = ReplicationQueue(4, 0)
+    replicas = [Replica(block, 1, 4, depth) for depth, block in enumerate(blocks)]
+    queue.begin(replicas, Use(blocks, ()))
+    queue.end(replicas)
+    while (due := queue.next()) is not None:
+        queue.finish(due)
+    queue.dropped([(block, 1) for block in blocks])
+    return queue
+
+
+def due_now(queue):
+    found = []
+    while (due := queue.next()) is not None:
+        assert due.start == 0
+        queue.finish(due)
+        found.append(due.replica.block)
+    return found
+
+
+def test_as_many_as_requests_let_go_of_are_tried_again():
+    queue = full_and_dropped(1, 2, 3)
+    assert due_now(queue) == []
+    queue.begin([], Use((), (3, 9)))
+    assert due_now(queue) == [1, 2]
+    assert due_now(queue) == []
+
+
+def test_one_that_a_request_hits_is_tried_again():
+    queue = full_and_dropped(1, 2)
+    queue.begin([], Use((2,), ()))
+    assert due_now(queue) == [2]
+
+
+@pytest.mark.parametrize("occasion", ["hasten", "hold"])
+def test_all_are_tried_again_when_the_lane_moves_or_was_formed_anew(occasion):
+    queue = full_and_dropped(1, 2)
+    if occasion == "hasten":
+        queue.hasten()
+    else:
+        queue.hold([Replica(1, 1, 4, 0), Replica(2, 1, 4, 1)])
+    assert due_now(queue) == [1, 2]
+
+
+def test_what_was_given_to_another_request_is_not():
+    queue = full_and_dropped(1, 2)
+    queue.begin([Replica(1, 2, 2)], Use((1,), (1,)))
+    assert due_now(queue) == [2]

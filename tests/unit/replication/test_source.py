@@ -82,6 +82,33 @@ def ranges(messages):
     return [(copy.start, copy.filled, data) for _, message, data in messages for (copy,) in [message.copies]]
 
 
+def test_what_was_lost_is_due_again_though_others_are_answered():
+    """A connection breaks and is there again: one message was lost with it, and those behind it are answered."""
+    bench = Bench(interval=1)
+    lane = bench.lane()
+    bench.write(lane, 1)
+    bench.turn()
+    assert blocks_of(bench.arrived()) == [1]
+    bench.write(lane, 2)
+    bench.turn(0.01)
+    bench.confirm(bench.arrived())
+    bench.turns(2)
+    assert blocks_of(bench.arrived()) == [1]
+
+
+def test_an_answer_is_awaited_from_when_its_own_message_was_sent():
+    """Others that follow do not put it off, nor are they given up with it."""
+    bench = Bench(interval=1)
+    lane = bench.lane()
+    bench.write(lane, 1)
+    bench.turn()
+    bench.write(lane, 2)
+    bench.turn(0.75 * UNANSWERED_SECONDS)
+    assert blocks_of(bench.arrived()) == [1, 2]
+    bench.turns(2, UNANSWERED_SECONDS / 4)
+    assert blocks_of(bench.arrived()) == [1]
+
+
 def test_a_copy_carries_its_tag_its_epoch_and_a_checksum():
     bench = Bench()
     lane = bench.lane(first_block=100)
