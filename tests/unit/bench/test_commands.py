@@ -5,8 +5,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from kevlarflow.bench.machine import describe
+from kevlarflow.bench.recipes import Recipe
+from kevlarflow.bench.results import Report
 from kevlarflow.cli import bench
 from kevlarflow.cli.main import main
 
@@ -59,6 +63,16 @@ def test_a_report_that_is_none_cannot_be_resumed(
         path.write_text(content)
     assert main(["bench", "transfer", "--resume", str(path)]) == 2
     assert "is no report of kevlarflow bench" in capsys.readouterr().err
+
+
+def test_a_report_of_another_machine_cannot_be_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    there = msgspec.structs.replace(describe(), processor="another one")
+    path = tmp_path / "report.json"
+    path.write_bytes(msgspec.json.encode(Report("kevlarflow bench", "2026-11-23T15:00:00+00:00", there, Recipe())))
+    assert main(["bench", "transfer", "--resume", str(path), "--output", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{path} was measured with processor 'another one', and this machine has" in said
+    assert "begin a new report" in said
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,16 @@ def test_false_alarms_are_counted_named_and_judged() -> None:
     assert "lost (cluster 2, no fault): short client 3: reset" in table.remarks
 
 
+def test_minutes_whose_alarms_nobody_knows_do_not_count() -> None:
+    """The journal of the first cluster cannot be read; the second one was quiet, for 10 minutes only."""
+    unknown = Life(calm=Stretch(1200.0), void="the journal cannot be read", has_journal=False)
+    watched = result(unknown, Life(calm=Stretch(600.0)))
+    remarks = alarms_table(watched, cores=2).remarks
+    assert "Required: no false alarm in 30 minutes without a fault; 0 in 10.0: NOT REACHED." in remarks
+    assert "cluster 1 ended before its time: the journal cannot be read; its minutes do not count" in remarks
+    assert watched.calm_seconds() == 600.0
+
+
 def faults_of(kind: Kind, seconds: Sequence[float | None]) -> Detection:
     return result(Life(faults=[fault(number, kind, each) for number, each in enumerate(seconds, 1)]))
 

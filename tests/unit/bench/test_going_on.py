@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from kevlarflow.bench import startup, throughput
+from kevlarflow.bench import replication_cost, standby_memory, startup, throughput
 from kevlarflow.bench.measure import LoadSummary
 from kevlarflow.bench.recipes import NAMES, Recipe
+from kevlarflow.bench.replication_results import CostLoad, MemorySample, ReplicationCost, StandbyMemory
 from kevlarflow.bench.results import Load, Round, Start, Startup, Throughput
+from kevlarflow.bench.systems import SystemFailed
 
 RECIPE = Recipe(model=None, stages=2, pipelines=2)
 
@@ -73,3 +76,41 @@ def test_startup_keeps_whole_rounds(measured: list[tuple[int, str]], tmp_path: P
     assert sorted(measured) == sorted((2, name) for name in NAMES for _ in range(2))
     assert result.starts[:4] == earlier
     assert len(result.starts) == 8
+
+
+def cost(number: int, *, replicated: bool, void: str | None = None) -> CostLoad:
+    return CostLoad(number, replicated, load(16).summary if void is None else None, void=void)
+
+
+def test_rounds_of_the_cost_that_are_not_whole_are_measured_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    anew: list[int] = []
+    monkeypatch.setattr(replication_cost, "_side", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(replication_cost, "_round", lambda _, number, *__: anew.append(number))
+    whole_one = [cost(2, replicated=each) for each in (True, False)]
+    broken = [cost(1, replicated=True), cost(1, replicated=False, void="it died"), cost(3, replicated=True)]
+    result = ReplicationCost(loads=[*broken, *whole_one])
+    replication_cost.run(replication_cost.Plan(RECIPE, rounds=3), result, tmp_path, lambda _: None)
+    assert (anew, result.loads) == ([1, 3], whole_one)
+
+
+@pytest.mark.parametrize(("seconds", "starts"), [(60.0, 1), (601.0, 0)])
+def test_minutes_of_memory_that_were_broken_off_are_watched_again(
+    seconds: float, starts: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[str] = []
+
+    class Refuses:
+        def start(self) -> None:
+            started.append("KevlarFlow")
+            raise SystemFailed("it does not start")
+
+        def stop(self) -> list[str]:
+            return []
+
+    monkeypatch.setattr(standby_memory, "make", lambda *_: Refuses())
+    result = StandbyMemory(10.0, stock_kv_blocks=182, samples=[MemorySample(seconds, 1, 1, 182)])
+    standby_memory.run(standby_memory.Plan(RECIPE), result, tmp_path, lambda _: None)
+    assert len(started) == starts
+    assert bool(result.samples) is not bool(starts)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
+import pytest
 from rich.console import Console
 
+from kevlarflow.bench import failover as measuring
 from kevlarflow.bench.machine import Machine
 from kevlarflow.bench.measure import LoadSummary, Pause
 from kevlarflow.bench.recipes import KEVLARFLOW, STOCK, Recipe
@@ -25,6 +29,7 @@ from kevlarflow.bench.report import (
     void,
 )
 from kevlarflow.bench.results import Failover, Kill, Load, Report, Round, Start, Startup, Throughput
+from kevlarflow.bench.systems import SystemFailed
 
 PHASES = {
     "detect": 0.005,
@@ -111,6 +116,24 @@ def test_pauses_are_split_by_stage_and_leave_void_kills_out():
         ("first stage", "1", "2", "300 ms", "400 ms"),
         ("last stage", "1", "1", "300 ms", "300 ms"),
     ]
+
+
+def test_a_kill_that_is_not_measured_to_its_end_is_void_and_costs_no_table(monkeypatch: pytest.MonkeyPatch):
+    async def nothing(*_: object) -> None:
+        pass
+
+    async def never_back(*_: object) -> None:
+        raise SystemFailed("after 60 s still not: a record of the rejoin")
+
+    for name, instead in {"closed_loop": nothing, "wait_quiet": nothing, "_until_settled": nothing}.items():
+        monkeypatch.setattr(measuring, name, instead)
+    monkeypatch.setattr(measuring, "_kill", never_back)
+    result, system = failover(), SimpleNamespace(address=None, model="m", require_alive=lambda: None)
+    with pytest.raises(SystemFailed):
+        asyncio.run(measuring._kills(measuring.Plan(Recipe()), result, system, None, print))
+    assert "kill 1: void: it was not measured to its end" in pauses_table(result).remarks
+    assert len(kills_table(result).rows) == 2
+    assert len(phases_table(result).rows) == len(PHASES)
 
 
 def test_phases():

@@ -207,8 +207,10 @@ class Stock:
 
     def stop(self) -> list[str]:
         """See `Contender.stop`."""
-        left, failures = [], []
-        for each in (*filter(None, (self._router,)), *self._servers):
+        left: list[str] = []
+        failures = []
+        parts: list[ServerProcess | Restarting] = [*self._servers]
+        for each in [self._router, *parts] if self._router is not None else parts:
             try:
                 left += each.stop()
             except SystemFailed as error:

@@ -60,3 +60,14 @@ def test_a_trace_that_is_missing_or_something_else_is_refused(tmp_path):
     (tmp_path / "empty.csv").write_text("seconds,context_tokens,generated_tokens\n")
     with pytest.raises(UsageError, match="holds no request"):
         read_trace(tmp_path / "empty.csv")
+
+
+def test_a_trace_that_is_over_before_the_load_is_refused():
+    """The failure window would be empty, and nothing lost in it."""
+    with pytest.raises(UsageError, match=r"is over after \d+ of 200 s at 10 requests/s: use a lower rate"):
+        plan(Workload(requests_per_second=10.0, seconds=200.0, arrivals=TRACE))
+
+
+def test_a_load_without_any_request_is_refused():
+    with pytest.raises(UsageError, match=r"no request comes within 1 s: use a higher rate"):
+        plan(Workload(requests_per_second=1e-6, seconds=1.0))
