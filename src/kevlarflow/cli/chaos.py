@@ -29,7 +29,7 @@ Start a cluster, run a load without faults and again with them, and check what t
 A SCENARIO is a YAML file, or the name of one that comes with KevlarFlow (--list).
 
 Exit status: 0 when every check holds, 1 when one does not, 2 for a bad scenario, and 3 when the run is
-void because a fault did not happen."""
+void because a fault did not happen (but 1 if requests were lost in it, or texts differ)."""
 
 
 def run(arguments: list[str]) -> int:
@@ -73,7 +73,7 @@ def _perform(name: str, scenario: Scenario, options: argparse.Namespace) -> tupl
     """One scenario: its exit status and its report."""
     from rich.console import Console
 
-    from kevlarflow.bench.chaos import show
+    from kevlarflow.bench.chaos import judge, show
     from kevlarflow.bench.chaos.scenario import as_data
     from kevlarflow.faults import FaultDidNotHappen
 
@@ -88,6 +88,10 @@ def _perform(name: str, scenario: Scenario, options: argparse.Namespace) -> tupl
         seen, verdicts = _observe(scenario, options.port, screen, console)
     except FaultDidNotHappen as error:
         report["reason"] = str(error)
+        if screen.performance is not None and (broken := judge.harm(scenario.checks, screen.performance.seen)):
+            console.print(show.verdicts(broken))
+            print(f"{show.last_line(title, broken)}; and void: {error}", file=out, flush=True)
+            return FAILED, report | _account(screen.performance.seen, broken, holds=False)
         print(f"VOID {title}: {error}", file=out, flush=True)
         return error.exit_status, report
     console.print(show.verdicts(verdicts))

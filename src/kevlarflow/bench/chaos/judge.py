@@ -58,10 +58,7 @@ def judge(checks: Checks, seen: Observed) -> list[Verdict]:
     """A verdict for each check that is asked for."""
     verdicts = []
     if checks.lost_requests is not None:
-        lost = [defect for answer in seen.answers if (defect := answer.defect())]
-        found = f"{len(lost)} of {len(seen.answers)}" + (f" ({lost[0]})" if lost else "")
-        wanted = f"at most {checks.lost_requests}"
-        verdicts.append(Verdict("requests lost", wanted, found, len(lost) <= checks.lost_requests))
+        verdicts.append(_lost(checks.lost_requests, seen.answers))
     if checks.identical:
         verdicts.append(_identical(seen))
     since = min((fault.at for fault in seen.faults), default=0.0)
@@ -78,6 +75,19 @@ def judge(checks: Checks, seen: Observed) -> list[Verdict]:
         holds = len(seen.left_behind) <= checks.left_behind
         verdicts.append(Verdict("left behind", f"at most {checks.left_behind}", found, holds))
     return verdicts
+
+
+def harm(checks: Checks, seen: Observed) -> list[Verdict]:
+    """What does not hold of the answers in a void run: whatever struck or did not, clients were to notice nothing."""
+    asked = msgspec.structs.replace(
+        Checks(left_behind=None), lost_requests=checks.lost_requests, identical=checks.identical
+    )
+    return [verdict for verdict in judge(asked, seen) if not verdict.holds] if seen.answers else []
+
+
+def lost(answers: Sequence[Answer]) -> list[str]:
+    """What happened to each request that was lost."""
+    return [defect for answer in answers if (defect := answer.defect())]
 
 
 def largest_gap(answers: Sequence[Answer], since: float) -> float | None:
@@ -108,6 +118,12 @@ def _same(one: Answer, other: Answer) -> bool:
         return one.stream.text[:length] == other.stream.text[:length]
     mine, theirs = one.stream, other.stream
     return (mine.text, mine.tokens, mine.finish_reason) == (theirs.text, theirs.tokens, theirs.finish_reason)
+
+
+def _lost(most: int, answers: Sequence[Answer]) -> Verdict:
+    found = lost(answers)
+    example = f" ({found[0]})" if found else ""
+    return Verdict("requests lost", f"at most {most}", f"{len(found)} of {len(answers)}{example}", len(found) <= most)
 
 
 def _identical(seen: Observed) -> Verdict:

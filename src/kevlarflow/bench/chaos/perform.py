@@ -1,7 +1,7 @@
 """Performing a scenario: a run without faults, the same run with them, and what was seen of both.
 
 Each fault waits for its own moment while the load runs. A fault that did not happen, or whose moment did not come
-before the load had ended, makes the run void: `FaultDidNotHappen`.
+before the load had ended, makes the run void: `FaultDidNotHappen`. What clients were denied until then counts all the same.
 """
 
 from __future__ import annotations
@@ -105,6 +105,11 @@ class Performance:
             await asyncio.gather(*faults)
             await self._wait_whole()
             self.seen.answers = await load
+        except FaultDidNotHappen:
+            # What has struck may have cost requests, which may be why the load ended too soon for this one.
+            if self._strikes or load.done():
+                self.seen.answers = await load
+            raise
         finally:
             for task in (*faults, load):
                 task.cancel()

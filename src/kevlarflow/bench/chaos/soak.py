@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from kevlarflow.bench.chaos.judge import Verdict, differences, largest_gap
+from kevlarflow.bench.chaos.judge import Observed, Verdict, differences, largest_gap, lost
 from kevlarflow.bench.chaos.load import Answer
 from kevlarflow.bench.chaos.matrix import Case, deal, faults_of
 from kevlarflow.bench.chaos.perform import Performance, Say
@@ -35,7 +35,8 @@ from kevlarflow.faults.processes import ProcessIdentity, command_line
 UNFINISHED = "it was not performed to its end"
 """Of a round until it is, for whoever interrupts it."""
 VOID_ROUNDS_ALLOWED = 8
-"""One in so many rounds may be void: a phase was over before anybody saw it, say. They are made up for."""
+"""One in so many rounds may be void: a phase was over before anybody saw it, say. They are made up for, but what
+they cost counts."""
 LONGEST_NAME = 40
 
 
@@ -135,25 +136,17 @@ class _Rounds:
         performance = Performance(scenario, self._server.address, self._watcher, lambda _: None, self._reference)
         result = Round(number=number, case=case, what=case.name, void=UNFINISHED)
         self._soak.rounds.append(result)
-        try:
-            asyncio.run(self._perform(performance, result))
-            result.void = ""
-        except FaultDidNotHappen as error:
-            result.void = str(error)
+        asyncio.run(self._perform(performance, result))
         self._reference = performance.seen.reference
         self._say(told(result, self._soak.plan.faults))
 
     async def _perform(self, performance: Performance, result: Round) -> None:
-        seen = await performance.perform()
-        result.what = ", then ".join(fault.name for fault in seen.faults)
-        result.proof = "; ".join(fault.proof for fault in seen.faults)
-        result.detected_seconds = [fault.detected_seconds for fault in seen.faults if fault.is_to_be_detected]
-        result.largest_gap_seconds = largest_gap(seen.answers, min(fault.at for fault in seen.faults))
-        result.lane_back_seconds = seen.lane_back_seconds
-        result.requests = len(seen.answers)
-        result.tokens = sum(answer.stream.tokens for answer in seen.answers)
-        result.lost = [defect for answer in seen.answers if (defect := answer.defect())]
-        result.different = differences(seen.answers, seen.reference or [])
+        try:
+            await performance.perform()
+            result.void = ""
+        except FaultDidNotHappen as error:
+            result.void = str(error)
+        note(result, performance.seen)
         self._look(await performance.settle())
 
     def _look(self, status: StatusDocument) -> None:
@@ -183,27 +176,43 @@ def _names(status: StatusDocument) -> dict[int, str]:
     return names | {pid: f"{node['id']}#{node['incarnation']}" for node in status["nodes"] for pid in node["pids"]}
 
 
+def note(result: Round, seen: Observed) -> None:
+    """Keep what a round has shown. Of a void one that is little, but what its clients got counts."""
+    result.requests = len(seen.answers)
+    result.tokens = sum(answer.stream.tokens for answer in seen.answers)
+    result.lost = lost(seen.answers)
+    result.different = differences(seen.answers, seen.reference or [])
+    if result.void:
+        return
+    result.what = ", then ".join(fault.name for fault in seen.faults)
+    result.proof = "; ".join(fault.proof for fault in seen.faults)
+    result.detected_seconds = [fault.detected_seconds for fault in seen.faults if fault.is_to_be_detected]
+    result.largest_gap_seconds = largest_gap(seen.answers, min(fault.at for fault in seen.faults))
+    result.lane_back_seconds = seen.lane_back_seconds
+
+
 def told(result: Round, faults: int) -> str:
     """A round in one line."""
     head = f"{result.number} of {faults}: {result.what}"
+    harm = f"{len(result.lost)} lost, {len(result.different)} different"
     if result.void:
-        return f"{head}: void: {result.void}"
+        return f"{head}: void: {result.void}" + (f": {harm}" if result.lost or result.different else "")
     back = "not back" if result.lane_back_seconds is None else f"back after {result.lane_back_seconds:.1f} s"
     gap = "none" if result.largest_gap_seconds is None else f"{result.largest_gap_seconds * 1e3:.0f} ms"
-    return f"{head}: {len(result.lost)} lost, {len(result.different)} different, largest gap {gap}, lane {back}"
+    return f"{head}: {harm}, largest gap {gap}, lane {back}"
 
 
 def judge(soak: Soak) -> list[Verdict]:
     """What has to hold after a soak."""
     done = soak.done
-    lost = [text for each in done for text in each.lost]
-    different = [f"round {each.number}, {name}" for each in done for name in each.different]
+    missed = [f"round {each.number}, {text}" for each in soak.rounds for text in each.lost]
+    different = [f"round {each.number}, {name}" for each in soak.rounds for name in each.different]
     unseen = [f"round {each.number}" for each in done if None in each.detected_seconds]
     missing = [f"round {each.number}" for each in done if each.lane_back_seconds is None]
     growing = [trend.told() for trend in soak.trends if trend.has_grown]
     return [
         Verdict("faults verified", str(soak.plan.faults), str(len(done)), len(done) == soak.plan.faults),
-        _none("requests lost", lost),
+        _none("requests lost", missed),
         _none("texts that differ", different),
         _none("faults that were not detected", unseen),
         _none("lanes that did not come back", missing),

@@ -38,7 +38,7 @@ def _lines(soak: Soak) -> Iterator[str]:
     yield "with a run without faults, and waits until each pipeline is whole again. Each fault is proved from `/proc`."
     yield "\n## Checks\n\n| check | wanted | found | |\n|---|---|---|---|"
     yield from (_row(verdict) for verdict in judge(soak))
-    yield f"\n{sum(each.requests for each in soak.done):,} requests, {sum(each.tokens for each in soak.done):,} tokens."
+    yield f"\n{sum(each.requests for each in soak.rounds):,} requests, {sum(each.tokens for each in soak.rounds):,} tokens."
     yield from _matrix(soak)
     yield "\n## Survivors\n\nThe second quarter of the life of each process that was there at the end, and the last.\n"
     yield "| process | rounds | holds |\n|---|---|---|"
@@ -46,7 +46,12 @@ def _lines(soak: Soak) -> Iterator[str]:
     void = [each for each in soak.rounds if each.void]
     if void:
         yield "\n## Void rounds\n"
-        yield from (f"- round {each.number}, {each.what}: {each.void}" for each in void)
+        yield from (f"- {_void(each)}" for each in void)
+
+
+def _void(each: Round) -> str:
+    cost = f" ({len(each.lost)} lost, {len(each.different)} different)" if each.lost or each.different else ""
+    return f"round {each.number}, {each.what}: {each.void}{cost}"
 
 
 def _matrix(soak: Soak) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kevlarflow.bench.chaos.judge import Observed, judge
+from kevlarflow.bench.chaos.judge import Observed, harm, judge
 from kevlarflow.bench.chaos.perform import Performance
 from kevlarflow.bench.chaos.scenario import parse
 from kevlarflow.bench.streams import Address
@@ -22,6 +22,7 @@ from kevlarflow.faults.processes import identify
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 TOKEN_SECONDS = 0.01
+SOME_TOKENS = 5
 LOAD = "load: {streams: 3, tokens: 30, kinds: [greedy, cancelled]}"
 BASE = f"""
 about: for a test
@@ -40,6 +41,7 @@ class Standin:
     def __init__(self, *, is_hopeless: bool = False, words: str = "word") -> None:
         self.words = words
         self.changes_words = False
+        self.refuses_after: int | None = None
         self.served = 0
         self.node = self._spawn()
         self._is_hopeless = is_hopeless
@@ -83,6 +85,9 @@ class Standin:
         writer.write(HEAD)
         try:
             for number in range(tokens):
+                if self.refuses_after is not None and self.served > self.refuses_after and number == SOME_TOKENS:
+                    self._say(writer, {"error": "lost"})
+                    break
                 finish = "length" if number == tokens - 1 else None
                 choice = {"text": words, "token_ids": [number], "finish_reason": finish}
                 self._say(writer, {"choices": [choice]})
@@ -106,14 +111,18 @@ def standin() -> Iterator[Standin]:
     cluster.node.wait()
 
 
-def perform(cluster: Standin, text: str, lines: list[str] | None = None, base: str = BASE) -> Observed:
+def perform(
+    cluster: Standin, text: str, lines: list[str] | None = None, base: str = BASE, seen: Observed | None = None
+) -> Observed:
     scenario = parse(base + text, "s.yaml")
 
     async def main() -> Observed:
         async with await asyncio.start_server(cluster.serve, "127.0.0.1", 0) as server:
             address = Address("127.0.0.1", server.sockets[0].getsockname()[1])
             say = (lines if lines is not None else []).append
-            return await Performance(scenario, address, cluster, say).perform()
+            performance = Performance(scenario, address, cluster, say)
+            performance.seen = seen or performance.seen
+            return await performance.perform()
 
     return asyncio.run(main())
 
@@ -189,3 +198,25 @@ def test_a_target_that_is_not_there_voids_the_run_and_the_others_are_undone(stan
     standin.node.send_signal(signal.SIGTERM)
     # A stopped process would not end by SIGTERM.
     assert standin.node.wait(20) == -signal.SIGTERM
+
+
+def test_requests_that_were_lost_in_a_void_run_are_seen(standin: Standin) -> None:
+    """A defect that ends the load before the next fault is due must not hide behind the fault that is missing."""
+    standin.refuses_after = 3
+    seen = Observed()
+    text = """faults:
+  - {kind: stop, thaw_after_seconds: 0.02, at: {tokens: 3}}
+  - {kind: crash, at: {tokens: 60}}
+"""
+    with pytest.raises(FaultDidNotHappen, match="before the moment came"):
+        perform(standin, text, seen=seen)
+    found = harm(parse(BASE + text, "s.yaml").checks, seen)
+    assert [verdict.check for verdict in found if "3 of 3" in verdict.found] == ["requests lost"]
+
+
+def test_a_void_run_that_cost_nothing_has_done_no_harm(standin: Standin) -> None:
+    seen = Observed()
+    with pytest.raises(FaultDidNotHappen):
+        perform(standin, CRASH.replace("12", "90"), seen=seen)
+    assert len(seen.answers) == 3
+    assert harm(parse(BASE + CRASH, "s.yaml").checks, seen) == []

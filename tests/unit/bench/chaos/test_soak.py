@@ -9,7 +9,7 @@ import pytest
 
 from kevlarflow.bench.chaos.matrix import Case, cases
 from kevlarflow.bench.chaos.scenario import Crash, Load, Role
-from kevlarflow.bench.chaos.soak import Plan, Round, Soak, drawn, judge
+from kevlarflow.bench.chaos.soak import Plan, Round, Soak, drawn, judge, told
 from kevlarflow.bench.chaos.soak_report import markdown, save
 from kevlarflow.bench.chaos.trends import FEWEST_SAMPLES, Sample, trends
 
@@ -130,6 +130,15 @@ def test_one_bad_round_is_enough(field: str, value: Any, broken: str) -> None:
     good, bad = soak().rounds
     found = judge(soak(rounds=[good, msgspec.structs.replace(bad, **{field: value})]))
     assert [verdict.check for verdict in found if not verdict.holds] == [broken]
+
+
+@pytest.mark.parametrize(("field", "broken"), [("lost", "requests lost"), ("different", "texts that differ")])
+def test_what_a_void_round_cost_counts(field: str, broken: str) -> None:
+    void = Round(number=3, case=CASE, what="x", void="the load had ended", **{field: ["r"]})
+    result = soak(rounds=[*soak().rounds, void])
+    assert [verdict.check for verdict in judge(result) if not verdict.holds] == [broken]
+    assert "void: the load had ended: " in told(void, 2)
+    assert "the load had ended (" in markdown(result)
 
 
 def test_the_report_has_every_check_and_can_be_read_back(tmp_path: Any) -> None:
