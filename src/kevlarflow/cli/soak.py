@@ -12,6 +12,7 @@ from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.log_folder import log_folder
 from kevlarflow.cli.output_folder import require_writable
 from kevlarflow.command_line import Parser, count
+from kevlarflow.errors import KevlarFlowError
 
 FAILED = 1
 DEFAULT_OUTPUT = Path("docs/benchmarks")
@@ -41,6 +42,7 @@ def _soak(options: argparse.Namespace, command: str) -> int:
     from kevlarflow.bench import machine
     from kevlarflow.bench.chaos import show, soak, soak_report
     from kevlarflow.default_model import ensure_default_model
+    from kevlarflow.faults import FaultDidNotHappen
 
     ensure_default_model()
     console = Console(highlight=False, soft_wrap=True)
@@ -49,11 +51,25 @@ def _soak(options: argparse.Namespace, command: str) -> int:
     )
     stem = f"{datetime.datetime.now().astimezone():%Y%m%d-%H%M%S}-soak"
     say = functools.partial(console.print, markup=False)
-    with log_folder("soak", say) as logs:
-        soak.run(result, logs.folder, say, lambda: soak_report.save(result, options.output, stem))
-        verdicts = soak.judge(result)
-        logs.are_kept = not all(verdict.holds for verdict in verdicts)
-    console.print(show.verdicts(verdicts))
-    console.print(f"saved {options.output / stem}.json and .md", markup=False)
-    print(show.last_line("soak", verdicts), flush=True)
-    return 0 if all(verdict.holds for verdict in verdicts) else FAILED
+    ended: KevlarFlowError | None = None
+    try:
+        with log_folder("soak", say) as logs:
+            try:
+                soak.run(result, logs.folder, say, lambda: soak_report.save(result, options.output, stem))
+            except KevlarFlowError as error:
+                if not result.rounds:
+                    raise
+                ended = error
+            verdicts = soak.judge(result)
+            logs.are_kept = not all(verdict.holds for verdict in verdicts)
+        console.print(show.verdicts(verdicts))
+    finally:
+        if result.rounds:
+            say(f"saved {options.output / stem}.json and .md")
+    broken = [verdict.check for verdict in verdicts if not verdict.holds]
+    if isinstance(ended, FaultDidNotHappen) and broken == [soak.VERIFIED]:
+        print(f"VOID soak: {ended}", flush=True)
+        return ended.exit_status
+    early = f"; ended early: {ended}" if ended is not None else ""
+    print(f"{show.last_line('soak', verdicts)}{early}", flush=True)
+    return FAILED if broken else 0

@@ -1,7 +1,8 @@
 """Performing a scenario: a run without faults, the same run with them, and what was seen of both.
 
 Each fault waits for its own moment while the load runs. A fault that did not happen, or whose moment did not come
-before the load had ended, makes the run void: `FaultDidNotHappen`. What clients were denied until then counts all the same.
+before the load had ended, makes the run void: `FaultDidNotHappen`. What clients were denied until then
+counts all the same.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from kevlarflow.bench.chaos.scenario import AnyFault, Scenario, Slow
 from kevlarflow.bench.chaos.strikes import Strike, described
 from kevlarflow.bench.experiment import until
 from kevlarflow.bench.streams import Address, Stream
+from kevlarflow.bench.systems import SystemFailed
 from kevlarflow.bench.watch import Watcher, is_settled
 from kevlarflow.faults import FaultDidNotHappen
 
@@ -91,11 +93,17 @@ class Performance:
     async def settle(self) -> dict[str, Any]:
         """Wait until every lane is at home and no request is left; the status then."""
 
+        asked_at = time.monotonic()
+
         def settled() -> dict[str, Any] | None:
-            latest = self._watcher.latest
+            latest = self._watcher.latest if self._watcher.latest_at > asked_at else None
             return latest if latest is not None and is_settled(latest) else None
 
-        return await until("every lane at home", settled, SETTLE_TIMEOUT_SECONDS)
+        try:
+            return await until("calm", settled, SETTLE_TIMEOUT_SECONDS)
+        except SystemFailed as error:
+            latest = self._watcher.latest if self._watcher.latest_at > asked_at else None
+            raise SystemFailed(f"{error}: {places.unrest(latest)}") from error
 
     async def _run_with_faults(self, model: str, clients: list[list[loads.Task]]) -> None:
         self._begun_at = time.monotonic()

@@ -86,6 +86,33 @@ def is_whole(status: StatusDocument) -> bool:
     )
 
 
+def unrest(status: StatusDocument | None) -> str:
+    """What keeps a cluster from being settled, in words; without a status it is the controller."""
+    if status is None:
+        return "the controller does not answer"
+    requests = sum(engine["running"] + engine["waiting"] for engine in status["engines"])
+    found = [
+        f"the engine of pipeline {each['pipeline']} is {each['state']}" for each in _not("ready", status["engines"])
+    ]
+    found += [f"{each['id']} is {each['state']}" for each in _not("ready", status["nodes"])]
+    found += [f"pipeline {each['id']} is {each['state']}" for each in _not("serving", status["pipelines"])]
+    found += [
+        f"{node or 'nobody'} serves stage {stage} of pipeline {pipeline['id']}"
+        for pipeline in status["pipelines"]
+        for stage, node in enumerate(pipeline["nodes"])
+        if node != f"node-{pipeline['id']}-{stage}"
+    ]
+    found += [
+        f"{each['cause']} of {each['from']} is not over" for each in status["recoveries"] if each["state"] == "running"
+    ]
+    found += [f"{requests} requests run or wait, perhaps of other clients"] * bool(requests)
+    return ", ".join(found)
+
+
+def _not(state: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["state"] != state]
+
+
 def members(status: StatusDocument) -> set[str]:
     """Whoever takes part, by names that nobody bears twice: nodes with their incarnations, engines with their pids."""
     nodes = {f"{node['id']}#{node['incarnation']}" for node in status["nodes"] if node["state"] != "dead"}

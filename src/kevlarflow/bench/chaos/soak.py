@@ -26,7 +26,7 @@ from kevlarflow.bench.chaos.stage import recipe_of, shared_memory_of, stop_clean
 from kevlarflow.bench.chaos.trends import Sample, Trend, trends
 from kevlarflow.bench.machine import Machine
 from kevlarflow.bench.recipes import KEVLARFLOW, make
-from kevlarflow.bench.systems import ServerProcess
+from kevlarflow.bench.systems import ServerProcess, SystemFailed
 from kevlarflow.bench.watch import StatusDocument, Watcher
 from kevlarflow.config import run_folder_of
 from kevlarflow.faults import FaultDidNotHappen
@@ -38,6 +38,8 @@ VOID_ROUNDS_ALLOWED = 8
 """One in so many rounds may be void: a phase was over before anybody saw it, say. They are made up for, but what
 they cost counts."""
 LONGEST_NAME = 40
+VERIFIED = "faults verified"
+"""The check that too many void rounds break."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +58,8 @@ class Round(msgspec.Struct, kw_only=True):
     case: Case
     what: str
     void: str = ""
+    unsettled: str = ""
+    """What was still missing of a whole cluster when nobody waited for it any longer."""
     proof: str = ""
     detected_seconds: list[float | None] = []
     """Of each fault that ended a node at work."""
@@ -95,7 +99,11 @@ def drawn(plan: Plan, number: int) -> tuple[Case, Scenario]:
 
 
 def run(soak: Soak, folder: Path, say: Say, save: Callable[[], object]) -> None:
-    """Perform all rounds on one cluster and fill `soak`. `save` is called whenever there is news in it."""
+    """Perform all rounds on one cluster and fill `soak`. `save` is called whenever there is news in it.
+
+    Raises `FaultDidNotHappen` when too many are void, and `SystemFailed` when the cluster does not become whole again:
+    what was seen until then is in `soak` and can be judged.
+    """
     server = make(KEVLARFLOW, recipe_of(soak.plan.cluster), folder)
     left: list[str] = []
     try:
@@ -129,16 +137,18 @@ class _Rounds:
             save()
             if len(self._soak.done) == plan.faults:
                 return
-        raise FaultDidNotHappen(f"{most - len(self._soak.done)} of {most} rounds were void, see the report")
+        raise FaultDidNotHappen(f"{most - len(self._soak.done)} of {most} rounds were void")
 
     def _round(self, number: int) -> None:
         case, scenario = drawn(self._soak.plan, number)
         performance = Performance(scenario, self._server.address, self._watcher, lambda _: None, self._reference)
         result = Round(number=number, case=case, what=case.name, void=UNFINISHED)
         self._soak.rounds.append(result)
-        asyncio.run(self._perform(performance, result))
+        try:
+            asyncio.run(self._perform(performance, result))
+        finally:
+            self._say(told(result, len(self._soak.done), self._soak.plan.faults))
         self._reference = performance.seen.reference
-        self._say(told(result, self._soak.plan.faults))
 
     async def _perform(self, performance: Performance, result: Round) -> None:
         try:
@@ -147,7 +157,12 @@ class _Rounds:
         except FaultDidNotHappen as error:
             result.void = str(error)
         note(result, performance.seen)
-        self._look(await performance.settle())
+        try:
+            status = await performance.settle()
+        except SystemFailed as error:
+            result.unsettled = str(error)
+            raise
+        self._look(status)
 
     def _look(self, status: StatusDocument) -> None:
         """Take a sample of each process, now that all is calm."""
@@ -191,9 +206,9 @@ def note(result: Round, seen: Observed) -> None:
     result.lane_back_seconds = seen.lane_back_seconds
 
 
-def told(result: Round, faults: int) -> str:
-    """A round in one line."""
-    head = f"{result.number} of {faults}: {result.what}"
+def told(result: Round, done: int, faults: int) -> str:
+    """A round in one line; `done` of all `faults` count by now."""
+    head = f"{done} of {faults}, round {result.number}: {result.what}"
     harm = f"{len(result.lost)} lost, {len(result.different)} different"
     if result.void:
         return f"{head}: void: {result.void}" + (f": {harm}" if result.lost or result.different else "")
@@ -208,10 +223,11 @@ def judge(soak: Soak) -> list[Verdict]:
     missed = [f"round {each.number}, {text}" for each in soak.rounds for text in each.lost]
     different = [f"round {each.number}, {name}" for each in soak.rounds for name in each.different]
     unseen = [f"round {each.number}" for each in done if None in each.detected_seconds]
-    missing = [f"round {each.number}" for each in done if each.lane_back_seconds is None]
+    missing = [f"round {each.number}" for each in done if each.lane_back_seconds is None and not each.unsettled]
+    missing += [f"round {each.number}: {each.unsettled}" for each in soak.rounds if each.unsettled]
     growing = [trend.told() for trend in soak.trends if trend.has_grown]
     return [
-        Verdict("faults verified", str(soak.plan.faults), str(len(done)), len(done) == soak.plan.faults),
+        Verdict(VERIFIED, str(soak.plan.faults), str(len(done)), len(done) == soak.plan.faults),
         _none("requests lost", missed),
         _none("texts that differ", different),
         _none("faults that were not detected", unseen),

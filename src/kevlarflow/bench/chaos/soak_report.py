@@ -38,7 +38,8 @@ def _lines(soak: Soak) -> Iterator[str]:
     yield "with a run without faults, and waits until each pipeline is whole again. Each fault is proved from `/proc`."
     yield "\n## Checks\n\n| check | wanted | found | |\n|---|---|---|---|"
     yield from (_row(verdict) for verdict in judge(soak))
-    yield f"\n{sum(each.requests for each in soak.rounds):,} requests, {sum(each.tokens for each in soak.rounds):,} tokens."
+    requests, tokens = (sum(getattr(each, what) for each in soak.rounds) for what in ("requests", "tokens"))
+    yield f"\n{requests:,} requests, {tokens:,} tokens."
     yield from _matrix(soak)
     yield "\n## Survivors\n\nThe second quarter of the life of each process that was there at the end, and the last.\n"
     yield "| process | rounds | holds |\n|---|---|---|"

@@ -142,6 +142,18 @@ def test_whole_means_everybody_at_home_and_ready() -> None:
     assert not places.is_whole(silent)
 
 
+def test_what_keeps_a_cluster_from_being_calm_is_said() -> None:
+    def said(document: dict[str, Any], requests: int = 0) -> str:
+        engines = [each | {"running": requests, "waiting": 0} for each in document["engines"]]
+        return places.unrest(document | {"engines": engines})
+
+    assert said(status()) == ""
+    assert said(status(), 2) == "2 requests run or wait, perhaps of other clients"
+    moving = status("node-1-1", home=node("node-0-1", 2, "starting"), recovery=loss("running"))
+    assert said(moving) == "node-0-1 is starting, node-1-1 serves stage 1 of pipeline 0, crash of node-0-1 is not over"
+    assert places.unrest(None) == "the controller does not answer"
+
+
 def test_the_dead_are_told_from_their_successors() -> None:
     before = status()
     target = places.aim(Aim(stage=1), before)

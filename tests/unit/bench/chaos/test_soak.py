@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
+from kevlarflow import default_model
+from kevlarflow.bench.chaos import soak as soaks
+from kevlarflow.bench.chaos.judge import Happened, Observed
 from kevlarflow.bench.chaos.matrix import Case, cases
 from kevlarflow.bench.chaos.scenario import Crash, Load, Role
 from kevlarflow.bench.chaos.soak import Plan, Round, Soak, drawn, judge, told
 from kevlarflow.bench.chaos.soak_report import markdown, save
 from kevlarflow.bench.chaos.trends import FEWEST_SAMPLES, Sample, trends
+from kevlarflow.bench.streams import Address
+from kevlarflow.bench.systems import SystemFailed
+from kevlarflow.cli import main as command
 
 MIB = 2**20
 CASE = Case("crash", Role.NODE, 1, "decode")
@@ -137,8 +145,59 @@ def test_what_a_void_round_cost_counts(field: str, broken: str) -> None:
     void = Round(number=3, case=CASE, what="x", void="the load had ended", **{field: ["r"]})
     result = soak(rounds=[*soak().rounds, void])
     assert [verdict.check for verdict in judge(result) if not verdict.holds] == [broken]
-    assert "void: the load had ended: " in told(void, 2)
+    assert "void: the load had ended: " in told(void, 2, 2)
     assert "the load had ended (" in markdown(result)
+
+
+class Troubled:
+    """A performance on a cluster that does not become whole again after its second round."""
+
+    performed = 0
+
+    def __init__(self, *_: object) -> None:
+        self.seen = Observed(faults=[Happened("crash node-0-1#1", 1.0, "gone")], lane_back_seconds=7.0)
+
+    async def perform(self) -> Observed:
+        Troubled.performed += 1
+        return self.seen
+
+    async def settle(self) -> dict[str, Any]:
+        if Troubled.performed < 2:
+            return {"main_pid": 1, "engines": [], "nodes": []}
+        raise SystemFailed("after 180 s still not: calm: node-0-1 is dead")
+
+
+@pytest.fixture
+def troubled(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = SimpleNamespace(
+        address=Address("127.0.0.1", 1), start=int, wait_ready=float, require_alive=int, processes=list, stop=list
+    )
+    Troubled.performed = 0
+    monkeypatch.setattr(soaks, "make", lambda *_: server)
+    monkeypatch.setattr(soaks, "Performance", Troubled)
+
+
+def test_a_cluster_that_does_not_become_whole_again_ends_the_soak(troubled: None, tmp_path: Path) -> None:
+    result, said = Soak(plan=Plan(faults=5)), list[str]()
+    with pytest.raises(SystemFailed, match="node-0-1 is dead"):
+        soaks.run(result, tmp_path, said.append, int)
+    assert [each.void for each in result.rounds] == ["", ""]
+    found = {verdict.check: verdict for verdict in judge(result)}
+    assert not found["lanes that did not come back"].holds
+    assert "round 2: after 180 s" in found["lanes that did not come back"].found
+    assert said[-1].startswith("2 of 5, round 2: ")
+
+
+def test_a_soak_that_ends_early_says_what_it_has_found_and_where(
+    troubled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(default_model, "ensure_default_model", lambda: None)
+    assert command.main(["soak", "--faults", "5", "--output", str(tmp_path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"saved {tmp_path}") for line in lines)
+    assert any("lanes that did" in line for line in lines[:-1]), "as a table"
+    assert lines[-1].startswith("FAILED soak: ")
+    assert len(list(tmp_path.glob("*-soak.*"))) == 2
 
 
 def test_the_report_has_every_check_and_can_be_read_back(tmp_path: Any) -> None:
