@@ -29,7 +29,7 @@ Start a cluster, run a load without faults and again with them, and check what t
 A SCENARIO is a YAML file, or the name of one that comes with KevlarFlow (--list).
 
 Exit status: 0 when every check holds, 1 when one does not, 2 for a bad scenario, and 3 when the run is
-void because a fault did not happen (but 1 if requests were lost in it, or texts differ)."""
+void because a fault did not happen (but 1 if requests or other nodes were lost in it, or texts differ)."""
 
 
 def run(arguments: list[str]) -> int:
@@ -130,5 +130,6 @@ def _account(seen: Observed, verdicts: list[Verdict], *, holds: bool) -> dict[st
         "lane_back_seconds": seen.lane_back_seconds,
         "moved_seconds": seen.moved_seconds,
         "recoveries": seen.recoveries,
+        "unexpected": seen.unexpected,
         "left_behind": seen.left_behind,
     }

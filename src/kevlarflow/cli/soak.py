@@ -19,9 +19,9 @@ DEFAULT_OUTPUT = Path("docs/benchmarks")
 DESCRIPTION = """\
 Hurt one cluster under load and wait until it is whole again, over and over: crashes, hangs, freezes and cut
 connections, of nodes and of those that help them out, in every phase of a recovery. The order and the moments are
-drawn from the seed. No request may be lost, no text differ, and no surviving process may grow. The report is
-written after each round. Exit status: 0 when every check holds, 1 when one does not, 3 when too many rounds are
-void."""
+drawn from the seed. No request may be lost, no text differ, no node be given up that was not ended, and no
+surviving process grow. The report is written after each round. Exit status: 0 when every check holds, 1 when one
+does not, 3 when too many rounds are void."""
 
 
 def run(arguments: list[str]) -> int:

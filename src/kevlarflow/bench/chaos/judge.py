@@ -14,6 +14,8 @@ import msgspec
 from kevlarflow.bench.chaos.load import Answer
 from kevlarflow.bench.chaos.scenario import Checks
 
+UNEXPECTED = "unexpected losses"
+
 
 class Happened(msgspec.Struct):
     """A fault that was verified."""
@@ -41,6 +43,8 @@ class Observed(msgspec.Struct):
     """Of each node that was made slow."""
     recoveries: list[dict[str, Any]] = []
     """The cluster's own records, from before the run without faults on."""
+    unexpected: list[str] = []
+    """Losses among them that no fault called for."""
     left_behind: list[str] | None = None
     """None when the cluster is not ours to stop."""
 
@@ -70,19 +74,23 @@ def judge(checks: Checks, seen: Observed) -> list[Verdict]:
         ("lane back within", checks.lane_back_seconds, seen.lane_back_seconds),
     )
     verdicts += [_limited(name, limit, value) for name, limit, value in limits if limit is not None]
+    if checks.unexpected_losses is not None:
+        verdicts.append(_counted(UNEXPECTED, checks.unexpected_losses, seen.unexpected))
     if checks.left_behind is not None and seen.left_behind is not None:
-        found = f"{len(seen.left_behind)}" + (f" ({seen.left_behind[0]})" if seen.left_behind else "")
-        holds = len(seen.left_behind) <= checks.left_behind
-        verdicts.append(Verdict("left behind", f"at most {checks.left_behind}", found, holds))
+        verdicts.append(_counted("left behind", checks.left_behind, seen.left_behind))
     return verdicts
 
 
 def harm(checks: Checks, seen: Observed) -> list[Verdict]:
-    """What does not hold of the answers in a void run: whatever struck or did not, clients were to notice nothing."""
-    asked = msgspec.structs.replace(
-        Checks(left_behind=None), lost_requests=checks.lost_requests, identical=checks.identical
+    """What does not hold in a void run: whatever struck or did not, clients and other nodes were to notice nothing."""
+    asked = Checks(
+        lost_requests=checks.lost_requests,
+        identical=checks.identical,
+        unexpected_losses=checks.unexpected_losses,
+        left_behind=None,
     )
-    return [verdict for verdict in judge(asked, seen) if not verdict.holds] if seen.answers else []
+    verdicts = judge(asked, seen if seen.answers else Observed(reference=[], unexpected=seen.unexpected))
+    return [verdict for verdict in verdicts if not verdict.holds]
 
 
 def lost(answers: Sequence[Answer]) -> list[str]:
@@ -124,6 +132,10 @@ def _lost(most: int, answers: Sequence[Answer]) -> Verdict:
     found = lost(answers)
     example = f" ({found[0]})" if found else ""
     return Verdict("requests lost", f"at most {most}", f"{len(found)} of {len(answers)}{example}", len(found) <= most)
+
+
+def _counted(check: str, most: int, found: Sequence[str]) -> Verdict:
+    return Verdict(check, f"at most {most}", f"{len(found)}" + (f" ({found[0]})" if found else ""), len(found) <= most)
 
 
 def _identical(seen: Observed) -> Verdict:

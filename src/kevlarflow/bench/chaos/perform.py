@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from kevlarflow.bench.chaos import load as loads
 from kevlarflow.bench.chaos import places
 from kevlarflow.bench.chaos.judge import Observed
-from kevlarflow.bench.chaos.scenario import AnyFault, Scenario, Slow
+from kevlarflow.bench.chaos.scenario import AnyFault, Role, Scenario, Slow
 from kevlarflow.bench.chaos.strikes import Strike, described
 from kevlarflow.bench.experiment import until
 from kevlarflow.bench.streams import Address, Stream
@@ -87,7 +88,7 @@ class Performance:
         finally:
             for strike in self._strikes:
                 strike.undo()
-        self._note_recoveries(known)
+            self._note_recoveries(known)
         return self.seen
 
     async def settle(self) -> dict[str, Any]:
@@ -177,11 +178,24 @@ class Performance:
             for strike in self._strikes
             if isinstance(strike.fault, Slow)
         ]
+        first = min((strike.unix_time for strike in self._strikes), default=math.inf)
         for record in self.seen.recoveries:
-            self._say(places.told(record, self._strikes[0].unix_time))
+            self._say(places.told(record, first))
+        self.seen.unexpected = self._unexpected()
         for strike in self._strikes:
             if strike.happened is not None and strike.happened.is_to_be_detected:
                 strike.happened.detected_seconds = places.detected_after(recoveries, strike.target, strike.unix_time)
+
+    def _unexpected(self) -> list[str]:
+        if any(strike.fault.target.role in {Role.ENGINE, Role.API} for strike in self._strikes):
+            # What becomes of the nodes of an engine that has died is not promised.
+            return []
+        struck: dict[str, float] = {}
+        for strike in self._strikes:
+            if strike.may_cost_its_node:
+                node = strike.target.name.partition("#")[0]
+                struck[node] = min(strike.unix_time, struck.get(node, math.inf))
+        return places.unexpected(self.seen.recoveries, struck)
 
     def _tell(self, act: str) -> None:
         self.act = act

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -138,6 +139,15 @@ def detected_after(recoveries: list[dict[str, Any]], target: Target, unix_time: 
         if record["from"] == node and record["cause"] in LOST and seconds >= -CLOCK_SLACK_SECONDS:
             return max(0.0, seconds)
     return None
+
+
+def unexpected(recoveries: list[dict[str, Any]], struck: Mapping[str, float]) -> list[str]:
+    """Losses that nobody here has caused: of nodes that are not in `struck`, or before the Unix time that it tells."""
+    return [
+        f"{record['cause']} of {record['from']} (pipeline {record['pipeline']}, stage {record['stage']})"
+        for record in recoveries
+        if record["cause"] in LOST and record["time"] < struck.get(record["from"], math.inf) - CLOCK_SLACK_SECONDS
+    ]
 
 
 def moved_after(recoveries: list[dict[str, Any]], target: Target, unix_time: float) -> float | None:

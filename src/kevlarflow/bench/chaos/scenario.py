@@ -145,6 +145,8 @@ class Stop(Fault, frozen=True, kw_only=True, tag="stop"):
     """SIGSTOP, and SIGCONT after a while if one is given."""
 
     thaw_after_seconds: Seconds | None = None
+    lost: bool = False
+    """It stands still for longer than is believed in: the cluster has to give the node up all the same."""
 
 
 class Slow(Fault, frozen=True, kw_only=True, tag="slow"):
@@ -181,6 +183,8 @@ class Checks(Part, frozen=True, kw_only=True):
     """From the moment at which a node becomes slow until the last of its lanes has moved to another node, planned."""
     lane_back_seconds: Seconds | None = None
     """From the last fault until every node is there and serves its own lane."""
+    unexpected_losses: Index | None = 0
+    """Lanes of nodes that the cluster gave up though no fault had ended them."""
     left_behind: Index | None = 0
     """Processes, folders and shared memory that outlive the cluster."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from kevlarflow.bench.chaos.judge import Observed, Verdict, differences, largest_gap, lost
+from kevlarflow.bench.chaos.judge import UNEXPECTED, Observed, Verdict, differences, largest_gap, lost
 from kevlarflow.bench.chaos.load import Answer
 from kevlarflow.bench.chaos.matrix import Case, deal, faults_of
 from kevlarflow.bench.chaos.perform import Performance, Say
@@ -69,6 +69,8 @@ class Round(msgspec.Struct, kw_only=True):
     tokens: int = 0
     lost: list[str] = []
     different: list[str] = []
+    unexpected: list[str] = []
+    """Lanes of nodes that were given up though no fault had ended them."""
 
 
 class Soak(msgspec.Struct, kw_only=True):
@@ -197,6 +199,7 @@ def note(result: Round, seen: Observed) -> None:
     result.tokens = sum(answer.stream.tokens for answer in seen.answers)
     result.lost = lost(seen.answers)
     result.different = differences(seen.answers, seen.reference or [])
+    result.unexpected = seen.unexpected
     if result.void:
         return
     result.what = ", then ".join(fault.name for fault in seen.faults)
@@ -222,6 +225,7 @@ def judge(soak: Soak) -> list[Verdict]:
     done = soak.done
     missed = [f"round {each.number}, {text}" for each in soak.rounds for text in each.lost]
     different = [f"round {each.number}, {name}" for each in soak.rounds for name in each.different]
+    unexpected = [f"round {each.number}, {text}" for each in soak.rounds for text in each.unexpected]
     unseen = [f"round {each.number}" for each in done if None in each.detected_seconds]
     missing = [f"round {each.number}" for each in done if each.lane_back_seconds is None and not each.unsettled]
     missing += [f"round {each.number}: {each.unsettled}" for each in soak.rounds if each.unsettled]
@@ -231,6 +235,7 @@ def judge(soak: Soak) -> list[Verdict]:
         _none("requests lost", missed),
         _none("texts that differ", different),
         _none("faults that were not detected", unseen),
+        _none(UNEXPECTED, unexpected),
         _none("lanes that did not come back", missing),
         _none("survivors that grew", growing),
         Verdict("files in use", "no more than in the first half", _ends(soak.files), not _has_grown(soak.files)),

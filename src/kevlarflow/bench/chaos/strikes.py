@@ -8,9 +8,13 @@ from typing import assert_never
 
 from kevlarflow.bench.chaos import places, scenario
 from kevlarflow.bench.chaos.judge import Happened
+from kevlarflow.config import Timeouts
 from kevlarflow.faults import Struck, Target, strike, verify
 from kevlarflow.faults.cutting import Cut
 from kevlarflow.faults.stopping import Slowdown, stop, thaw, verify_stopped
+
+STOPPED_AFTER_SECONDS = Timeouts().stopped_after_ms / 1_000
+"""Whoever stands still for less has to be left alone."""
 
 
 class Strike:
@@ -20,6 +24,8 @@ class Strike:
         self.fault = fault
         self.target = target
         self.unix_time = 0.0
+        self.still_seconds = 0.0
+        """How long a stopped target stood still, as far as it is over."""
         self.happened: Happened | None = None
         self._undo: Slowdown | Cut | None = None
 
@@ -37,8 +43,13 @@ class Strike:
         """Whether whoever it hits can never be part of the cluster again."""
         fault = self.fault
         return isinstance(fault, scenario.Crash) or (
-            isinstance(fault, scenario.Stop) and fault.thaw_after_seconds is None
+            isinstance(fault, scenario.Stop) and (fault.thaw_after_seconds is None or fault.lost)
         )
+
+    @property
+    def may_cost_its_node(self) -> bool:
+        """Whether nobody need wonder if the node is given up: on a crowded machine we too are late to let it run."""
+        return self.is_fatal or isinstance(self.fault, scenario.Slow) or self.still_seconds >= STOPPED_AFTER_SECONDS
 
     async def outlast(self) -> None:
         """Wait for the end of what passes by itself, and undo it."""
@@ -68,6 +79,7 @@ class Strike:
             self._undo.close()
         elif isinstance(self.fault, scenario.Stop):
             thaw(self.target)
+            self.still_seconds = self.still_seconds or time.time() - self.unix_time
 
     def _begin(self) -> Struck:
         fault = self.fault

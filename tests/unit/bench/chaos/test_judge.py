@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kevlarflow.bench.chaos.judge import Happened, Observed, differences, judge, largest_gap
+from kevlarflow.bench.chaos.judge import Happened, Observed, differences, harm, judge, largest_gap
 from kevlarflow.bench.chaos.load import Answer
 from kevlarflow.bench.chaos.scenario import Checks
 from kevlarflow.bench.chaos.show import last_line
@@ -39,7 +39,7 @@ ALL = Checks(largest_gap_seconds=1, detected_seconds=0.1, lane_back_seconds=8, m
 
 def test_all_checks_hold() -> None:
     verdicts = judge(ALL, GOOD)
-    assert len(verdicts) == 7
+    assert len(verdicts) == 8
     assert all(verdict.holds for verdict in verdicts)
     assert last_line("crash", verdicts).startswith("PASSED crash: requests lost: 0 of 1, texts identical: all")
 
@@ -62,6 +62,7 @@ def test_all_checks_hold() -> None:
         ({"moved_seconds": [15.0, None]}, "moved within"),
         ({"moved_seconds": []}, "moved within"),
         ({"left_behind": ["kevlarflow node"]}, "left behind"),
+        ({"unexpected": ["crash of node-1-1"]}, "unexpected losses"),
     ],
 )
 def test_what_breaks_one_check_breaks_no_other(change: dict[str, Any], broken: str) -> None:
@@ -71,9 +72,19 @@ def test_what_breaks_one_check_breaks_no_other(change: dict[str, Any], broken: s
 
 
 def test_only_what_is_asked_for_is_judged() -> None:
-    nothing = Checks(lost_requests=None, identical=False, left_behind=None)
+    nothing = Checks(lost_requests=None, identical=False, unexpected_losses=None, left_behind=None)
     assert judge(nothing, GOOD) == []
-    assert set(found(Checks(), msgspec.structs.replace(GOOD, left_behind=None))) == {"requests lost", "texts identical"}
+    usual = {"requests lost", "texts identical", "unexpected losses"}
+    assert set(found(Checks(), msgspec.structs.replace(GOOD, left_behind=None))) == usual
+
+
+def test_a_void_run_is_held_to_what_no_fault_excuses() -> None:
+    def broken(**change: Any) -> list[str]:
+        return [verdict.check for verdict in harm(ALL, msgspec.structs.replace(GOOD, lane_back_seconds=None, **change))]
+
+    assert broken() == broken(answers=[]) == broken(answers=[], reference=None) == []
+    assert broken(answers=[answer(failure="HTTP 503"), answer("s")], reference=[answer("s")]) == ["requests lost"]
+    assert broken(answers=[], unexpected=["crash of node-1-1"]) == ["unexpected losses"]
 
 
 def test_gaps_count_from_the_first_fault_on() -> None:

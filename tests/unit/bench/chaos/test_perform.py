@@ -16,9 +16,10 @@ import pytest
 from kevlarflow.bench.chaos.judge import Observed, harm, judge
 from kevlarflow.bench.chaos.perform import Performance
 from kevlarflow.bench.chaos.scenario import parse
+from kevlarflow.bench.chaos.strikes import STOPPED_AFTER_SECONDS
 from kevlarflow.bench.streams import Address
 from kevlarflow.faults import FaultDidNotHappen
-from kevlarflow.faults.processes import identify
+from kevlarflow.faults.processes import identify, is_stopped
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 TOKEN_SECONDS = 0.01
@@ -41,6 +42,7 @@ class Standin:
     def __init__(self, *, is_hopeless: bool = False, words: str = "word") -> None:
         self.words = words
         self.changes_words = False
+        self.gives_up_stopped = False
         self.refuses_after: int | None = None
         self.served = 0
         self.node = self._spawn()
@@ -65,6 +67,11 @@ class Standin:
             "nodes": [node | {"state": "ready" if alive else "dead"}],
             "recoveries": self._recoveries,
         }
+
+    def _watch(self) -> None:
+        identity = identify(self.node.pid)
+        if self.gives_up_stopped and identity is not None and is_stopped(identity) and not self._recoveries:
+            self._recoveries.append(self._record() | {"cause": "hang"})
 
     def _record(self) -> dict[str, Any]:
         place = {"pipeline": 0, "stage": 0, "from": "node-0-0", "to": "node-0-0"}
@@ -93,6 +100,7 @@ class Standin:
                 self._say(writer, {"choices": [choice]})
                 await writer.drain()
                 await asyncio.sleep(TOKEN_SECONDS)
+                self._watch()
             self._say(writer, {"choices": [], "usage": {"completion_tokens": tokens}})
             writer.write(b"data: [DONE]\n\n")
         except ConnectionError:
@@ -168,6 +176,21 @@ def test_a_frozen_process_is_thawed(standin: Standin) -> None:
     assert broken(text, seen) == []
     assert "state T" in seen.faults[0].proof
     assert standin.node.poll() is None
+
+
+@pytest.mark.parametrize(("seconds", "unexpected"), [(0.05, 1), (STOPPED_AFTER_SECONDS + 0.02, 0)])
+def test_only_a_freeze_that_lasts_may_cost_its_node(standin: Standin, seconds: float, unexpected: int) -> None:
+    standin.gives_up_stopped = True
+    seen = perform(standin, f"faults: [{{kind: stop, thaw_after_seconds: {seconds}, at: {{tokens: 3}}}}]")
+    assert len(seen.unexpected) == unexpected
+    assert len(seen.recoveries) == 1
+
+
+def test_a_freeze_that_has_to_cost_its_node_and_does_not_is_found(standin: Standin) -> None:
+    text = """faults: [{kind: stop, thaw_after_seconds: 0.1, lost: true, at: {tokens: 3}}]
+checks: {detected_seconds: 1, lane_back_seconds: 0.2}
+"""
+    assert broken(text, perform(standin, text)) == ["detected within", "lane back within"]
 
 
 def test_a_slow_process_is_slow_for_its_time_and_proved_to_have_been(standin: Standin) -> None:

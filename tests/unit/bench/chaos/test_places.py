@@ -175,6 +175,18 @@ def test_detection_counts_from_the_fault_to_the_first_record_of_it() -> None:
     assert places.detected_after([loss("done") | {"from": "node-1-1"}], target, 99.8) is None
 
 
+def test_a_loss_is_expected_of_whoever_was_struck_and_only_from_then_on() -> None:
+    def unexpected(struck: dict[str, float], **change: Any) -> list[str]:
+        return places.unexpected([loss("done") | change], struck)
+
+    assert unexpected({"node-0-1": 100.02}) == []
+    assert unexpected({"node-0-1": 99.0}, pipeline=1) == [], "a donor has two lanes"
+    assert unexpected({"node-0-1": 100.1}) == ["crash of node-0-1 (pipeline 0, stage 1)"]
+    assert unexpected({"node-1-1": 99.0}) == ["crash of node-0-1 (pipeline 0, stage 1)"]
+    for planned in ("rejoin", "slow", "link", "drain"):
+        assert unexpected({}, cause=planned) == []
+
+
 def test_a_move_counts_from_the_fault_to_the_end_of_the_last_one_from_that_node() -> None:
     target = places.aim(Aim(stage=1), status())
     move = loss("done", cause="slow") | {"time": 115.0, "seconds": {"total": 0.5}}

@@ -130,6 +130,7 @@ def test_a_soak_is_judged(change: dict[str, Any], broken: list[str]) -> None:
     [
         ("lost", ["r: HTTP 503"], "requests lost"),
         ("different", ["r"], "texts that differ"),
+        ("unexpected", ["hang of node-1-1"], "unexpected losses"),
         ("detected_seconds", [0.1, None], "faults that were not detected"),
         ("lane_back_seconds", None, "lanes that did not come back"),
     ],
