@@ -85,12 +85,11 @@ def harm(checks: Checks, seen: Observed) -> list[Verdict]:
     """What does not hold in a void run: whatever struck or did not, clients and other nodes were to notice nothing."""
     asked = Checks(
         lost_requests=checks.lost_requests,
-        identical=checks.identical,
+        identical=checks.identical and len(lost(seen.answers)) < len(seen.answers),
         unexpected_losses=checks.unexpected_losses,
         left_behind=None,
     )
-    verdicts = judge(asked, seen if seen.answers else Observed(reference=[], unexpected=seen.unexpected))
-    return [verdict for verdict in verdicts if not verdict.holds]
+    return [verdict for verdict in judge(asked, seen) if not verdict.holds]
 
 
 def lost(answers: Sequence[Answer]) -> list[str]:
@@ -142,8 +141,9 @@ def _identical(seen: Observed) -> Verdict:
     if seen.reference is None:
         return Verdict("texts identical", "all", "there is no run without faults", holds=False)
     different = differences(seen.answers, seen.reference)
-    found = f"{len(different)} differ ({different[0]})" if different else "all"
-    return Verdict("texts identical", "all", found, not different)
+    compared = len(seen.answers) - len(lost(seen.answers))
+    found = f"{len(different)} differ ({different[0]})" if different else f"all of {compared} compared"
+    return Verdict("texts identical", "all", found, compared > 0 and not different)
 
 
 def _slowest(values: Sequence[float | None]) -> float | None:

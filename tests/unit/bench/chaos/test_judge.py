@@ -28,8 +28,8 @@ def found(checks: Checks, seen: Observed) -> dict[str, bool]:
 FAULT = Happened("crash node-0-1#1", 11.5, "gone", is_to_be_detected=True, detected_seconds=0.1)
 GOOD = Observed(
     faults=[FAULT],
-    answers=[answer()],
-    reference=[answer()],
+    answers=[answer(), answer("s")],
+    reference=[answer(), answer("s")],
     lane_back_seconds=8.0,
     moved_seconds=[15.0],
     left_behind=[],
@@ -41,14 +41,16 @@ def test_all_checks_hold() -> None:
     verdicts = judge(ALL, GOOD)
     assert len(verdicts) == 8
     assert all(verdict.holds for verdict in verdicts)
-    assert last_line("crash", verdicts).startswith("PASSED crash: requests lost: 0 of 1, texts identical: all")
+    assert last_line("crash", verdicts).startswith(
+        "PASSED crash: requests lost: 0 of 2, texts identical: all of 2 compared"
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "broken"),
     [
-        ({"answers": [answer(done=False)]}, "requests lost"),
-        ({"answers": [answer(failure="HTTP 503")]}, "requests lost"),
+        ({"answers": [answer(done=False), answer("s")]}, "requests lost"),
+        ({"answers": [answer(failure="HTTP 503"), answer("s")]}, "requests lost"),
         ({"answers": [answer(pieces="abXd")]}, "texts identical"),
         ({"answers": [answer(finish_reason="stop")]}, "texts identical"),
         ({"reference": None}, "texts identical"),
@@ -78,12 +80,20 @@ def test_only_what_is_asked_for_is_judged() -> None:
     assert set(found(Checks(), msgspec.structs.replace(GOOD, left_behind=None))) == usual
 
 
+def test_texts_are_not_identical_when_none_was_compared() -> None:
+    checks = Checks(lost_requests=None, unexpected_losses=None, left_behind=None)
+    for answers in ([], [answer(failure="HTTP 503")]):
+        (verdict,) = judge(checks, msgspec.structs.replace(GOOD, answers=answers))
+        assert (verdict.found, verdict.holds) == ("all of 0 compared", False)
+
+
 def test_a_void_run_is_held_to_what_no_fault_excuses() -> None:
     def broken(**change: Any) -> list[str]:
         return [verdict.check for verdict in harm(ALL, msgspec.structs.replace(GOOD, lane_back_seconds=None, **change))]
 
     assert broken() == broken(answers=[]) == broken(answers=[], reference=None) == []
-    assert broken(answers=[answer(failure="HTTP 503"), answer("s")], reference=[answer("s")]) == ["requests lost"]
+    assert broken(answers=[answer(failure="HTTP 503"), answer("s")]) == ["requests lost"]
+    assert broken(answers=[answer(failure="HTTP 503")]) == ["requests lost"]
     assert broken(answers=[], unexpected=["crash of node-1-1"]) == ["unexpected losses"]
 
 
