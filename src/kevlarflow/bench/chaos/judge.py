@@ -56,6 +56,15 @@ class Verdict(msgspec.Struct, frozen=True):
     wanted: str
     found: str
     holds: bool
+    is_judged: bool = True
+    """Whether there was anything that could have broken it."""
+
+    @property
+    def mark(self) -> str:
+        """What has become of it."""
+        if not self.is_judged:
+            return "not judged"
+        return "holds" if self.holds else "does not hold"
 
 
 def judge(checks: Checks, seen: Observed) -> list[Verdict]:

@@ -73,8 +73,8 @@ def verdicts(found: Sequence[Verdict]) -> Table:
     for header in ("check", "wanted", "found", ""):
         table.add_column(header)
     for each in found:
-        mark = Text("holds", style="green") if each.holds else Text("does not hold", style="bold red")
-        table.add_row(each.check, each.wanted, each.found, mark)
+        style = ("green" if each.is_judged else "yellow") if each.holds else "bold red"
+        table.add_row(each.check, each.wanted, each.found, Text(each.mark, style=style))
     return table
 
 

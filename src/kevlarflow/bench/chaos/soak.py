@@ -229,7 +229,6 @@ def judge(soak: Soak) -> list[Verdict]:
     unseen = [f"round {each.number}" for each in done if None in each.detected_seconds]
     missing = [f"round {each.number}" for each in done if each.lane_back_seconds is None and not each.unsettled]
     missing += [f"round {each.number}: {each.unsettled}" for each in soak.rounds if each.unsettled]
-    growing = [trend.told() for trend in soak.trends if trend.has_grown]
     return [
         Verdict(VERIFIED, str(soak.plan.faults), str(len(done)), len(done) == soak.plan.faults),
         _none("requests lost", missed),
@@ -237,7 +236,7 @@ def judge(soak: Soak) -> list[Verdict]:
         _none("faults that were not detected", unseen),
         _none(UNEXPECTED, unexpected),
         _none("lanes that did not come back", missing),
-        _none("survivors that grew", growing),
+        _grown(soak.trends),
         Verdict("files in use", "no more than in the first half", _ends(soak.files), not _has_grown(soak.files)),
         _none("left behind", soak.left_behind if soak.left_behind is not None else ["the cluster was not stopped"]),
     ]
@@ -245,6 +244,14 @@ def judge(soak: Soak) -> list[Verdict]:
 
 def _none(check: str, found: Sequence[str]) -> Verdict:
     return Verdict(check, "0", f"{len(found)}" + (f" ({found[0]})" if found else ""), not found)
+
+
+def _grown(found: Sequence[Trend]) -> Verdict:
+    examined = {trend.process for trend in found}
+    growing = [trend for trend in found if trend.has_grown]
+    number = f"{len({trend.process for trend in growing})} of {len(examined)} processes that lived long enough"
+    example = f" ({growing[0].told()})" if growing else ""
+    return Verdict("survivors that grew", "0", number + example, not growing, is_judged=bool(examined))
 
 
 def _ends(files: Sequence[int]) -> str:

@@ -82,4 +82,4 @@ def _spread(values: Sequence[float | None]) -> str:
 
 
 def _row(verdict: Verdict) -> str:
-    return f"| {verdict.check} | {verdict.wanted} | {verdict.found} | {'holds' if verdict.holds else 'does not hold'} |"
+    return f"| {verdict.check} | {verdict.wanted} | {verdict.found} | {verdict.mark} |"

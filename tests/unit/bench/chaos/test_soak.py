@@ -11,7 +11,7 @@ import pytest
 
 from kevlarflow import default_model
 from kevlarflow.bench.chaos import soak as soaks
-from kevlarflow.bench.chaos.judge import Happened, Observed
+from kevlarflow.bench.chaos.judge import Happened, Observed, Verdict
 from kevlarflow.bench.chaos.matrix import Case, cases
 from kevlarflow.bench.chaos.scenario import Crash, Load, Role
 from kevlarflow.bench.chaos.soak import Plan, Round, Soak, drawn, judge, told
@@ -123,6 +123,18 @@ def soak(**change: Any) -> Soak:
 )
 def test_a_soak_is_judged(change: dict[str, Any], broken: list[str]) -> None:
     assert [verdict.check for verdict in judge(soak(**change)) if not verdict.holds] == broken
+
+
+def test_nobody_has_been_seen_not_to_grow_where_nobody_lived_long_enough() -> None:
+    def survivors(result: Soak) -> Verdict:
+        return next(verdict for verdict in judge(result) if verdict.check == "survivors that grew")
+
+    assert (survivors(soak()).mark, survivors(soak()).found) == ("holds", "0 of 1 processes that lived long enough")
+    nobody = survivors(soak(trends=[]))
+    assert (nobody.holds, nobody.mark, nobody.found[:4]) == (True, "not judged", "0 of")
+    assert "| 0 of 0 processes that lived long enough | not judged |" in markdown(soak(trends=[]))
+    grown = survivors(soak(trends=trends("engine-0", growing("threads"))))
+    assert (grown.mark, grown.found[:6]) == ("does not hold", "1 of 1")
 
 
 @pytest.mark.parametrize(
