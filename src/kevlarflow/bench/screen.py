@@ -99,7 +99,7 @@ def _story(scene: Scene, story: Story) -> RenderableType:
     colour = "red" if waits else "yellow" if after else "green" if story.stream and story.stream.done else "white"
     return Panel(
         _Tail(text),
-        title=f"[bold]{story.title}[/]",
+        title=Text(story.title, style="bold"),
         subtitle=_subtitle(story),
         title_align="left",
         subtitle_align="right",
@@ -112,12 +112,13 @@ def _pause_words(scene: Scene, story: Story) -> str:
     return "" if pause is None else f"{pause.gap_seconds * 1e3:,.0f} ms"
 
 
-def _subtitle(story: Story) -> str:
+def _subtitle(story: Story) -> Text:
     tokens = story.stream.tokens if story.stream else 0
-    end = ""
+    text = Text(f"pipeline {story.pipeline} · {tokens} tokens")
     if story.stream is not None and story.stream.done and story.reference is not None:
-        end = " · identical" if story.is_identical else " · [red]DIFFERENT[/]"
-    return f"pipeline {story.pipeline} · {tokens} tokens{end}"
+        text.append(" · ")
+        text.append(*(("identical", "") if story.is_identical else ("DIFFERENT", "red")))
+    return text
 
 
 # ---- nodes and log
@@ -168,15 +169,15 @@ def summary(scene: Scene) -> RenderableType:
     for story in scene.stories:
         stream, pause = story.stream, story.pause(scene.fault_at)
         if stream is None or pause is None:
-            table.add_row(story.title, str(story.pipeline), "", "none", "", _verdict(story))
+            table.add_row(Text(story.title), str(story.pipeline), "", "none", "", _verdict(story))
             continue
         gap = f"{pause.gap_seconds * 1e3:,.0f} ms"
         after = str(stream.tokens - pause.tokens_before)
-        table.add_row(story.title, str(story.pipeline), str(pause.tokens_before), gap, after, _verdict(story))
+        table.add_row(Text(story.title), str(story.pipeline), str(pause.tokens_before), gap, after, _verdict(story))
     note = "The gap is the longest wait for a token around the kill; the other pipeline's streams lost no node."
     return Group(table, Text(note, style="dim"))
 
 
-def _verdict(story: Story) -> str:
+def _verdict(story: Story) -> Text:
     defect = story.stream.defect() if story.stream else "not sent"
-    return defect or ("identical" if story.is_identical else "DIFFERENT")
+    return Text(defect or ("identical" if story.is_identical else "DIFFERENT"))

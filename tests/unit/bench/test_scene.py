@@ -171,3 +171,18 @@ def test_a_recovery_is_found_by_place_time_and_cause():
     assert recovery_after(document, 99.0, 0, 1) is None
     document["recoveries"][0] |= {"state": "done", "cause": "rejoin"}
     assert recovery_after(document, 99.0, 0, 1) is None
+
+
+def test_what_others_say_is_shown_as_they_said_it() -> None:
+    scene = told_scene()
+    scene.stories[0].title, said = "a [tale]", "no [/such] tag [red]"
+    stream = scene.stories[0].stream
+    assert stream is not None
+    stream.name, stream.failure = "s", said
+    console = Console(file=io.StringIO(), width=200)
+    console.print(summary(scene))
+    console.print(Picture(scene))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert said in shown
+    assert shown.count("a [tale]") == 2

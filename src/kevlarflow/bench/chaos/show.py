@@ -56,13 +56,14 @@ class Screen:
 
 def _table(performance: Performance) -> Table:
     status = performance.status or {"pipelines": [], "engines": []}
-    table = Table(caption=f"{performance.act}; {sum(performance.tokens.values()):,} tokens", caption_justify="left")
+    caption = Text(f"{performance.act}; {sum(performance.tokens.values()):,} tokens")
+    table = Table(caption=caption, caption_justify="left")
     for header in ("pipeline", "state", "epoch", "nodes", "running"):
         table.add_column(header, no_wrap=True)
     running = {engine["pipeline"]: engine["running"] for engine in status["engines"]}
     for each in status["pipelines"]:
         state = Text(each["state"], style=STYLES.get(each["state"], ""))
-        nodes = "  ".join(node or "none" for node in each["nodes"])
+        nodes = Text("  ".join(node or "none" for node in each["nodes"]))
         table.add_row(str(each["id"]), state, str(each["epoch"]), nodes, str(running.get(each["id"], "")))
     return table
 
@@ -74,7 +75,9 @@ def verdicts(found: Sequence[Verdict]) -> Table:
         table.add_column(header)
     for each in found:
         style = ("green" if each.is_judged else "yellow") if each.holds else "bold red"
-        table.add_row(each.check, each.wanted, each.found, Text(each.mark, style=style))
+        # Whatever others have said is no markup.
+        said = map(Text, (each.check, each.wanted, each.found))
+        table.add_row(*said, Text(each.mark, style=style))
     return table
 
 
