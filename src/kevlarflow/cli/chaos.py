@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.log_folder import log_folder
 from kevlarflow.command_line import Parser, port
-from kevlarflow.errors import UsageError
+from kevlarflow.errors import KevlarFlowError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +53,8 @@ def run(arguments: list[str]) -> int:
     reports = [report for _, report in performed]
     if options.json:
         print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
-    return max(status for status, _ in performed)
+    # One that failed says more than one that is void.
+    return min((status for status, _ in performed if status), default=0)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -94,6 +95,10 @@ def _perform(name: str, scenario: Scenario, options: argparse.Namespace) -> tupl
             return FAILED, report | _account(screen.performance.seen, broken, holds=False)
         print(f"VOID {title}: {error}", file=out, flush=True)
         return error.exit_status, report
+    except KevlarFlowError as error:
+        # The others are performed all the same, and what they have shown is not lost.
+        print(f"FAILED {title}: {error}", file=out, flush=True)
+        return error.exit_status, report | {"outcome": "failed", "reason": str(error)}
     console.print(show.verdicts(verdicts))
     print(show.last_line(title, verdicts), file=out, flush=True)
     holds = all(verdict.holds for verdict in verdicts)

@@ -1,0 +1,47 @@
+"""``kevlarflow chaos`` without a cluster: what several scenarios come to together."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kevlarflow import default_model
+from kevlarflow.bench.chaos import scenario, stage
+from kevlarflow.bench.chaos.judge import Observed
+from kevlarflow.bench.chaos.load import Answer
+from kevlarflow.bench.streams import Stream
+from kevlarflow.bench.systems import SystemFailed
+from kevlarflow.cli import main as command
+from kevlarflow.faults import FaultDidNotHappen
+
+
+@pytest.fixture(autouse=True)
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(default_model, "ensure_default_model", lambda: None)
+
+
+def test_a_scenario_that_cannot_be_performed_ends_no_other_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    performed: list[str] = []
+
+    def on_own_cluster(chosen: Any, *_: object) -> Observed:
+        performed.append(chosen.about)
+        if len(performed) == 2:
+            raise SystemFailed("after 180 s still not: calm [/node-0-1] is dead")
+        if len(performed) == 3:
+            raise FaultDidNotHappen("the load had ended")
+        answers = [Answer(Stream("r", 0.0, usage_tokens=0, finish_reason="stop", done=True))]
+        return Observed(answers=answers, reference=answers, lane_back_seconds=1.0, moved_seconds=[1.0], left_behind=[])
+
+    monkeypatch.setattr(stage, "on_own_cluster", on_own_cluster)
+    assert command.main(["chaos", "--all", "--json"]) == 1
+    assert len(performed) == len(scenario.shipped())
+    shown = capsys.readouterr()
+    reports = json.loads(shown.out)
+    assert [report["scenario"] for report in reports] == scenario.shipped()
+    assert (reports[1]["outcome"], reports[1]["reason"][:11]) == ("failed", "after 180 s")
+    assert (reports[2]["outcome"], reports[2]["reason"]) == ("void", "the load had ended")
+    assert f"FAILED {scenario.shipped()[1]}: after 180 s still not: calm [/node-0-1] is dead" in shown.err
