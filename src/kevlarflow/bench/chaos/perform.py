@@ -129,7 +129,7 @@ class Performance:
         self.tokens[stream.name] = stream.tokens
 
     async def _fault(self, fault: AnyFault, load: asyncio.Task[Any]) -> None:
-        while not self._is_due(fault):
+        while load.done() or not self._is_due(fault):
             if load.done():
                 raise FaultDidNotHappen(f"the load had ended before the moment came: {described(fault)}")
             await asyncio.sleep(LOOK_SECONDS)

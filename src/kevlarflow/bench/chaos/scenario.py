@@ -234,6 +234,7 @@ def parse(text: str, source: str) -> Scenario:
     except msgspec.ValidationError as error:
         raise UsageError(complaint(source, root, Scenario, str(error))) from error
     _require_places(scenario, source)
+    _require_moments(scenario, source)
     return scenario
 
 
@@ -256,6 +257,16 @@ def _require_places(scenario: Scenario, source: str) -> None:
             place = f"pipeline {aim.pipeline}, stage {aim.stage}"
             size = f"{cluster.pipelines} pipelines of {cluster.stages} stages"
             raise UsageError(f"{source}: faults[{number}].target: there is no {place} in {size}")
+        if aim.role in {Role.DONOR, Role.STANDBY} and cluster.pipelines == 1:
+            raise UsageError(f"{source}: faults[{number}].target: a single pipeline has no {aim.role}")
+
+
+def _require_moments(scenario: Scenario, source: str) -> None:
+    most = scenario.load.streams * scenario.load.requests * scenario.load.tokens
+    for number, fault in enumerate(scenario.faults):
+        if fault.at.tokens is not None and fault.at.tokens > most:
+            what = f"{fault.at.tokens} tokens never come, for the load has {most} at most"
+            raise UsageError(f"{source}: faults[{number}].at.tokens: {what}")
 
 
 def as_data(scenario: Scenario) -> Any:

@@ -89,6 +89,8 @@ def test_every_shipped_scenario_can_be_read() -> None:
         ),
         ("seconds: 0.5", "seconds: 1, tokens: 5", "s.yaml, line 13, faults[1].at: expected exactly one of"),
         ("stage: 2}", "stage: 3}", "faults[0].target: there is no pipeline 1, stage 3 in 2 pipelines of 3 stages"),
+        ("stages: 3,", "stages: 3, pipelines: 1,", "faults[0].target: there is no pipeline 1, stage 2 in 1 pipelines"),
+        ("phase: borrowed", "tokens: 193", "faults[0].at.tokens: 193 tokens never come, for the load has 192 at most"),
         ("load:", "load: [", "s.yaml, line 5: this is not YAML"),
         (
             "[json, cancelled]",
@@ -103,6 +105,13 @@ def test_a_bad_scenario_is_told_with_line_and_key(old: str, new: str, complaint:
         parse(WHOLE.replace(old, new), "s.yaml")
     assert complaint in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("role", [Role.DONOR, Role.STANDBY])
+def test_a_single_pipeline_has_nobody_to_help_it(role: Role) -> None:
+    fault = f"{{kind: crash, target: {{role: {role}}}, at: {{tokens: 1}}}}"
+    with pytest.raises(UsageError, match=rf"s\.yaml: faults\[0\].target: a single pipeline has no {role}"):
+        parse(f"about: x\ncluster: {{pipelines: 1}}\nfaults: [{fault}]", "s.yaml")
 
 
 @pytest.mark.parametrize("text", ["", "- 1", "7"])
