@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from kevlarflow.bench.chaos.places import CLOCK_SLACK_SECONDS
-from kevlarflow.bench.watch import LOST
+from kevlarflow.bench.watch import CLOCK_SLACK_SECONDS, LOST
 from kevlarflow.errors import KevlarFlowError
 from kevlarflow.recovery import events
 from kevlarflow.sim.replay import Line

@@ -24,6 +24,8 @@ SUBSCRIBE_INTERVAL_SECONDS = 1.0
 NEWS_KEPT = 500
 LOST = frozenset({"crash", "hang"})
 REJOIN = frozenset({"rejoin"})
+CLOCK_SLACK_SECONDS = 0.05
+"""Records of the cluster carry Unix times that it derives from another clock."""
 
 StatusDocument = dict[str, Any]
 
@@ -124,7 +126,8 @@ def recovery_after(
     """The record of a stage's first change of node since `unix_time` for one of these causes, when it has ended."""
     for recovery in status["recoveries"]:
         place = (recovery["pipeline"], recovery["stage"])
-        if recovery["time"] >= unix_time and recovery["cause"] in causes and place == (pipeline, stage):
+        is_later = recovery["time"] >= unix_time - CLOCK_SLACK_SECONDS
+        if is_later and recovery["cause"] in causes and place == (pipeline, stage):
             found: dict[str, Any] = recovery
             return found if recovery["state"] != "running" else None
     return None

@@ -10,12 +10,10 @@ from typing import Any
 import psutil
 
 from kevlarflow.bench.chaos.scenario import Aim, Phase, Role
-from kevlarflow.bench.watch import LOST
+from kevlarflow.bench.watch import CLOCK_SLACK_SECONDS, LOST, REJOIN
 from kevlarflow.faults import FaultDidNotHappen, KillNode, KillProcesses, StatusDocument, Target
 from kevlarflow.types import Cause
 
-CLOCK_SLACK_SECONDS = 0.05
-"""Records of the cluster carry Unix times that it derives from another clock."""
 CONTROLLER_MODULE = "kevlarflow.control.controller"
 
 
@@ -69,7 +67,7 @@ def is_in(phase: Phase, target: Aim, status: StatusDocument) -> bool:
         return serving not in {None, home}
     if phase is Phase.LOADING:
         return any(n["id"] == home and n["state"] == "starting" and n["pids"] for n in status["nodes"])
-    return any(row["state"] == "running" and row["cause"] not in LOST for row in _rows(status["recoveries"], target))
+    return any(row["state"] == "running" and row["cause"] in REJOIN for row in _rows(status["recoveries"], target))
 
 
 def is_whole(status: StatusDocument) -> bool:

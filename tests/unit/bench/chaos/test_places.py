@@ -124,6 +124,8 @@ def test_phases_are_seen_in_the_status() -> None:
     loading = status("node-1-1", home=node("node-0-1", 2, "starting"), recovery=loss("done"))
     assert phases(loading) == {Phase.BORROWED, Phase.LOADING}
     assert phases(status("node-1-1", recovery=loss("running", cause="rejoin"))) == {Phase.BORROWED, Phase.MOVING}
+    for cause in ("link", "drain", "slow"):
+        assert Phase.MOVING not in phases(status(recovery=loss("running", cause=cause))), "it does not go home"
     recovering = status(None, recovery=loss("running"))
     recovering["pipelines"][0]["state"] = "recovering"
     assert phases(recovering) == {Phase.RECOVERING}
