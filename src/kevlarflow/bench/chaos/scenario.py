@@ -20,7 +20,8 @@ from kevlarflow.errors import UsageError
 
 Count = Annotated[int, Meta(ge=1)]
 Index = Annotated[int, Meta(ge=0)]
-Seconds = Annotated[float, Meta(ge=0)]
+LONGEST_SECONDS = 86_400.0
+Seconds = Annotated[float, Meta(ge=0, le=LONGEST_SECONDS)]
 Share = Annotated[float, Meta(gt=0, lt=1)]
 
 SHIPPED = resources.files("kevlarflow.bench.chaos") / "scenarios"
@@ -155,8 +156,13 @@ class Slow(Fault, frozen=True, kw_only=True, tag="slow"):
     seconds: Seconds
     """For how long, at most: it ends when the node leaves."""
     share: Share = 0.5
-    period_seconds: Annotated[float, Meta(gt=0)] = 0.1
+    period_seconds: Annotated[float, Meta(gt=0, le=LONGEST_SECONDS)] = 0.1
     """The part in which it stands still has to be shorter than `stopped_after_ms`, or it counts as stopped."""
+
+    def __post_init__(self) -> None:
+        """What does not last for a period cannot be proved."""
+        if self.seconds < self.period_seconds:
+            raise ValueError("Expected at least one `period_seconds` in `seconds`")
 
 
 class Cut(Fault, frozen=True, kw_only=True, tag="cut"):
@@ -209,7 +215,7 @@ def load(name: str) -> Scenario:
     """The scenario in a file, or a shipped one by its name. Raises `UsageError` in one line."""
     plain = name.removesuffix(".yaml")
     try:
-        if plain in shipped() and not Path(name).exists():
+        if plain in shipped() and not Path(name).is_file():
             return parse((SHIPPED / f"{plain}.yaml").read_text(), name)
         return parse(Path(name).read_text(), name)
     except (OSError, UnicodeDecodeError) as error:
@@ -219,14 +225,7 @@ def load(name: str) -> Scenario:
 
 def parse(text: str, source: str) -> Scenario:
     """The scenario in a text; `source` is what to call it in errors. Raises `UsageError` with line and key."""
-    try:
-        root = yaml.compose(text, yaml.SafeLoader)
-        _require_single_keys(root, source)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        raise UsageError(f"{source}{line}: this is not YAML: {getattr(error, 'problem', None) or error}") from error
+    root, data = _read(text, source)
     if root is None:
         raise UsageError(f"{source}: the file is empty")
     try:
@@ -238,10 +237,29 @@ def parse(text: str, source: str) -> Scenario:
     return scenario
 
 
+def _read(text: str, source: str) -> tuple[yaml.Node | None, Any]:
+    """A text as YAML's nodes, which know their lines, and as data."""
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+        _require_single_keys(root, source)
+        return root, yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise UsageError(f"{source}{line}: this is not YAML: {getattr(error, 'problem', None) or error}") from error
+    except RecursionError as error:
+        raise UsageError(f"{source}: something in it contains itself, or is nested too deeply") from error
+    except ValueError as error:
+        # YAML takes some words for dates and numbers that there are not.
+        raise UsageError(f"{source}: a value cannot be read ({error}): put it in quotes") from error
+
+
 def _require_single_keys(node: yaml.Node | None, source: str) -> None:
     """YAML itself takes the last of several values of a key."""
     seen: set[str] = set()
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if not isinstance(key, yaml.ScalarNode):
+            raise UsageError(f"{source}, line {key.start_mark.line + 1}: a key has to be a word")
         if key.value in seen:
             raise UsageError(f"{source}, line {key.start_mark.line + 1}: {key.value} is given a second time")
         seen.add(key.value)

@@ -91,6 +91,21 @@ def test_every_shipped_scenario_can_be_read() -> None:
         ("stage: 2}", "stage: 3}", "faults[0].target: there is no pipeline 1, stage 3 in 2 pipelines of 3 stages"),
         ("stages: 3,", "stages: 3, pipelines: 1,", "faults[0].target: there is no pipeline 1, stage 2 in 1 pipelines"),
         ("phase: borrowed", "tokens: 193", "faults[0].at.tokens: 193 tokens never come, for the load has 192 at most"),
+        ("load:", "? [a, b]\n: 1\nload:", "s.yaml, line 3: a key has to be a word"),
+        (
+            "about: two faults",
+            "about: 2024-02-30",
+            "s.yaml: a value cannot be read (day is out of range for month)",
+        ),
+        ("about: two faults", "about: &a [*a]", "s.yaml: something in it contains itself"),
+        (
+            "about: two faults",
+            f"about: {'[' * 2000}",
+            "s.yaml: something in it contains itself",
+        ),
+        ("  seconds: 2\n", "  seconds: .inf\n", "faults[1].seconds: this has to be a number <= 86400.0"),
+        ("  seconds: 2\n", "  seconds: .nan\n", "faults[1].seconds: this has to be a number >= 0.0"),
+        ("  seconds: 2\n", "  seconds: 0.09\n", "faults[1]: expected at least one `period_seconds` in `seconds`"),
         ("load:", "load: [", "s.yaml, line 5: this is not YAML"),
         (
             "[json, cancelled]",
@@ -132,6 +147,13 @@ def test_a_missing_file_names_what_there_is(capsys: pytest.CaptureFixture[str]) 
     assert errors.count("\n") == 1
     assert "no-such.yaml cannot be read" in errors
     assert "two-stages" in errors
+
+
+def test_a_folder_does_not_hide_a_shipped_scenario_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = scenarios.load("crash")
+    (tmp_path / "crash").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert scenarios.load("crash") == shipped
 
 
 def test_the_list_tells_what_each_is_about(capsys: pytest.CaptureFixture[str]) -> None:
