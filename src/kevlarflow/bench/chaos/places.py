@@ -14,6 +14,7 @@ from kevlarflow.bench.watch import CLOCK_SLACK_SECONDS, LOST, REJOIN
 from kevlarflow.faults import FaultDidNotHappen, KillNode, KillProcesses, StatusDocument, Target
 from kevlarflow.types import Cause
 
+INIT_PID = 1
 CONTROLLER_MODULE = "kevlarflow.control.controller"
 
 
@@ -27,7 +28,7 @@ def aim(target: Aim, status: StatusDocument) -> Target:
     if target.role is Role.ENGINE:
         return KillProcesses(f"engine-{target.pipeline}", (_engine_pid(target.pipeline, status),)).aim(status)
     if target.role is Role.API:
-        return KillProcesses("api server", (_parent(_engine_pid(target.pipeline, status)),)).aim(status)
+        return KillProcesses("api server", (_api_server(target.pipeline, status),)).aim(status)
     return KillProcesses("controller", tuple(_controllers(status["main_pid"]))).aim(status)
 
 
@@ -192,11 +193,16 @@ def _engine_pid(pipeline: int, status: StatusDocument) -> int:
     return int(pid)
 
 
-def _parent(pid: int) -> int:
+def _api_server(pipeline: int, status: StatusDocument) -> int:
+    """The parent of an engine, unless that has died: then somebody else has adopted the engine."""
+    pid = _engine_pid(pipeline, status)
     try:
-        return psutil.Process(pid).ppid()
+        parent = psutil.Process(pid).ppid()
     except psutil.Error as error:
         raise FaultDidNotHappen(f"the engine {pid} has gone, and with it the way to its parent") from error
+    if parent in {INIT_PID, status["main_pid"]}:
+        raise FaultDidNotHappen(f"the parent of the engine {pid} has gone: there is no api server now")
+    return parent
 
 
 def _controllers(main_pid: int) -> Iterator[int]:

@@ -101,11 +101,20 @@ def test_targets_are_living_processes(controller: subprocess.Popen[bytes]) -> No
     assert pids(Role.NODE) == [os.getpid()]
     assert places.aim(Aim(stage=1), status()).name == "node-0-1#1"
     assert pids(Role.ENGINE) == [os.getpid()]
-    assert pids(Role.API) == [os.getppid()]
     ended = subprocess.Popen(["true"])
     until_zombie(ended)
     assert pids(Role.CONTROLLER) == [controller.pid], "a child that waits to be reaped does not matter"
     ended.wait()
+
+
+def test_the_api_server_is_the_parent_of_the_engines_unless_they_were_adopted(
+    controller: subprocess.Popen[bytes],
+) -> None:
+    document = status() | {"main_pid": places.INIT_PID}
+    document["engines"][0]["pid"] = controller.pid
+    assert [each.pid for each in places.aim(Aim(role=Role.API), document).processes] == [os.getpid()]
+    with pytest.raises(FaultDidNotHappen, match="there is no api server now"):
+        places.aim(Aim(role=Role.API), document | {"main_pid": os.getpid()})
 
 
 @pytest.mark.parametrize("aim", [Aim(role=Role.DONOR), Aim(role=Role.ENGINE, pipeline=1), Aim(role=Role.CONTROLLER)])
