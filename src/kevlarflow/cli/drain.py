@@ -12,6 +12,7 @@ from kevlarflow.errors import RequestRefused
 from kevlarflow.types import NodeId, NodeState
 
 LOOK_SECONDS = 0.1
+_REMEDY = "`kevlarflow node --join {}` fills its place again"
 
 
 def run(arguments: list[str]) -> int:
@@ -28,16 +29,20 @@ def run(arguments: list[str]) -> int:
     from kevlarflow.wire.messages import Answered, DrainNode
 
     folder = configuration.run_folder_of(options.port)
+    since = time.time()
     answer = ask(folder, DrainNode(NodeId(options.node)), Answered, ANSWER_SECONDS)
     if answer.refusal:
         raise RequestRefused(answer.refusal)
     assert answer.member is not None, "who is drained is said when it is granted"
-    _watch(folder, options.node, answer.member.incarnation)
+    _watch(folder, options.node, answer.member.incarnation, since)
     return 0
 
 
-def _watch(folder: Any, name: str, incarnation: int) -> None:
-    """Print what changes until the node has gone; raises `RequestRefused` when it stays after all."""
+def _watch(folder: Any, name: str, incarnation: int, since: float) -> None:
+    """Print what changes until the node has gone; raises `RequestRefused` when it stays after all, or dies.
+
+    `since` is the Unix time at which it was asked to leave.
+    """
     from kevlarflow.control.status import ask_status
 
     told = ""
@@ -47,7 +52,9 @@ def _watch(folder: Any, name: str, incarnation: int) -> None:
         node = next((each for each in document["nodes"] if each["id"] == name), None)
         seconds = time.monotonic() - began
         if node is None or node["incarnation"] != incarnation or node["state"] == NodeState.DEAD:
-            print(f"{name} has left after {seconds:.1f} s; `kevlarflow node --join {name}` fills its place again")
+            if _was_lost(document, name, since):
+                raise RequestRefused(f"{name} was lost before it had given its lanes away: {_REMEDY.format(name)}")
+            print(f"{name} has left after {seconds:.1f} s; {_REMEDY.format(name)}")
             return
         if node["state"] == NodeState.READY:
             raise RequestRefused(f"{name} stays: its lanes could not be moved; see `kevlarflow status`")
@@ -56,6 +63,16 @@ def _watch(folder: Any, name: str, incarnation: int) -> None:
             told = line
             print(f"[{seconds:5.1f} s] {line}", flush=True)
         time.sleep(LOOK_SECONDS)
+
+
+def _was_lost(document: dict[str, Any], name: str, since: float) -> bool:
+    """Whether lanes had to be taken over from a node that died, from a Unix time on."""
+    from kevlarflow.bench.watch import CLOCK_SLACK_SECONDS, LOST
+
+    return any(
+        record["from"] == name and record["cause"] in LOST and record["time"] >= since - CLOCK_SLACK_SECONDS
+        for record in document["recoveries"]
+    )
 
 
 def _progress(name: str, lanes: list[int]) -> str:
