@@ -7,13 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kevlarflow.faults import FaultDidNotHappen, KillProcesses, Target
+from kevlarflow.faults import FaultDidNotHappen, KillProcesses, Target, cutting
 from kevlarflow.faults.cutting import Cut
 from kevlarflow.faults.processes import is_alive, is_stopped
 from kevlarflow.faults.stopping import Slowdown, stop, thaw, verify_stopped
@@ -121,6 +122,22 @@ def test_a_slowdown_that_somebody_else_undoes_did_not_happen(spinner: subprocess
         slowdown.verify()
 
 
+def test_a_slowdown_whose_end_is_interrupted_lets_its_target_run(
+    spinner: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = aim(spinner)
+    slowdown = Slowdown(target, share=0.01, period_seconds=60.0)
+    verify_stopped(slowdown.start())
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        slowdown.close()
+    wait(lambda: not is_stopped(target.processes[0]))
+
+
 def test_a_slowdown_ends_with_its_target(spinner: subprocess.Popen[str]) -> None:
     slowdown = Slowdown(aim(spinner), share=0.5, period_seconds=0.04)
     slowdown.start()
@@ -152,6 +169,7 @@ def test_a_cut_breaks_named_connections_until_it_ends(tmp_path: Path) -> None:
                 again, _ = listener.accept()
                 assert process.stdout.readline() == "cut again\n"
                 again.close()
+                cut.verify()
             finally:
                 cut.close()
                 process.kill()
@@ -160,3 +178,25 @@ def test_a_cut_breaks_named_connections_until_it_ends(tmp_path: Path) -> None:
 def test_a_process_without_connections_cannot_be_cut_off(spinner: subprocess.Popen[str]) -> None:
     with pytest.raises(FaultDidNotHappen, match="no connection"):
         Cut(aim(spinner)).start()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_cut_that_nobody_goes_on_with_did_not_last(
+    spinner: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter([1])
+
+    def cut_once(_: object) -> int:
+        for broken in asked:
+            return broken
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(cutting, "cut", cut_once)
+    cut = Cut(aim(spinner))
+    cut.start()
+    wait(lambda: not any(thread.name == "cut" for thread in threading.enumerate()))
+    with pytest.raises(FaultDidNotHappen, match="was not cut off to the end"):
+        cut.verify()
+    spinner.kill()
+    spinner.wait()
+    cut.verify()

@@ -39,6 +39,11 @@ class Cut:
         self._thread.start()
         return Struck(self._target, at)
 
+    def verify(self) -> None:
+        """Raise `FaultDidNotHappen` when nobody goes on cutting though the target lives; to be asked before `close`."""
+        if not self._thread.is_alive() and any(map(is_alive, self._target.processes)):
+            raise FaultDidNotHappen(f"{self._target.name} was not cut off to the end")
+
     def close(self) -> None:
         """Let connections live again."""
         self._closing.set()

@@ -79,9 +79,12 @@ class Slowdown:
     def close(self) -> None:
         """Let it run for good."""
         self._closing.set()
-        if self._thread.ident is not None:
-            self._thread.join()
-        thaw(self._target)
+        try:
+            if self._thread.ident is not None:
+                self._thread.join()
+        finally:
+            # Also when somebody who is tired of waiting interrupts this.
+            thaw(self._target)
 
     def verify(self) -> float:
         """The share of the time for which it was seen standing still. Raises `FaultDidNotHappen` if that is too little.

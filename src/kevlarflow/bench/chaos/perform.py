@@ -86,8 +86,10 @@ class Performance:
         try:
             await self._run_with_faults(model, clients)
         finally:
-            for strike in self._strikes:
-                strike.undo()
+            with contextlib.ExitStack() as undoing:
+                # Each of them, whatever interrupts another.
+                for strike in self._strikes:
+                    undoing.callback(strike.undo)
             self._note_recoveries(known)
         return self.seen
 

@@ -57,8 +57,9 @@ class Strike:
         if isinstance(self._undo, Slowdown) and isinstance(fault, scenario.Slow):
             await self._outlast_slowdown(self._undo, fault.seconds)
             return
-        if isinstance(fault, scenario.Cut):
+        if isinstance(self._undo, Cut) and isinstance(fault, scenario.Cut):
             await asyncio.sleep(fault.seconds)
+            self._undo.verify()
         elif isinstance(fault, scenario.Stop) and fault.thaw_after_seconds is not None:
             await asyncio.sleep(max(0.0, self.unix_time + fault.thaw_after_seconds - time.time()))
         else:
