@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> int:
     if not names:
         raise UsageError(f"name a scenario, or use --all: {', '.join(scenarios.shipped())}")
     # All are read before the first one starts: a typing error must not cost minutes.
-    chosen = [(name, scenarios.load(name)) for name in names]
+    chosen = [(name, scenarios.load(name, starts_cluster=options.port is None)) for name in names]
     with treated_as_interrupt():
         performed = [_perform(name, scenario, options) for name, scenario in chosen]
     reports = [report for _, report in performed]
@@ -64,7 +64,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="a YAML file or a name of --list")
     parser.add_argument("--list", action="store_true", help="list the scenarios that come with KevlarFlow")
     parser.add_argument("--all", action="store_true", help="perform all of those")
-    parser.add_argument("--port", type=port, help="hurt the cluster that runs on this port, instead of a new one")
+    parser.add_argument("--port", type=port, help="hurt the cluster that runs on this port, whatever `cluster` says")
     parser.add_argument("--plain", action="store_true", help="print plain lines even on a terminal")
     parser.add_argument("--json", action="store_true", help="print a JSON report, and everything else to stderr")
     return parser.parse_args(arguments)
@@ -86,7 +86,7 @@ def _perform(name: str, scenario: Scenario, options: argparse.Namespace) -> tupl
     screen = show.Screen(console, f"{title}: {scenario.about}")
     report: dict[str, Any] = {"scenario": title, "outcome": "void", "definition": as_data(scenario)}
     try:
-        seen, verdicts = _observe(scenario, options.port, screen, console)
+        seen, verdicts = _observe(name, scenario, options.port, screen, console)
     except FaultDidNotHappen as error:
         report["reason"] = str(error)
         if screen.performance is not None and (broken := judge.harm(scenario.checks, screen.performance.seen)):
@@ -105,14 +105,16 @@ def _perform(name: str, scenario: Scenario, options: argparse.Namespace) -> tupl
     return 0 if holds else FAILED, report | _account(seen, verdicts, holds=holds)
 
 
-def _observe(scenario: Scenario, port: int | None, screen: Screen, console: Console) -> tuple[Observed, list[Verdict]]:
+def _observe(
+    name: str, scenario: Scenario, port: int | None, screen: Screen, console: Console
+) -> tuple[Observed, list[Verdict]]:
     """What was seen, and how that is judged; the cluster's log stays when a check does not hold."""
     from kevlarflow.bench.chaos import stage
     from kevlarflow.bench.chaos.judge import judge
     from kevlarflow.default_model import ensure_default_model
 
     if port is not None:
-        seen = stage.on_cluster(scenario, stage.local(port), screen)
+        seen = stage.on_running_cluster(scenario, name, port, screen)
         return seen, judge(scenario.checks, seen)
     if scenario.cluster.model is None:
         ensure_default_model()

@@ -211,20 +211,23 @@ def shipped() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in SHIPPED.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load(name: str) -> Scenario:
+def load(name: str, *, starts_cluster: bool = True) -> Scenario:
     """The scenario in a file, or a shipped one by its name. Raises `UsageError` in one line."""
     plain = name.removesuffix(".yaml")
     try:
         if plain in shipped() and not Path(name).is_file():
-            return parse((SHIPPED / f"{plain}.yaml").read_text(), name)
-        return parse(Path(name).read_text(), name)
+            return parse((SHIPPED / f"{plain}.yaml").read_text(), name, starts_cluster=starts_cluster)
+        return parse(Path(name).read_text(), name, starts_cluster=starts_cluster)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise UsageError(f"{name} cannot be read ({reason}): name a file, or one of {', '.join(shipped())}") from error
 
 
-def parse(text: str, source: str) -> Scenario:
-    """The scenario in a text; `source` is what to call it in errors. Raises `UsageError` with line and key."""
+def parse(text: str, source: str, *, starts_cluster: bool = True) -> Scenario:
+    """The scenario in a text; `source` is what to call it in errors. Raises `UsageError` with line and key.
+
+    For a cluster that runs already, `require_places` is to be asked when it is known how large that is.
+    """
     root, data = _read(text, source)
     if root is None:
         raise UsageError(f"{source}: the file is empty")
@@ -232,7 +235,8 @@ def parse(text: str, source: str) -> Scenario:
         scenario: Scenario = msgspec.convert(data, Scenario)
     except msgspec.ValidationError as error:
         raise UsageError(complaint(source, root, Scenario, str(error))) from error
-    _require_places(scenario, source)
+    if starts_cluster:
+        require_places(scenario, source, scenario.cluster.pipelines, scenario.cluster.stages)
     _require_moments(scenario, source)
     return scenario
 
@@ -268,14 +272,15 @@ def _require_single_keys(node: yaml.Node | None, source: str) -> None:
         _require_single_keys(value, source)
 
 
-def _require_places(scenario: Scenario, source: str) -> None:
+def require_places(scenario: Scenario, source: str, pipelines: int, stages: int) -> None:
+    """Raise `UsageError` unless a cluster of this size has everything that the faults are for."""
     for number, fault in enumerate(scenario.faults):
-        aim, cluster = fault.target, scenario.cluster
-        if aim.pipeline >= cluster.pipelines or aim.stage >= cluster.stages:
+        aim = fault.target
+        if aim.pipeline >= pipelines or aim.stage >= stages:
             place = f"pipeline {aim.pipeline}, stage {aim.stage}"
-            size = f"{cluster.pipelines} pipelines of {cluster.stages} stages"
+            size = f"{pipelines} pipelines of {stages} stages"
             raise UsageError(f"{source}: faults[{number}].target: there is no {place} in {size}")
-        if aim.role in {Role.DONOR, Role.STANDBY} and cluster.pipelines == 1:
+        if aim.role in {Role.DONOR, Role.STANDBY} and pipelines == 1:
             raise UsageError(f"{source}: faults[{number}].target: a single pipeline has no {aim.role}")
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from pathlib import Path
 
+from kevlarflow.bench.chaos import scenario as scenarios
 from kevlarflow.bench.chaos.judge import Observed
 from kevlarflow.bench.chaos.perform import Performance
 from kevlarflow.bench.chaos.scenario import Cluster, Scenario
@@ -26,29 +27,31 @@ def on_own_cluster(scenario: Scenario, folder: Path, screen: Screen) -> Observed
     server = make(KEVLARFLOW, recipe_of(scenario.cluster), folder)
     left: list[str] = []
     try:
-        server.start()
-        screen.say(f"the cluster starts on port {server.address.port}")
-        screen.say(f"ready after {server.wait_ready():.1f} s")
-        seen = on_cluster(scenario, server.address, screen)
+        with screen.showing():
+            server.start()
+            screen.say(f"the cluster starts on port {server.address.port}")
+            screen.say(f"ready after {server.wait_ready():.1f} s")
+            seen = _on_cluster(scenario, server.address, screen)
     finally:
         left += stop_clean(server)
     seen.left_behind = left
     return seen
 
 
-def on_cluster(scenario: Scenario, address: Address, screen: Screen) -> Observed:
-    """Perform on a cluster that runs. Raises `ClusterUnreachable` when there is none."""
-    folder = run_folder_of(address.port)
-    ask_status(folder, timeout_seconds=5.0)
-    with contextlib.closing(Watcher(folder)) as watcher, screen.showing():
+def on_running_cluster(scenario: Scenario, name: str, port: int, screen: Screen) -> Observed:
+    """Perform on a cluster that is not ours. Raises `ClusterUnreachable` when there is none."""
+    pipelines = ask_status(run_folder_of(port), timeout_seconds=5.0)["pipelines"]
+    scenarios.require_places(scenario, name, len(pipelines), len(pipelines[0]["nodes"]))
+    with screen.showing():
+        screen.say("the cluster runs already: what the scenario says of `cluster` and `left_behind` is not looked at")
+        return _on_cluster(scenario, Address(HOST, port), screen)
+
+
+def _on_cluster(scenario: Scenario, address: Address, screen: Screen) -> Observed:
+    with contextlib.closing(Watcher(run_folder_of(address.port))) as watcher:
         watcher.start()
         screen.performance = Performance(scenario, address, watcher, screen.say)
         return asyncio.run(screen.performance.perform())
-
-
-def local(port: int) -> Address:
-    """The address of a cluster on this machine."""
-    return Address(HOST, port)
 
 
 def recipe_of(cluster: Cluster) -> Recipe:

@@ -129,6 +129,16 @@ def test_a_single_pipeline_has_nobody_to_help_it(role: Role) -> None:
         parse(f"about: x\ncluster: {{pipelines: 1}}\nfaults: [{fault}]", "s.yaml")
 
 
+def test_places_are_looked_for_in_the_cluster_that_runs() -> None:
+    text = WHOLE.replace("pipeline: 1", "pipeline: 2")
+    with pytest.raises(UsageError, match="no pipeline 2"):
+        parse(text, "s.yaml")
+    found = parse(text, "s.yaml", starts_cluster=False)
+    scenarios.require_places(found, "s.yaml", 3, 3)
+    with pytest.raises(UsageError, match="there is no pipeline 2, stage 2 in 3 pipelines of 2 stages"):
+        scenarios.require_places(found, "s.yaml", 3, 2)
+
+
 @pytest.mark.parametrize("text", ["", "- 1", "7"])
 def test_what_is_no_scenario_at_all_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"s\.yaml"):

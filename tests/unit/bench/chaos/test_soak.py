@@ -201,6 +201,19 @@ def test_a_cluster_that_does_not_become_whole_again_ends_the_soak(troubled: None
     assert said[-1].startswith("2 of 5, round 2: ")
 
 
+def test_a_soak_that_is_interrupted_says_where_its_report_is(
+    troubled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def interrupted(_: Troubled) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(default_model, "ensure_default_model", lambda: None)
+    monkeypatch.setattr(Troubled, "perform", interrupted)
+    assert command.main(["soak", "--faults", "5", "--output", str(tmp_path)]) == 130
+    assert f"saved {tmp_path}" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*-soak.*"))) == 2
+
+
 def test_a_soak_that_ends_early_says_what_it_has_found_and_where(
     troubled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
