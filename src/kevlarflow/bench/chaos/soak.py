@@ -22,8 +22,8 @@ from kevlarflow.bench.chaos.load import Answer
 from kevlarflow.bench.chaos.matrix import Case, deal, faults_of
 from kevlarflow.bench.chaos.perform import Performance, Say
 from kevlarflow.bench.chaos.scenario import Cluster, Load, Scenario
-from kevlarflow.bench.chaos.stage import recipe_of, shared_memory_of, stop_clean
-from kevlarflow.bench.chaos.trends import Sample, Trend, trends
+from kevlarflow.bench.chaos.stage import recipe_of, shared_memory, shared_memory_since, stop_clean
+from kevlarflow.bench.chaos.trends import FEWEST_SAMPLES, Sample, Trend, trend, trends
 from kevlarflow.bench.machine import Machine
 from kevlarflow.bench.recipes import KEVLARFLOW, make
 from kevlarflow.bench.systems import ServerProcess, SystemFailed
@@ -82,7 +82,7 @@ class Soak(msgspec.Struct, kw_only=True):
     rounds: list[Round] = []
     trends: list[Trend] = []
     files: list[int] = []
-    """Files in the run folder and in shared memory, after each round."""
+    """Files in the run folder, and those in shared memory that the cluster has made, after each round."""
     left_behind: list[str] | None = None
 
     @property
@@ -108,24 +108,26 @@ def run(soak: Soak, folder: Path, say: Say, save: Callable[[], object]) -> None:
     """
     server = make(KEVLARFLOW, recipe_of(soak.plan.cluster), folder)
     left: list[str] = []
+    before = shared_memory()
     try:
         server.start()
         say(f"the cluster is ready after {server.wait_ready():.1f} s")
         with contextlib.closing(Watcher(run_folder_of(server.address.port))) as watcher:
             watcher.start()
-            _Rounds(soak, server, watcher, say).run(save)
+            _Rounds(soak, server, watcher, say, before).run(save)
     finally:
-        left += stop_clean(server)
+        left += stop_clean(server, before)
         soak.left_behind = left
         save()
 
 
 class _Rounds:
-    def __init__(self, soak: Soak, server: ServerProcess, watcher: Watcher, say: Say) -> None:
+    def __init__(self, soak: Soak, server: ServerProcess, watcher: Watcher, say: Say, before: set[str]) -> None:
         self._soak = soak
         self._server = server
         self._watcher = watcher
         self._say = say
+        self._shared_before = before
         self._reference: list[Answer] | None = None
         self._samples: dict[ProcessIdentity, list[Sample]] = {}
         self._names: dict[ProcessIdentity, str] = {}
@@ -178,10 +180,11 @@ class _Rounds:
                 self._names[process] = known.get(process.pid, command_line(process.pid)[:LONGEST_NAME])
         survivors = {process: self._samples[process] for process in alive if process in self._samples}
         self._soak.trends = [
-            trend for process, samples in survivors.items() for trend in trends(self._names[process], samples)
+            each for process, samples in survivors.items() for each in trends(self._names[process], samples)
         ]
         folder = run_folder_of(self._server.address.port)
-        self._soak.files.append(sum(1 for _ in folder.rglob("*")) + len(shared_memory_of(alive)))
+        shared = shared_memory_since(self._shared_before, alive)
+        self._soak.files.append(sum(1 for _ in folder.rglob("*")) + len(shared))
 
 
 def _names(status: StatusDocument) -> dict[int, str]:
@@ -237,7 +240,7 @@ def judge(soak: Soak) -> list[Verdict]:
         _none(UNEXPECTED, unexpected),
         _none("lanes that did not come back", missing),
         _grown(soak.trends),
-        Verdict("files in use", "no more than in the first half", _ends(soak.files), not _has_grown(soak.files)),
+        Verdict("files in use", "no more in the end than before", _ends(soak.files), not _has_grown(soak.files)),
         _none("left behind", soak.left_behind if soak.left_behind is not None else ["the cluster was not stopped"]),
     ]
 
@@ -247,9 +250,9 @@ def _none(check: str, found: Sequence[str]) -> Verdict:
 
 
 def _grown(found: Sequence[Trend]) -> Verdict:
-    examined = {trend.process for trend in found}
-    growing = [trend for trend in found if trend.has_grown]
-    number = f"{len({trend.process for trend in growing})} of {len(examined)} processes that lived long enough"
+    examined = {each.process for each in found}
+    growing = [each for each in found if each.has_grown]
+    number = f"{len({each.process for each in growing})} of {len(examined)} processes that lived long enough"
     example = f" ({growing[0].told()})" if growing else ""
     return Verdict("survivors that grew", "0", number + example, not growing, is_judged=bool(examined))
 
@@ -259,5 +262,6 @@ def _ends(files: Sequence[int]) -> str:
 
 
 def _has_grown(files: Sequence[int]) -> bool:
-    first = files[: max(1, len(files) // 2)]
-    return not files or files[-1] > max(first)
+    if len(files) >= FEWEST_SAMPLES:
+        return trend("cluster", "files", files).has_grown
+    return not files or files[-1] > max(files[: max(1, len(files) // 2)])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+from collections.abc import Collection
 from pathlib import Path
 
 from kevlarflow.bench.chaos import scenario as scenarios
@@ -16,16 +18,16 @@ from kevlarflow.bench.streams import Address
 from kevlarflow.bench.systems import HOST, ServerProcess
 from kevlarflow.bench.watch import Watcher
 from kevlarflow.config import run_folder_of
+from kevlarflow.control import guardian
 from kevlarflow.control.status import ask_status
 from kevlarflow.faults.processes import ProcessIdentity
-
-SHARED_MEMORY = "/dev/shm/"
 
 
 def on_own_cluster(scenario: Scenario, folder: Path, screen: Screen) -> Observed:
     """Start the scenario's cluster, perform, stop it, and look for what it left. Logs go to `folder`."""
     server = make(KEVLARFLOW, recipe_of(scenario.cluster), folder)
     left: list[str] = []
+    before = shared_memory()
     try:
         with screen.showing():
             server.start()
@@ -33,7 +35,7 @@ def on_own_cluster(scenario: Scenario, folder: Path, screen: Screen) -> Observed
             screen.say(f"ready after {server.wait_ready():.1f} s")
             seen = _on_cluster(scenario, server.address, screen)
     finally:
-        left += stop_clean(server)
+        left += stop_clean(server, before)
     seen.left_behind = left
     return seen
 
@@ -68,20 +70,28 @@ def recipe_of(cluster: Cluster) -> Recipe:
     )
 
 
-def stop_clean(server: ServerProcess) -> list[str]:
-    """Stop a server; return the processes, folders and shared memory that it left behind."""
-    processes = server.processes()
-    shared = shared_memory_of(processes)
+def stop_clean(server: ServerProcess, before: Collection[str]) -> list[str]:
+    """Stop a server; return the processes, folders and shared memory that it left behind.
+
+    `before` is the shared memory that there was before it started.
+    """
     left = server.stop()
     folder = run_folder_of(server.address.port)
-    return left + [str(path) for path in (folder, *map(Path, sorted(shared))) if path.exists()]
+    left += [str(folder)] if folder.exists() else []
+    return left + sorted(shared_memory_since(before, []))
 
 
-def shared_memory_of(processes: list[ProcessIdentity]) -> set[str]:
-    """Files in /dev/shm that processes have mapped."""
-    found: set[str] = set()
-    for process in processes:
-        with contextlib.suppress(OSError):
-            maps = Path(f"/proc/{process.pid}/maps").read_text()
-            found |= {line.split(maxsplit=5)[5] for line in maps.splitlines() if SHARED_MEMORY in line}
-    return {name for name in found if not name.endswith(" (deleted)")}
+def shared_memory() -> set[str]:
+    """Files in /dev/shm that are this user's."""
+    found = set()
+    for entry in os.scandir(guardian.SHARED_MEMORY):
+        with contextlib.suppress(FileNotFoundError):
+            if entry.stat(follow_symlinks=False).st_uid == os.getuid():
+                found.add(entry.path)
+    return found
+
+
+def shared_memory_since(before: Collection[str], ours: Collection[ProcessIdentity]) -> set[str]:
+    """What of it is new and not in use by others alone: what killed processes leave behind is in nobody's maps."""
+    others = set(guardian.all_processes()) - {process.pid for process in ours}
+    return shared_memory() - set(before) - set().union(*map(guardian.shared_memory_of, others))

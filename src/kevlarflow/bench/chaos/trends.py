@@ -50,10 +50,11 @@ def trends(process: str, samples: Sequence[Sample]) -> list[Trend]:
     if len(samples) < FEWEST_SAMPLES:
         return []
     columns = zip(("memory", "open files", "threads"), zip(*samples, strict=True), strict=True)
-    return [_trend(process, what, values) for what, values in columns]
+    return [trend(process, what, values) for what, values in columns]
 
 
-def _trend(process: str, what: str, values: Sequence[int]) -> Trend:
+def trend(process: str, what: str, values: Sequence[int]) -> Trend:
+    """The trend of one thing, from at least `FEWEST_SAMPLES` values."""
     quarter = len(values) // 4
     plateau = float(statistics.median(values[quarter : 2 * quarter]))
     last = values[-quarter:]

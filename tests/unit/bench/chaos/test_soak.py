@@ -117,6 +117,8 @@ def soak(**change: Any) -> Soak:
         ({"rounds": [*soak().rounds[:1], Round(number=2, case=CASE, what="x", void="too late")]}, ["faults verified"]),
         ({"trends": trends("engine-0", growing("threads"))}, ["survivors that grew"]),
         ({"files": [9, 12]}, ["files in use"]),
+        ({"files": [9, 20, 9, 9, 9, 9, 14, 14]}, ["files in use"]),
+        ({"files": [9, 9, 9, 9, 9, 9, 9, 14]}, []),
         ({"left_behind": None}, ["left behind"]),
         ({"left_behind": ["kevlarflow node"]}, ["left behind"]),
     ],

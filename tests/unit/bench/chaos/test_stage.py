@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ from kevlarflow.bench.chaos import stage
 from kevlarflow.bench.chaos.judge import Observed
 from kevlarflow.bench.chaos.show import Screen
 from kevlarflow.bench.streams import Address
+from kevlarflow.control import guardian
 from kevlarflow.errors import UsageError
+from kevlarflow.faults.processes import identify
 
 RUNNING = {"pipelines": [{"nodes": ["node-0-0"]}]}
 
@@ -39,6 +44,35 @@ class Server:
         return []
 
     stop = processes
+
+
+MAP = """
+import mmap, sys, time
+file = open(sys.argv[1], "r+b")
+kept = mmap.mmap(file.fileno(), 0)
+print("mapped", flush=True)
+time.sleep(600)
+"""
+
+
+def test_shared_memory_of_killed_processes_is_left_behind_and_that_of_others_is_not() -> None:
+    path = Path(guardian.SHARED_MEMORY) / f"kevlarflow-test-{uuid.uuid4().hex}"
+    before = stage.shared_memory()
+    path.write_bytes(b"0" * 4096)
+    try:
+        assert str(path) not in stage.shared_memory_since(stage.shared_memory(), [])
+        with subprocess.Popen([sys.executable, "-c", MAP, path], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            identity = identify(process.pid)
+            assert identity is not None
+            assert str(path) not in stage.shared_memory_since(before, [])
+            assert str(path) in stage.shared_memory_since(before, [identity])
+            process.kill()
+        assert str(path) in stage.shared_memory_since(before, [])
+        assert str(path) in stage.stop_clean(Server(io.StringIO()), before)  # type: ignore[arg-type]
+    finally:
+        path.unlink()
 
 
 def test_a_terminal_shows_that_the_cluster_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
