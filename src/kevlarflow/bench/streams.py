@@ -10,6 +10,7 @@ experiment to say.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
@@ -87,6 +88,14 @@ class Stream(msgspec.Struct):
         return None
 
 
+class Tokens(msgspec.Struct):
+    """What a stream consists of, for those who compare: the record of its times does without."""
+
+    ids: list[int] = msgspec.field(default_factory=list)
+    logprobs: list[float | None] = msgspec.field(default_factory=list)
+    """Of a completion's tokens, if it was asked for any."""
+
+
 Listener = Callable[[Stream], None]
 """Is called on the event loop after each event that carries tokens or text; must not block."""
 
@@ -95,9 +104,14 @@ class _Delta(msgspec.Struct):
     content: str | None = None
 
 
+class _Logprobs(msgspec.Struct):
+    token_logprobs: list[float | None] = []
+
+
 class _Choice(msgspec.Struct):
     text: str | None = None
     delta: _Delta | None = None
+    logprobs: _Logprobs | None = None
     token_ids: list[int] | None = None
     finish_reason: str | None = None
 
@@ -143,8 +157,9 @@ async def send(
     listener: Listener | None = None,
     timeout_seconds: float = REQUEST_TIMEOUT_SECONDS,
     silence_seconds: float | None = None,
+    tokens: Tokens | None = None,
 ) -> Stream:
-    """Send a request and record its stream to the end, or to its failure.
+    """Send a request and record its stream to the end, or to its failure, and what it consists of in `tokens`.
 
     With `silence_seconds` it may take any time in all, as long as the next token comes within that.
     """
@@ -152,7 +167,8 @@ async def send(
     try:
         async with asyncio.timeout(silence_seconds or timeout_seconds) as limit:
             hears = listener if silence_seconds is None else _postponing(limit, silence_seconds, listener)
-            await _exchange(address, model, request, stream, hears)
+            take = functools.partial(_take, stream, hears, tokens)
+            await _exchange(address, model, request, stream, take)
     except TimeoutError:
         missed = f"end after {timeout_seconds:g} s" if silence_seconds is None else f"token for {silence_seconds:g} s"
         stream.failure = f"no {missed}: {stream.tokens} of {request.body['max_tokens']} tokens came"
@@ -173,7 +189,9 @@ def _postponing(limit: asyncio.Timeout, seconds: float, listener: Listener | Non
     return hear
 
 
-async def _exchange(address: Address, model: str, request: Request, stream: Stream, listener: Listener | None) -> None:
+async def _exchange(
+    address: Address, model: str, request: Request, stream: Stream, take: Callable[[bytes], None]
+) -> None:
     reader, writer = await asyncio.open_connection(*address)
     try:
         writer.write(_head_and_body(address, model, request))
@@ -184,7 +202,7 @@ async def _exchange(address: Address, model: str, request: Request, stream: Stre
             stream.failure = f"HTTP {status}: {body[:LONGEST_ERROR].decode(errors='replace')}"
             return
         async for data in _events(content):
-            _take(stream, data, listener)
+            take(data)
     finally:
         writer.close()
 
@@ -236,7 +254,7 @@ async def _events(content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
                 yield event.removeprefix(b"data: ")
 
 
-def _take(stream: Stream, data: bytes, listener: Listener | None) -> None:
+def _take(stream: Stream, listener: Listener | None, tokens: Tokens | None, data: bytes) -> None:
     if data == b"[DONE]":
         stream.done = True
         return
@@ -250,6 +268,9 @@ def _take(stream: Stream, data: bytes, listener: Listener | None) -> None:
         stream.finish_reason = choice.finish_reason or stream.finish_reason
         text = choice.text if choice.delta is None else choice.delta.content
         count = len(choice.token_ids or ())
+        if tokens is not None:
+            tokens.ids += choice.token_ids or ()
+            tokens.logprobs += choice.logprobs.token_logprobs if choice.logprobs is not None else ()
         if count or text:
             stream.times.append(now)
             stream.counts.append(count)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from kevlarflow.bench.streams import Address, Request, Stream, chat, completion, send
+from kevlarflow.bench.streams import Address, Request, Stream, Tokens, chat, completion, send
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -29,7 +29,12 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-def ask(answer: Sequence[bytes], request: Request | None = None, seen: list[bytes] | None = None) -> Stream:
+def ask(
+    answer: Sequence[bytes],
+    request: Request | None = None,
+    seen: list[bytes] | None = None,
+    tokens: Tokens | None = None,
+) -> Stream:
     """Send one request to a server that writes these pieces and closes the connection."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -47,7 +52,8 @@ def ask(answer: Sequence[bytes], request: Request | None = None, seen: list[byte
     async def main() -> Stream:
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
             address = Address("127.0.0.1", server.sockets[0].getsockname()[1])
-            return await send(address, "m", request or completion("r", "once", 3), timeout_seconds=5.0)
+            what = request or completion("r", "once", 3)
+            return await send(address, "m", what, timeout_seconds=5.0, tokens=tokens)
 
     return asyncio.run(main())
 
@@ -60,6 +66,15 @@ def test_a_whole_stream():
     assert stream.defect(3) is None
     assert (stream.counts, stream.text, stream.finish_reason) == ([1, 2], "abc", "length")
     assert stream.sent_at < stream.times[0] < stream.times[1]
+
+
+def test_tokens_and_logprobs_are_kept_for_those_who_ask():
+    with_logprobs = event(
+        choices=[{"index": 0, "text": "d", "token_ids": [4], "logprobs": {"token_logprobs": [-0.5], "tokens": ["d"]}}]
+    )
+    tokens = Tokens()
+    ask([*WHOLE[:3], chunk(with_logprobs), *WHOLE[3:]], tokens=tokens)
+    assert tokens == Tokens([1, 2, 3, 4], [-0.5])
 
 
 def test_events_may_be_cut_anywhere_and_share_a_chunk():

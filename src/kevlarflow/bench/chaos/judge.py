@@ -13,7 +13,10 @@ import msgspec
 
 from kevlarflow.bench.chaos.load import Answer
 from kevlarflow.bench.chaos.scenario import Checks
+from kevlarflow.bench.streams import Tokens
 
+LOGPROB_TOLERANCE = 1e-3
+"""What is computed again, or beside other requests, is summed in another order."""
 UNEXPECTED = "unexpected losses"
 
 
@@ -118,7 +121,7 @@ def largest_gap(answers: Sequence[Answer], since: float) -> float | None:
 
 
 def differences(answers: Sequence[Answer], reference: Sequence[Answer]) -> list[str]:
-    """Names of the requests that got another text than without faults. Lost ones are counted elsewhere."""
+    """Names of the requests that got another text, token or logprob than without faults. Lost ones count elsewhere."""
     expected = {answer.stream.name: answer for answer in reference}
     return [
         answer.stream.name
@@ -131,9 +134,23 @@ def _same(one: Answer, other: Answer) -> bool:
     if one.was_cancelled and other.was_cancelled:
         # Where exactly a client hung up is an accident of how tokens share events.
         length = min(len(one.stream.text), len(other.stream.text))
-        return one.stream.text[:length] == other.stream.text[:length]
+        count = min(len(one.tokens.ids), len(other.tokens.ids))
+        return one.stream.text[:length] == other.stream.text[:length] and _same_tokens(one.tokens, other.tokens, count)
     mine, theirs = one.stream, other.stream
-    return (mine.text, mine.tokens, mine.finish_reason) == (theirs.text, theirs.tokens, theirs.finish_reason)
+    same_text = (mine.text, mine.tokens, mine.finish_reason) == (theirs.text, theirs.tokens, theirs.finish_reason)
+    return same_text and _same_tokens(one.tokens, other.tokens)
+
+
+def _same_tokens(one: Tokens, other: Tokens, count: int | None = None) -> bool:
+    if one.ids[:count] != other.ids[:count] or len(one.logprobs[:count]) != len(other.logprobs[:count]):
+        return False
+    return all(itertools.starmap(_is_close, zip(one.logprobs[:count], other.logprobs[:count], strict=True)))
+
+
+def _is_close(one: float | None, other: float | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return abs(one - other) <= LOGPROB_TOLERANCE
 
 
 def _lost(most: int, answers: Sequence[Answer]) -> Verdict:

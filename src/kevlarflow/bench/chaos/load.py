@@ -11,7 +11,7 @@ import msgspec
 
 from kevlarflow.bench.chaos.scenario import Kind, Load
 from kevlarflow.bench.prompts import passage
-from kevlarflow.bench.streams import Address, Request, Stream, chat, completion, send
+from kevlarflow.bench.streams import Address, Request, Stream, Tokens, chat, completion, send
 
 LONG_SENTENCES = 28
 """Some 450 tokens: several chunks of prefill where a step takes 256."""
@@ -43,6 +43,7 @@ class Answer(msgspec.Struct):
 
     stream: Stream
     was_cancelled: bool = False
+    tokens: Tokens = msgspec.field(default_factory=Tokens)
 
     def defect(self) -> str | None:
         """Why this request counts as lost; None when it does not."""
@@ -103,6 +104,7 @@ async def run(
 async def _ask(address: Address, model: str, task: Task, listener: Callable[[Stream], None] | None) -> Answer:
     limit = task.cancel_after_tokens
     seen: list[Stream] = []
+    tokens = Tokens()
 
     def listen(stream: Stream) -> None:
         if listener is not None:
@@ -111,7 +113,7 @@ async def _ask(address: Address, model: str, task: Task, listener: Callable[[Str
             seen[:] = [stream]
             asking.cancel()
 
-    asking = asyncio.create_task(send(address, model, task.request, listen))
+    asking = asyncio.create_task(send(address, model, task.request, listen, tokens=tokens))
     try:
         stream = await asking
     except asyncio.CancelledError:
@@ -121,5 +123,5 @@ async def _ask(address: Address, model: str, task: Task, listener: Callable[[Str
             with contextlib.suppress(asyncio.CancelledError):
                 await asking
             raise
-        return Answer(seen[0], was_cancelled=True)
-    return Answer(stream)
+        return Answer(seen[0], was_cancelled=True, tokens=tokens)
+    return Answer(stream, tokens=tokens)

@@ -180,7 +180,7 @@ class Checks(Part, frozen=True, kw_only=True):
 
     lost_requests: Index | None = 0
     identical: bool = True
-    """Each text is the one of the same run without faults."""
+    """Each text is the one of the same run without faults, token by token; logprobs are, to a thousandth."""
     largest_gap_seconds: Seconds | None = None
     """Of the waits between two tokens of a stream, from the first fault on."""
     detected_seconds: Seconds | None = None

@@ -11,7 +11,7 @@ from kevlarflow.bench.chaos.judge import Happened, Observed, differences, harm, 
 from kevlarflow.bench.chaos.load import Answer
 from kevlarflow.bench.chaos.scenario import Checks
 from kevlarflow.bench.chaos.show import last_line
-from kevlarflow.bench.streams import Stream
+from kevlarflow.bench.streams import Stream, Tokens
 
 
 def answer(name: str = "r", pieces: str = "abcd", *, cancelled: bool = False, **fields: Any) -> Answer:
@@ -102,6 +102,33 @@ def test_gaps_count_from_the_first_fault_on() -> None:
     assert largest_gap(answers, since=5.5) == 2.0
     assert largest_gap(answers, since=4.0) == 5.0
     assert largest_gap(answers, since=8.0) is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "is_same"),
+    [
+        (Tokens([1, 2, 3], [-0.5, -0.1, None]), True),
+        (Tokens([1, 2, 3], [-0.5, -0.1009, None]), True),
+        (Tokens([1, 2, 3], [-0.5, -0.102, None]), False),
+        (Tokens([1, 2, 3], [-0.5, -0.1, -0.2]), False),
+        (Tokens([1, 2, 3], [-0.5, -0.1]), False),
+        (Tokens([1, 2, 4], [-0.5, -0.1, None]), False),
+    ],
+)
+def test_the_same_text_from_other_tokens_or_with_other_logprobs_differs(tokens: Tokens, is_same: bool) -> None:
+    expected = answer()
+    expected.tokens = Tokens([1, 2, 3], [-0.5, -0.1, None])
+    found = answer()
+    found.tokens = tokens
+    assert differences([found], [expected]) == ([] if is_same else ["r"])
+
+
+def test_tokens_of_a_cancelled_request_are_compared_as_far_as_both_went() -> None:
+    one, other = answer(cancelled=True), answer(cancelled=True)
+    one.tokens, other.tokens = Tokens([1, 2]), Tokens([1, 2, 3])
+    assert differences([one], [other]) == []
+    one.tokens = Tokens([1, 4])
+    assert differences([one], [other]) == ["r"]
 
 
 def test_a_cancelled_request_is_compared_as_far_as_both_went() -> None:

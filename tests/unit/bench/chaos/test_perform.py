@@ -148,6 +148,7 @@ def test_a_crash_is_done_proved_and_judged(standin: Standin) -> None:
     assert broken(text, seen) == []
     assert [answer.was_cancelled for answer in seen.answers] == [False, True, False]
     assert seen.answers[1].stream.tokens == 10
+    assert [answer.tokens.ids for answer in seen.answers] == [list(range(count)) for count in (30, 10, 30)]
     assert [record["id"] for record in seen.recoveries] == [1]
     assert "crash: pipeline 0, stage 0 from node-0-0 to node-0-0, done in 250 ms ()" in lines
     assert any("crash node-0-0#1" in line and "gone after" in line for line in lines)
