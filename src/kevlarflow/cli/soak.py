@@ -21,7 +21,7 @@ Hurt one cluster under load and wait until it is whole again, over and over: cra
 connections, of nodes and of those that help them out, in every phase of a recovery. The order and the moments are
 drawn from the seed. No request may be lost, no text differ, no node be given up that was not ended, and no
 surviving process grow. The report is written after each round. Exit status: 0 when every check holds, 1 when one
-does not, 3 when too many rounds are void."""
+does not, 3 when too many rounds are void and nothing else is wrong."""
 
 
 def run(arguments: list[str]) -> int:

@@ -72,6 +72,17 @@ class Round(msgspec.Struct, kw_only=True):
     unexpected: list[str] = []
     """Lanes of nodes that were given up though no fault had ended them."""
 
+    @property
+    def has_harmed(self) -> bool:
+        """Whether it has shown what no fault excuses, void or not."""
+        return bool(self.lost or self.different or self.unexpected)
+
+    @property
+    def harm(self) -> str:
+        """How much of that, in words."""
+        nodes = f", {len(self.unexpected)} unexpected losses of nodes" if self.unexpected else ""
+        return f"{len(self.lost)} lost, {len(self.different)} different{nodes}"
+
 
 class Soak(msgspec.Struct, kw_only=True):
     """What a soak has shown."""
@@ -215,12 +226,11 @@ def note(result: Round, seen: Observed) -> None:
 def told(result: Round, done: int, faults: int) -> str:
     """A round in one line; `done` of all `faults` count by now."""
     head = f"{done} of {faults}, round {result.number}: {result.what}"
-    harm = f"{len(result.lost)} lost, {len(result.different)} different"
     if result.void:
-        return f"{head}: void: {result.void}" + (f": {harm}" if result.lost or result.different else "")
+        return f"{head}: void: {result.void}" + (f": {result.harm}" if result.has_harmed else "")
     back = "not back" if result.lane_back_seconds is None else f"back after {result.lane_back_seconds:.1f} s"
     gap = "none" if result.largest_gap_seconds is None else f"{result.largest_gap_seconds * 1e3:.0f} ms"
-    return f"{head}: {harm}, largest gap {gap}, lane {back}"
+    return f"{head}: {result.harm}, largest gap {gap}, lane {back}"
 
 
 def judge(soak: Soak) -> list[Verdict]:

@@ -51,8 +51,7 @@ def _lines(soak: Soak) -> Iterator[str]:
 
 
 def _void(each: Round) -> str:
-    cost = f" ({len(each.lost)} lost, {len(each.different)} different)" if each.lost or each.different else ""
-    return f"round {each.number}, {each.what}: {each.void}{cost}"
+    return f"round {each.number}, {each.what}: {each.void}" + (f" ({each.harm})" if each.has_harmed else "")
 
 
 def _matrix(soak: Soak) -> Iterator[str]:

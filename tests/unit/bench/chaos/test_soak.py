@@ -12,14 +12,16 @@ import pytest
 from kevlarflow import default_model
 from kevlarflow.bench.chaos import soak as soaks
 from kevlarflow.bench.chaos.judge import Happened, Observed, Verdict
+from kevlarflow.bench.chaos.load import Answer
 from kevlarflow.bench.chaos.matrix import Case, cases
 from kevlarflow.bench.chaos.scenario import Crash, Load, Role
 from kevlarflow.bench.chaos.soak import Plan, Round, Soak, drawn, judge, told
 from kevlarflow.bench.chaos.soak_report import markdown, save
 from kevlarflow.bench.chaos.trends import FEWEST_SAMPLES, Sample, trends
-from kevlarflow.bench.streams import Address
+from kevlarflow.bench.streams import Address, Stream
 from kevlarflow.bench.systems import SystemFailed
 from kevlarflow.cli import main as command
+from kevlarflow.faults import FaultDidNotHappen
 
 MIB = 2**20
 CASE = Case("crash", Role.NODE, 1, "decode")
@@ -155,9 +157,13 @@ def test_one_bad_round_is_enough(field: str, value: Any, broken: str) -> None:
     assert [verdict.check for verdict in found if not verdict.holds] == [broken]
 
 
-@pytest.mark.parametrize(("field", "broken"), [("lost", "requests lost"), ("different", "texts that differ")])
+@pytest.mark.parametrize(
+    ("field", "broken"),
+    [("lost", "requests lost"), ("different", "texts that differ"), ("unexpected", "unexpected losses")],
+)
 def test_what_a_void_round_cost_counts(field: str, broken: str) -> None:
-    void = Round(number=3, case=CASE, what="x", void="the load had ended", **{field: ["r"]})
+    void = Round(number=3, case=CASE, what="x", void="the load had ended")
+    setattr(void, field, ["r"])
     result = soak(rounds=[*soak().rounds, void])
     assert [verdict.check for verdict in judge(result) if not verdict.holds] == [broken]
     assert "void: the load had ended: " in told(void, 2, 2)
@@ -214,6 +220,32 @@ def test_a_soak_that_is_interrupted_says_where_its_report_is(
     assert command.main(["soak", "--faults", "5", "--output", str(tmp_path)]) == 130
     assert f"saved {tmp_path}" in capsys.readouterr().out
     assert len(list(tmp_path.glob("*-soak.*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "last"),
+    [
+        ([], 3, "VOID soak: 3 of 3 rounds were void"),
+        ([Answer(Stream("r", 0.0, failure="HTTP 503"))], 1, "FAILED soak: "),
+    ],
+)
+def test_a_soak_of_void_rounds_is_void_unless_something_was_lost(
+    answers: list[Answer],
+    status: int,
+    last: str,
+    troubled: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async def void(performance: Troubled) -> None:
+        performance.seen.answers = answers
+        raise FaultDidNotHappen("the load had ended")
+
+    monkeypatch.setattr(default_model, "ensure_default_model", lambda: None)
+    monkeypatch.setattr(Troubled, "perform", void)
+    assert command.main(["soak", "--faults", "2", "--output", str(tmp_path)]) == status
+    assert capsys.readouterr().out.splitlines()[-1].startswith(last)
 
 
 def test_a_soak_that_ends_early_says_what_it_has_found_and_where(
