@@ -1,8 +1,8 @@
 """Performing a scenario: a run without faults, the same run with them, and what was seen of both.
 
 Each fault waits for its own moment while the load runs. A fault that did not happen, or whose moment did not come
-before the load had ended, makes the run void: `FaultDidNotHappen`. What clients were denied until then
-counts all the same.
+before the load had ended, makes the run void: `FaultDidNotHappen`. What clients were
+denied until then counts all the same.
 """
 
 from __future__ import annotations
@@ -95,7 +95,6 @@ class Performance:
 
     async def settle(self) -> dict[str, Any]:
         """Wait until every lane is at home and no request is left; the status then."""
-
         asked_at = time.monotonic()
 
         def settled() -> dict[str, Any] | None:
