@@ -16,6 +16,7 @@ and the process that asked stays light.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -34,6 +35,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from kevlarflow.errors import ModelUnavailable
+from kevlarflow.kinship import die_with_parent
 
 DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
 
@@ -241,6 +243,7 @@ def _convert_in_child(gguf: Path, destination: Path, bar: Progress, task: TaskID
             stderr=complaints,
             text=True,
             env=environment,
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - two system calls.
         ) as child,
     ):
         assert child.stdout is not None

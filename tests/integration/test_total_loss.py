@@ -137,7 +137,11 @@ def member_at(cluster: Cluster, place: str) -> Member:
 
 def wait_for_refusal(cluster: Cluster) -> httpx.Response:
     """A new request's answer once the server knows that it cannot serve: one that it accepts before that waits."""
-    until("/health is not 200", lambda: not cluster.healthy(), timeout=30, poll=0.02)
+
+    def refuses() -> bool:
+        return httpx.get(f"{cluster.base_url}/health", timeout=10.0).status_code == httpx.codes.SERVICE_UNAVAILABLE
+
+    until("/health is 503", refuses, timeout=30, poll=0.02)
     answer = httpx.post(f"{cluster.base_url}/v1/completions", json=PROBE, timeout=30.0)
     assert answer.status_code == httpx.codes.SERVICE_UNAVAILABLE, answer.text
     return answer

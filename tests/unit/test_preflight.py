@@ -48,6 +48,89 @@ def test_weights_in_two_forms_are_counted_once(tmp_path: Path) -> None:
     assert model_files.find(str(folder)).weight_bytes == 500
 
 
+def test_weights_in_two_kinds_of_safetensors_are_counted_once(tmp_path: Path) -> None:
+    """As in Mistral's repositories."""
+    folder = make_model(tmp_path / "m")
+    (folder / "consolidated.safetensors").write_bytes(b"0" * 500)
+    assert model_files.find(str(folder)).weight_bytes == 500
+    (folder / "model.safetensors").unlink()
+    assert model_files.find(str(folder)).weight_bytes == 500
+
+
+def shard(folder: Path, present: int, of: int) -> Path:
+    """Of the files of weights that the index names, only the first ones are there."""
+    names = [f"model-{number:05}-of-{of:05}.safetensors" for number in range(1, of + 1)]
+    (folder / model_files.INDEX).write_text(json.dumps({"weight_map": {f"layer {n}": n for n in names}}))
+    for name in names[:present]:
+        (folder / name).write_bytes(b"0" * 100)
+    return folder
+
+
+def test_a_file_of_weights_that_is_missing_is_named(tmp_path: Path) -> None:
+    folder = shard(make_model(tmp_path / "m"), present=2, of=3)
+    with pytest.raises(ModelUnavailable, match=r"lacks 1 of 3 files of weights \(model-00003-of-00003\.safetensors\)"):
+        model_files.find(str(folder))
+
+
+@pytest.mark.parametrize("there", ["no weights", "the first of two"])
+def test_a_download_that_was_broken_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    folder = make_model(tmp_path / "models--owner--name" / "snapshots" / "abc123", weights=None)
+    if there != "no weights":
+        shard(folder, present=1, of=2)
+    finish = f"open({str(folder / 'model-00002-of-00002.safetensors')!r}, 'wb').write(b'0' * 100)"
+    monkeypatch.setattr(model_files, "DOWNLOAD", finish)
+    assert model_files.find("owner/name", revision="abc123").weight_bytes == (100 if there == "no weights" else 200)
+
+
+def test_the_token_of_a_download_is_in_its_environment_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    tell = "import os, sys; print('with', os.environ.get('HF_TOKEN'), 'hf_x' in ' '.join(sys.argv)); sys.exit(1)"
+    monkeypatch.setattr(model_files, "DOWNLOAD", tell)
+    with pytest.raises(ModelUnavailable, match=r"cannot be fetched \(with hf_x False\)"):
+        model_files.find("owner/name", token="hf_x")
+
+
+@pytest.mark.parametrize(
+    ("files", "fetched"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "consolidated.safetensors"], ["model.safetensors"]),
+        (["pytorch_model.bin", "tf_model.h5"], ["pytorch_model.bin"]),
+        (["consolidated.safetensors", "params.json"], ["consolidated.safetensors", "params.json"]),
+    ],
+)
+def test_weights_are_fetched_in_one_form(files: list[str], fetched: list[str]) -> None:
+    patterns = model_files.unneeded(files)
+    assert [name for name in files if not any(map(Path(name).match, patterns))] == fetched
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"XDG_CACHE_HOME": "/data/cache"},
+        {"HF_HOME": "~/hf"},
+        {"HF_HOME": "$WHERE/hf", "XDG_CACHE_HOME": "/data/cache"},
+        {"HUGGINGFACE_HUB_CACHE": "/data/old"},
+        {"HF_HUB_CACHE": "/data/new", "HUGGINGFACE_HUB_CACHE": "/data/old", "HF_HOME": "/data/home"},
+    ],
+    ids=str,
+)
+def test_the_cache_is_where_hugging_faces_library_has_it(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WHERE": "/where", **variables}.items():
+        monkeypatch.setenv(name, value)
+    theirs = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    said = subprocess.run([sys.executable, "-c", theirs], capture_output=True, text=True, check=True).stdout.strip()
+    assert str(model_files.cache_folder()) == said
+
+
 def test_a_cached_name_is_found_without_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     place = tmp_path / "models--owner--name"
@@ -65,7 +148,7 @@ def test_a_cached_name_is_found_without_the_network(tmp_path: Path, monkeypatch:
         ("/no/such/folder", "there is no model /no/such/folder"),
         ("./nope", "there is no model ./nope"),
         ("a b", "there is no model a b"),
-        ("owner/name", "owner/name is not in the local cache and HF_HUB_OFFLINE is set"),
+        ("owner/name", "owner/name is not, or not wholly, in the local cache and HF_HUB_OFFLINE is set"),
     ],
 )
 def test_an_unknown_model(model: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +250,31 @@ def test_the_advice_names_only_what_can_be_lowered() -> None:
     with pytest.raises(NotEnoughMemory) as error:
         preflight.check_memory(alone, GIB, GIB)
     assert "--standby-memory-bytes" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "max", "memory.current": "5000", "memory.stat": "inactive_file 1000"}, None),
+        ({"memory.max": "9000", "memory.current": "5000", "memory.stat": "anon 3000\ninactive_file 1000"}, 5000),
+        (
+            {
+                "memory/memory.limit_in_bytes": "9000",
+                "memory/memory.usage_in_bytes": "5000",
+                "memory/memory.stat": "inactive_file 7\ntotal_inactive_file 1000",
+            },
+            5000,
+        ),
+        ({}, None),
+    ],
+)
+def test_what_a_containers_limit_leaves_is_without_what_the_kernel_keeps_of_files(
+    tmp_path: Path, files: dict[str, str], left: int | None
+) -> None:
+    (tmp_path / "memory").mkdir()
+    for name, content in files.items():
+        (tmp_path / name).write_text(content + "\n")
+    assert preflight.left_in_container(tmp_path) == left
 
 
 def test_available_memory_is_plausible() -> None:

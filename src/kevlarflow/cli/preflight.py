@@ -18,6 +18,7 @@ from kevlarflow.cli.model_files import ModelFiles
 from kevlarflow.command_line import LAST_PORT
 from kevlarflow.errors import NotEnoughMemory, UsageError
 
+CGROUPS = Path("/sys/fs/cgroup")
 MIB = 2**20
 GIB = 2**30
 
@@ -115,13 +116,27 @@ def available_memory() -> int:
     """Bytes that can be had without swapping: of the machine, or of the container if that is less."""
     meminfo = Path("/proc/meminfo").read_text()
     machine = next(int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable"))
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return machine  # No container, or one without a limit.
-    return min(machine, max(0, limit - used))
+    container = left_in_container(CGROUPS)
+    return machine if container is None else min(machine, container)
+
+
+def left_in_container(groups: Path) -> int | None:
+    """Bytes that the container's limit leaves, by cgroups of version 2 or 1; None when there is no limit.
+
+    What the kernel keeps of files, and would give back, is not used.
+    """
+    for folder, limit, used, files in (
+        (groups, "memory.max", "memory.current", "inactive_file"),
+        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, now = int((folder / limit).read_text()), int((folder / used).read_text())
+            rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            idle = sum(int(value) for name, value in rows if name == files)
+        except (OSError, ValueError):
+            continue
+        return max(0, most - now + idle)
+    return None
 
 
 def check_port(host: str, port: int) -> None:

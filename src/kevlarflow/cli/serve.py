@@ -141,8 +141,10 @@ def _with_model(config: ServeConfig, flags: ServeFlags) -> ServeConfig:
 def _model(flags: ServeFlags) -> tuple[str, ModelFiles]:
     """The model's name for clients, and its files."""
     if flags.model is not None:
-        revision = value_given(flags.vllm_args, "--revision")
-        return flags.model, find(flags.model, revision, value_given(flags.vllm_args, "--download-dir"))
+        revision, folder = (value_given(flags.vllm_args, flag) for flag in ("--revision", "--download-dir"))
+        token = value_given(flags.vllm_args, "--hf-token") or ""
+        # Without a value it means the one that `hf auth login` keeps, which needs no mention.
+        return flags.model, find(flags.model, revision, folder, token if not token.startswith("-") else None)
     from kevlarflow.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 
     return DEFAULT_MODEL_NAME, find(str(ensure_default_model()))
@@ -179,8 +181,10 @@ def _standby_bytes(flags: ServeFlags, size: Size, kv_bytes: int, free: int) -> i
         return preflight.choose_standby_bytes(size, kv_bytes, free)
     if asked < 0:
         raise UsageError(f"--standby-memory-bytes {asked} is negative: use 0 (no replication) or more")
+    if size.pipelines == 1:
+        return 0
     preflight.check_memory(size, kv_bytes, free, asked)
-    return asked if size.pipelines > 1 else 0
+    return asked
 
 
 def _timeouts(flags: ServeFlags) -> Timeouts:
@@ -255,7 +259,10 @@ def _about_waiting(seconds: float) -> str:
 
 def _about_replication(config: ServeConfig) -> str:
     if not config.standby_memory_bytes:
-        return "replication: off (--standby-memory-bytes 0): after a failure, lost KV is computed again"
+        return (
+            "replication: off (--standby-memory-bytes is 0, or --kv-cache-memory-bytes leaves no memory for copies): "
+            "after a failure, lost KV is computed again"
+        )
     nodes = config.pipelines * config.stages
     return (
         f"replication: up to {gib(config.standby_memory_bytes)} a node (--standby-memory-bytes), "

@@ -211,7 +211,7 @@ def test_no_memory_for_replicas_turns_replication_off_and_says_so(model: Path, s
     assert serve.run([str(model), "-dp", "2", "--kv-cache-memory-bytes", "64M", "--standby-memory-bytes", "0"]) == 0
     assert served[0].standby_memory_bytes == 0
     (line,) = [line for line in serve.introduction(served[0]) if line.startswith("replication")]
-    assert line.startswith("replication: off (--standby-memory-bytes 0)")
+    assert line.startswith("replication: off (--standby-memory-bytes is 0, or ")
 
 
 def test_replication_is_on_by_default_and_says_with_what(model: Path, served: list[ServeConfig]) -> None:
