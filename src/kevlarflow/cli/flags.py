@@ -1,9 +1,9 @@
 """The command line of ``kevlarflow serve``: takes the flags that are KevlarFlow's, keeps the rest for vLLM.
 
 vLLM has some three hundred flags, and its parser takes 8 s to import. So this parser knows KevlarFlow's flags only,
-and leaves everything else as it was typed (`cli.vllm_flags` looks whether there is such a flag). It cannot know whether
-a foreign flag takes a value; a word that stands behind one therefore goes to vLLM with it, and MODEL is a word that
-does not: it comes first, or behind a flag of ours.
+and leaves everything else as it was typed (`cli.vllm_flags` looks whether there is such a flag). It does not know of
+every foreign flag whether it takes a value; a word that stands behind one therefore goes to vLLM with it, unless that is
+a switch. MODEL is a word that does not: it comes first, or behind a switch or a flag of ours.
 Names are read as vLLM reads them: long or short, ``--flag value`` or ``--flag=value``, dashes or underscores.
 """
 
@@ -14,9 +14,14 @@ from typing import Any
 
 import msgspec
 
+from kevlarflow.cli import config_file
+from kevlarflow.cli.vllm_flags import is_switch
 from kevlarflow.command_line import human_integer
 from kevlarflow.config import DEFAULT_PORT
 from kevlarflow.errors import UsageError
+
+CONFIG_FILE = "--config"
+"""vLLM's flag for a file with more flags."""
 
 
 class ServeFlags(msgspec.Struct):
@@ -89,7 +94,7 @@ def parse(words: list[str]) -> ServeFlags:
             foreign_flag_is_open = False
         elif word.startswith("-"):
             flags.vllm_args.append(word)
-            foreign_flag_is_open = not equals
+            foreign_flag_is_open = not equals and not is_switch(name)
         elif foreign_flag_is_open or flags.model is not None:
             flags.vllm_args.append(word)
         else:
@@ -111,11 +116,32 @@ def _take(flags: ServeFlags, name: str, value: str) -> None:
         raise UsageError(f"{name} {value} is not {_MEANT.get(convert, 'a number')}") from error
 
 
+def refuse_ours_in_file(vllm_args: list[str]) -> None:
+    """Raise `UsageError` when the file of --config has a flag that is read from the command line only."""
+    usual, said = ServeFlags(), parse(_words_of_file(vllm_args))
+    long_names = {field: name for name, (field, _) in _TAKEN.items()}
+    for field, name in long_names.items():
+        if getattr(said, field) != getattr(usual, field):
+            path = _value_typed(vllm_args, CONFIG_FILE)
+            raise UsageError(f"{name} is not read from {path} (--config): write it on the command line")
+
+
 def value_given(vllm_args: list[str], name: str) -> str | None:
-    """Return the first value of a flag of vLLM's, when it was typed in full."""
-    for position, word in enumerate(vllm_args):
+    """Return the first value of a flag of vLLM's, when it was typed in full, or else is in the file of --config."""
+    value = _value_typed(vllm_args, name)
+    return _value_typed(_words_of_file(vllm_args), name) if value is None else value
+
+
+def _words_of_file(vllm_args: list[str]) -> list[str]:
+    # As one word, --config=FILE, vLLM takes no notice of it.
+    path = _value_typed(vllm_args, CONFIG_FILE) if CONFIG_FILE in vllm_args else None
+    return config_file.words(path) if path is not None else []
+
+
+def _value_typed(words: list[str], name: str) -> str | None:
+    for position, word in enumerate(words):
         flag, equals, value = word.partition("=")
         if flag.replace("_", "-") == name:
-            following = vllm_args[position + 1 : position + 2]
+            following = words[position + 1 : position + 2]
             return value if equals else next(iter(following), None)
     return None

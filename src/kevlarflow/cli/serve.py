@@ -18,7 +18,7 @@ import msgspec
 
 from kevlarflow import config as configuration
 from kevlarflow.cli import preflight
-from kevlarflow.cli.flags import OURS, ServeFlags, parse, value_given
+from kevlarflow.cli.flags import OURS, ServeFlags, parse, refuse_ours_in_file, value_given
 from kevlarflow.cli.model_files import ModelFiles, find
 from kevlarflow.cli.preflight import GIB, LARGEST_DEFAULT_KV_BYTES, MIB, Size, gib
 from kevlarflow.cli.vllm_flags import refuse_unknown
@@ -75,6 +75,7 @@ def run(arguments: list[str]) -> int:
     if flags.help is not None:
         return _explain(flags.help)
     refuse_unknown(flags.vllm_args, OURS)
+    refuse_ours_in_file(flags.vllm_args)
     config = _as_typed(flags)
     # Before a model is fetched for what makes no cluster.
     configuration.check(config)

@@ -24,7 +24,7 @@ SHORT = 2
 
 def refuse_unknown(words: list[str], ours: Collection[str] = ()) -> None:
     """Raise `UsageError` for the first option that vLLM does not have. `ours` may be what was meant as well."""
-    for name in _options(words):
+    for name in options(words):
         if not _is_known(name):
             likely = difflib.get_close_matches(name, [*ours, *known()], 1, LIKENESS)
             guess = f": did you mean {likely[0]}?" if likely else ":"
@@ -37,7 +37,12 @@ def known() -> frozenset[str]:
     return frozenset((resources.files("kevlarflow.cli") / "vllm_flags.txt").read_text().split())
 
 
-def _options(words: list[str]) -> Iterator[str]:
+def is_switch(name: str) -> bool:
+    """Whether a flag takes no value: it has an opposite. Those that have none and take none either are not known."""
+    return name.startswith("--") and (f"--no-{name[2:]}" in known() or (name[:5] == "--no-" and name in known()))
+
+
+def options(words: list[str]) -> Iterator[str]:
     """The names of all words that are options to vLLM's parser, without values and keys, and with dashes."""
     rest = iter(words)
     for word in rest:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from kevlarflow.cli.flags import ServeFlags, parse, value_given
+from kevlarflow.cli.flags import ServeFlags, parse, refuse_ours_in_file, value_given
 from kevlarflow.errors import UsageError
 
 
@@ -87,3 +89,53 @@ def test_value_given() -> None:
     assert value_given(words, "--served-model-name") == "x"
     assert value_given(words, "--enforce-eager") is None
     assert value_given(words, "--seed") is None
+
+
+def test_a_word_behind_a_switch_is_the_model() -> None:
+    for switch in ("--enforce-eager", "--no-enable-prefix-caching", "--enforce_eager"):
+        flags = parse([switch, "m", "-pp", "2"])
+        assert (flags.model, flags.vllm_args) == ("m", [switch])
+    assert parse(["--seed", "0"]).model is None
+
+
+def test_what_was_not_typed_is_taken_from_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "flags.yaml"
+    file.write_text("tokenizer: owner/other\ndtype: float32\nserved_model_name: [a, b]\nenforce-eager: true\nseed: 1")
+    words = ["--dtype", "bfloat16", "--config", str(file)]
+    assert value_given(words, "--tokenizer") == "owner/other"
+    assert value_given(words, "--dtype") == "bfloat16"
+    assert value_given(words, "--served-model-name") == "a"
+    assert value_given(words, "--revision") is None
+    assert value_given([f"--config={file}"], "--tokenizer") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("model: owner/name", "--model is not read from {} (--config): write it on the command line"),
+        ("data_parallel_size: 2", "--data-parallel-size is not read from {} (--config): write it on the command line"),
+        ("- a", "--config {} has no flags: write one a line, such as max-model-len: 2048"),
+    ],
+)
+def test_what_the_file_cannot_say_is_refused(text: str, line: str, tmp_path: Path) -> None:
+    file = tmp_path / "flags.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as error:
+        refuse_ours_in_file(["--config", str(file)])
+    assert str(error.value) == line.format(file)
+
+
+@pytest.mark.parametrize(("text", "why"), [(None, "No such file or directory"), ("a: [", "while parsing a flow .*")])
+def test_a_file_that_cannot_be_read_is_named(text: str | None, why: str, tmp_path: Path) -> None:
+    file = tmp_path / "flags.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UsageError, match=rf"^--config \S+ cannot be read \({why}\): name a YAML file of flags$"):
+        value_given(["--config", str(file)], "--seed")
+
+
+def test_what_vllm_itself_would_not_do_with_the_file_is_not_refused(tmp_path: Path) -> None:
+    file = tmp_path / "flags.yaml"
+    file.write_text("port: 8000\ntensor-parallel-size: 1\nenforce-eager: true\nenable-lora: false\nmax-model-len: 64")
+    refuse_ours_in_file(["--config", str(file)])
+    refuse_ours_in_file(["--seed", "1"])

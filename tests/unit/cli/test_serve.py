@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kevlarflow import config as configuration
+from kevlarflow import default_model
 from kevlarflow.cli import serve
 from kevlarflow.cli.flags import _TAKEN
 from kevlarflow.cli.preflight import GIB, LARGEST_DEFAULT_KV_BYTES, MIB
@@ -318,3 +319,24 @@ def test_who_starts_a_killed_cluster_again_at_once_waits_for_its_port(
     finally:
         shutil.rmtree(base)
     assert [config.port for config in served] == [port]
+
+
+def test_a_model_that_is_named_in_a_file_is_refused_before_another_one_is_made(
+    tmp_path: Path, served: list[ServeConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "flags.yaml"
+    file.write_text("model: owner/name")
+    monkeypatch.setattr(default_model, "ensure_default_model", lambda: pytest.fail("the default model was made"))
+    with pytest.raises(UsageError, match="--model is not read from"):
+        serve.run(["--config", str(file)])
+    assert not served
+
+
+def test_a_tokenizer_that_is_named_in_a_file_may_be_fetched(
+    model: Path, tmp_path: Path, served: list[ServeConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    file = tmp_path / "flags.yaml"
+    file.write_text("tokenizer: owner/other")
+    serve.run([str(model), "--config", str(file)])
+    assert "HF_HUB_OFFLINE" not in serve.child_environment(served[0])
