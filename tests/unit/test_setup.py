@@ -79,3 +79,10 @@ def test_an_environment_that_an_interrupt_has_left_without_pip_is_made_again(clo
     assert not (clone / ".venv" / "half-a-package").exists()
     # Whoever else waits for the lock has this very file open.
     assert (clone / ".venv" / ".setup.lock").exists()
+
+
+def test_what_compiling_lacks_is_a_warning_and_no_error(clone: Path) -> None:
+    assert "warning" not in set_up(clone)
+    (clone / "requirements.lock").write_text("vllm==2\n")
+    said = set_up(clone, ADVICE="g++ cannot be found")
+    assert "\nsetup: warning: g++ cannot be found; make demo does not need it\n" in said

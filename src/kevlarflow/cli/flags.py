@@ -118,7 +118,7 @@ def _take(flags: ServeFlags, name: str, value: str) -> None:
 
 def refuse_ours_in_file(vllm_args: list[str]) -> None:
     """Raise `UsageError` when the file of --config has a flag that is read from the command line only."""
-    usual, said = ServeFlags(), parse(_words_of_file(vllm_args))
+    usual, said = ServeFlags(), parse(words_of_file(vllm_args))
     long_names = {field: name for name, (field, _) in _TAKEN.items()}
     for field, name in long_names.items():
         if getattr(said, field) != getattr(usual, field):
@@ -129,10 +129,11 @@ def refuse_ours_in_file(vllm_args: list[str]) -> None:
 def value_given(vllm_args: list[str], name: str) -> str | None:
     """Return the first value of a flag of vLLM's, when it was typed in full, or else is in the file of --config."""
     value = _value_typed(vllm_args, name)
-    return _value_typed(_words_of_file(vllm_args), name) if value is None else value
+    return _value_typed(words_of_file(vllm_args), name) if value is None else value
 
 
-def _words_of_file(vllm_args: list[str]) -> list[str]:
+def words_of_file(vllm_args: list[str]) -> list[str]:
+    """What the file of --config says, if there is one. Raises `UsageError` when it cannot be read."""
     # As one word, --config=FILE, vLLM takes no notice of it.
     path = _value_typed(vllm_args, CONFIG_FILE) if CONFIG_FILE in vllm_args else None
     return config_file.words(path) if path is not None else []

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from kevlarflow import config as configuration
-from kevlarflow.cli import preflight
+from kevlarflow.cli import compiler, preflight
 from kevlarflow.cli.flags import OURS, ServeFlags, parse, refuse_ours_in_file, value_given
 from kevlarflow.cli.model_files import ModelFiles, find
 from kevlarflow.cli.preflight import GIB, LARGEST_DEFAULT_KV_BYTES, MIB, Size, gib
@@ -81,7 +81,13 @@ def run(arguments: list[str]) -> int:
     configuration.check(config)
     await_predecessor(configuration.run_folder_of(config.port))
     preflight.check_port(config.host, config.port)
+    _warn_who_cannot_compile(flags.vllm_args)
     return _supervise(_with_model(config, flags))
+
+
+def _warn_who_cannot_compile(vllm_args: list[str]) -> None:
+    if compiler.is_asked_for(vllm_args) and (advice := compiler.advice()):
+        say(f"warning: {advice}")
 
 
 def _explain(topic: str) -> int:

@@ -340,3 +340,19 @@ def test_a_tokenizer_that_is_named_in_a_file_may_be_fetched(
     file.write_text("tokenizer: owner/other")
     serve.run([str(model), "--config", str(file)])
     assert "HF_HUB_OFFLINE" not in serve.child_environment(served[0])
+
+
+@pytest.mark.parametrize(("flags", "told"), [([], True), (["--enforce-eager"], False)])
+def test_who_cannot_compile_is_told_before_anything_starts(
+    flags: list[str],
+    told: bool,
+    model: Path,
+    served: list[ServeConfig],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    assert serve.run([str(model), *flags]) == 0
+    warning = "warning: torch compiles the model, and the C++ compiler /nowhere/g++ (CXX) cannot be found"
+    assert (warning in capsys.readouterr().out) is told
