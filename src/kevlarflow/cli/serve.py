@@ -12,13 +12,14 @@ import re
 import resource
 import sys
 import tempfile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from kevlarflow import config as configuration
 from kevlarflow.cli import compiler, preflight
 from kevlarflow.cli.flags import OURS, ServeFlags, parse, refuse_ours_in_file, value_given
+from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.model_files import ModelFiles, find
 from kevlarflow.cli.preflight import GIB, LARGEST_DEFAULT_KV_BYTES, MIB, Size, gib
 from kevlarflow.cli.vllm_flags import refuse_unknown
@@ -34,6 +35,9 @@ from kevlarflow.config import (
 from kevlarflow.control.run_folder import await_predecessor
 from kevlarflow.errors import UsageError
 from kevlarflow.log_output import lose_what_cannot_be_written
+
+if TYPE_CHECKING:
+    from kevlarflow.control.supervisor import Supervisor
 
 OPEN_FILES = 65_535
 """As many as vLLM asks for."""
@@ -74,6 +78,14 @@ def run(arguments: list[str]) -> int:
     flags = parse(arguments)
     if flags.help is not None:
         return _explain(flags.help)
+    # Whoever fetches or converts a model has to clean up. The supervisor takes signals as it needs them.
+    with treated_as_interrupt():
+        config = _checked(flags)
+    return _supervise(config)
+
+
+def _checked(flags: ServeFlags) -> ServeConfig:
+    """All that can be known before anything is started, in the order of what it costs."""
     refuse_unknown(flags.vllm_args, OURS)
     refuse_ours_in_file(flags.vllm_args)
     config = _as_typed(flags)
@@ -82,7 +94,7 @@ def run(arguments: list[str]) -> int:
     await_predecessor(configuration.run_folder_of(config.port))
     preflight.check_port(config.host, config.port)
     _warn_who_cannot_compile(flags.vllm_args)
-    return _supervise(_with_model(config, flags))
+    return _with_model(config, flags)
 
 
 def _warn_who_cannot_compile(vllm_args: list[str]) -> None:
@@ -216,6 +228,12 @@ def _milliseconds(seconds: float) -> int:
 
 
 def _supervise(config: ServeConfig) -> int:
+    with treated_as_interrupt():
+        supervisor = _supervisor(config)
+    return supervisor.run()
+
+
+def _supervisor(config: ServeConfig) -> Supervisor:
     from kevlarflow.control.run_folder import RunFolder
     from kevlarflow.control.supervisor import Supervisor
 
@@ -230,7 +248,7 @@ def _supervise(config: ServeConfig) -> int:
     _allow_many_files()
     for line in introduction(config):
         say(line)
-    return Supervisor(config, run_folder, child_environment(config), say).run()
+    return Supervisor(config, run_folder, child_environment(config), say)
 
 
 def _allow_many_files() -> None:

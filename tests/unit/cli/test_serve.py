@@ -3,8 +3,10 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from kevlarflow.cli import serve
 from kevlarflow.cli.flags import _TAKEN
 from kevlarflow.cli.preflight import GIB, LARGEST_DEFAULT_KV_BYTES, MIB
 from kevlarflow.config import ServeConfig, Timeouts
-from kevlarflow.errors import NotEnoughMemory, UsageError
+from kevlarflow.errors import INTERRUPTED, NotEnoughMemory, UsageError
 
 
 @pytest.fixture
@@ -356,3 +358,30 @@ def test_who_cannot_compile_is_told_before_anything_starts(
     assert serve.run([str(model), *flags]) == 0
     warning = "warning: torch compiles the model, and the C++ compiler /nowhere/g++ (CXX) cannot be found"
     assert (warning in capsys.readouterr().out) is told
+
+
+SLOW_DOWNLOAD = """
+import sys, time
+from kevlarflow.cli import main, serve
+
+def download(*_):
+    try:
+        print("downloading", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+
+serve.preflight.check_port = lambda *_: None
+serve._model = download
+sys.exit(main.main(["serve", "owner/name", "--enforce-eager"]))
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_whoever_ends_it_while_a_model_is_fetched_has_it_cleaned_up(sent: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", SLOW_DOWNLOAD], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "downloading\n"
+        process.send_signal(sent)
+        assert process.stdout.readline() == "cleaned up\n"
+    assert process.returncode == INTERRUPTED
