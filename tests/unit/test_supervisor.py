@@ -23,7 +23,7 @@ from kevlarflow.bench.systems import free_port
 from kevlarflow.control.awaited import awaited
 from kevlarflow.control.process import Process, last_words
 from kevlarflow.control.run_folder import await_predecessor, owner_of
-from kevlarflow.control.supervisor import FAILURES_IN_A_ROW, LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Unit, healthy
+from kevlarflow.control.supervisor import FAILURES_IN_A_ROW, LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Unit, health_scheme, ready_line
 from standins import make_config, members, start_cluster, wait_until
 
 
@@ -404,24 +404,66 @@ def dead_process() -> Process:
     return process
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
-def test_a_server_that_wants_certificates_of_its_clients_is_ready_when_the_controller_says_so(tmp_path: Path) -> None:
-    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+def tls_context(folder: Path) -> ssl.SSLContext:
+    """Of a server, with a certificate of its own making."""
+    key, certificate = str(folder / "key.pem"), str(folder / "certificate.pem")
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
     subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     context.load_verify_locations(certificate)
-    context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
-    async def ask() -> list[bool]:
-        server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0, ssl=context)
-        config = make_config(tmp_path, server.sockets[0].getsockname()[1])
-        found = [await asyncio.to_thread(healthy, config, serving=serving) for serving in (False, True)]
+
+async def is_well(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readline()
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    await writer.drain()
+    writer.close()
+
+
+def schemes_found(folder: Path, context: ssl.SSLContext | None) -> list[str]:
+    """By what a server is found to answer that is not known to serve, and that is."""
+
+    async def ask() -> list[str]:
+        server = await asyncio.start_server(is_well, "127.0.0.1", 0, ssl=context)
+        config = make_config(folder, server.sockets[0].getsockname()[1])
+        found = [await asyncio.to_thread(health_scheme, config, serving=serving) for serving in (False, True)]
         server.close()
         return found
 
-    assert asyncio.run(ask()) == [False, True]
+    return asyncio.run(ask())
+
+
+def test_a_server_without_certificates_answers_in_the_open(tmp_path: Path) -> None:
+    assert schemes_found(tmp_path, None) == ["http", "http"]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_a_server_with_a_certificate_answers_encrypted(tmp_path: Path) -> None:
+    assert schemes_found(tmp_path, tls_context(tmp_path)) == ["https", "https"]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_a_server_that_wants_certificates_of_its_clients_is_ready_when_the_controller_says_so(tmp_path: Path) -> None:
+    context = tls_context(tmp_path)
+    context.verify_mode = ssl.CERT_REQUIRED
+    assert schemes_found(tmp_path, context) == ["", "https"]
+
+
+@pytest.mark.parametrize(
+    ("host", "scheme", "url"),
+    [
+        ("0.0.0.0", "http", "http://localhost:8000/v1"),
+        ("::", "http", "http://localhost:8000/v1"),
+        ("::1", "http", "http://[::1]:8000/v1"),
+        ("example.org", "https", "https://example.org:8000/v1"),
+        ("fe80::1", "https", "https://[fe80::1]:8000/v1"),
+    ],
+)
+def test_the_address_of_a_server_that_is_ready_can_be_used(host: str, scheme: str, url: str, tmp_path: Path) -> None:
+    config = msgspec.structs.replace(make_config(tmp_path, 8000), host=host)
+    assert f" {url} (model stand-in, " in ready_line(config, scheme, 1.0)
 
 
 def test_a_unit_that_keeps_dying_is_started_again_later_and_later() -> None:

@@ -345,9 +345,10 @@ class Supervisor:
     # ---- getting ready
 
     def _look_whether_ready(self) -> None:
-        if self.api_server.process is not None and healthy(self.config, serving=self.serving):
+        scheme = health_scheme(self.config, serving=self.serving) if self.api_server.process is not None else ""
+        if scheme:
             self.ready = True
-            self.say(ready_line(self.config, time.monotonic() - self.begun_at))
+            self.say(ready_line(self.config, scheme, time.monotonic() - self.begun_at))
         elif time.monotonic() - self.begun_at > self.config.timeouts.startup_timeout_s:
             raise StartupFailed(
                 f"not ready after {self.config.timeouts.startup_timeout_s} s: {self._awaited()}; "
@@ -401,23 +402,23 @@ class Supervisor:
         reap_all(LAST_CHILD_SECONDS)
 
 
-def healthy(config: ServeConfig, *, serving: bool = False) -> bool:
-    """Whether ``/health`` answers 200; `serving` counts where it answers nobody without a certificate."""
+def health_scheme(config: ServeConfig, *, serving: bool = False) -> str:
+    """By what ``/health`` answers 200: http, https or nothing. `serving` counts where that needs a certificate."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    for connect in (_plain, _encrypted):
+    for scheme, connect in (("http", _plain), ("https", _encrypted)):
         connection = connect(host, config.port)
         try:
             connection.request("GET", "/health")
-            return connection.getresponse().status == http.client.OK
+            return scheme if connection.getresponse().status == http.client.OK else ""
         except http.client.BadStatusLine:
             continue  # It speaks TLS.
         except ssl.SSLError:
-            return serving
+            return scheme if serving else ""
         except (OSError, http.client.HTTPException):
-            return False
+            return ""
         finally:
             connection.close()
-    return serving
+    return "https" if serving else ""
 
 
 def _plain(host: str, port: int) -> http.client.HTTPConnection:
@@ -432,12 +433,13 @@ def _encrypted(host: str, port: int) -> http.client.HTTPConnection:
     return http.client.HTTPSConnection(host, port, timeout=1.0, context=context)
 
 
-def ready_line(config: ServeConfig, seconds: float) -> str:
+def ready_line(config: ServeConfig, scheme: str, seconds: float) -> str:
     """What a person wants to know when it is done."""
     host = "localhost" if config.host in {"0.0.0.0", "::"} else config.host
+    host = f"[{host}]" if ":" in host else host
     nodes = config.pipelines * config.stages
     return (
-        f"ready in {seconds:.1f} s: http://{host}:{config.port}/v1 (model {config.served_model_name}, "
+        f"ready in {seconds:.1f} s: {scheme}://{host}:{config.port}/v1 (model {config.served_model_name}, "
         f"{config.pipelines} pipeline{'s' * (config.pipelines > 1)} x {config.stages} "
         f"stage{'s' * (config.stages > 1)}, {nodes} node{'s' * (nodes > 1)})"
     )
