@@ -158,8 +158,15 @@ def make_private(folder: Path) -> None:
     """Make a folder that is ours alone, or refuse the one that is there and is not."""
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700, parents=True)
+    if problem := why_not_private(folder):
+        raise UsageError(problem)
+
+
+def why_not_private(folder: Path) -> str:
+    """What keeps a folder from being ours alone, and what to do; empty when nothing does."""
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise UsageError(f"{folder} is not a folder of yours: set XDG_RUNTIME_DIR to a private folder")
+        return f"{folder} is not a folder of yours: set XDG_RUNTIME_DIR to a private folder"
     if status.st_mode & 0o077:
-        raise UsageError(f"{folder} is open to other users: run chmod 700 {folder}")
+        return f"{folder} is open to other users: run chmod 700 {folder}"
+    return ""

@@ -11,7 +11,7 @@ import msgspec
 import zmq
 
 from kevlarflow.config import run_folder_of
-from kevlarflow.control.run_folder import owner_of
+from kevlarflow.control.run_folder import owner_of, why_not_private
 from kevlarflow.errors import ClusterUnreachable
 from kevlarflow.types import PHASES
 from kevlarflow.wire.channel import limit
@@ -48,14 +48,7 @@ def ask(where: int | os.PathLike[str], question: AnyMessage, kind: type[A], time
     """
     folder = run_folder_of(where) if isinstance(where, int) else Path(where)
     address = folder / "controller.sock"
-    try:
-        is_there = address.exists()
-    except OSError as error:
-        raise ClusterUnreachable(
-            f"{folder} cannot be entered ({error.strerror}): ask as the user who runs `kevlarflow serve`, "
-            "with the same XDG_RUNTIME_DIR"
-        ) from error
-    if not is_there:
+    if not _is_there(address):
         raise _unreachable(folder)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     asking: zmq.Socket[bytes] = context.socket(zmq.DEALER)
@@ -76,11 +69,32 @@ def ask(where: int | os.PathLike[str], question: AnyMessage, kind: type[A], time
     return answer
 
 
+def _is_there(address: Path) -> bool:
+    """Whether a controller has a socket, in a folder that nobody else can have filled."""
+    folder = address.parent
+    try:
+        problem = why_not_private(folder.parent)
+        is_there = address.exists()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise ClusterUnreachable(
+            f"{folder} cannot be entered ({error.strerror}): ask as the user who runs `kevlarflow serve`, "
+            "with the same XDG_RUNTIME_DIR and TMPDIR"
+        ) from error
+    if problem:
+        raise ClusterUnreachable(problem)
+    return is_there
+
+
 def _unreachable(folder: Path) -> ClusterUnreachable:
     """Why nobody has answered: a cluster has its port before it has a controller."""
     owner = owner_of(folder)
     if owner is None:
-        return ClusterUnreachable(f"nothing answers on port {folder.name}: is `kevlarflow serve` running there?")
+        return ClusterUnreachable(
+            f"nothing answers on port {folder.name} (looked for in {folder.parent}): is `kevlarflow serve` running there, "
+            "as the same user and with the same XDG_RUNTIME_DIR and TMPDIR?"
+        )
     what = "does not answer" if (folder / "controller.sock").exists() else "is still starting"
     return ClusterUnreachable(f"kevlarflow (main process {owner}) {what} on port {folder.name}: try again in a moment")
 

@@ -58,7 +58,11 @@ def test_the_replication_of_each_lane_is_shown_and_measured():
 def test_who_asks_is_told_why(tmp_path):
     # Its name is part of a path that has to be short enough for a socket.
     folder = tmp_path / "8000"
-    with pytest.raises(ClusterUnreachable, match=r"^nothing answers on port 8000: is `kevlarflow serve` running"):
+    missing = (
+        rf"^nothing answers on port 8000 \(looked for in {tmp_path}\): is `kevlarflow serve` running there, as the same user and with "
+        r"the same XDG_RUNTIME_DIR and TMPDIR\?$"
+    )
+    with pytest.raises(ClusterUnreachable, match=missing):
         ask_status(folder, 0.1)
     taken = RunFolder(folder)
     starting = rf"^kevlarflow \(main process {os.getpid()}\) is still starting on port 8000: try again in a moment$"
@@ -70,6 +74,25 @@ def test_who_asks_is_told_why(tmp_path):
     os.close(taken.lock)
     with pytest.raises(ClusterUnreachable, match="nothing answers"):
         ask_status(folder, 0.1)
+
+
+def test_nothing_is_asked_in_a_folder_that_others_may_have_filled(tmp_path, monkeypatch):
+    shared = tmp_path / "shared"
+    (shared / "8000").mkdir(parents=True)
+    (shared / "8000" / "controller.sock").touch()
+    shared.chmod(0o777)
+    with pytest.raises(ClusterUnreachable, match=rf"^{shared} is open to other users: run chmod 700 {shared}$"):
+        ask_status(shared / "8000", 0.1)
+    shared.chmod(0o700)
+    with pytest.raises(ClusterUnreachable, match="^nothing answers"):
+        ask_status(shared / "8000", 0.1)
+    (tmp_path / "link").symlink_to(shared)
+    foreign = r"is not a folder of yours: set XDG_RUNTIME_DIR to a private folder$"
+    with pytest.raises(ClusterUnreachable, match=foreign):
+        ask_status(tmp_path / "link" / "8000", 0.1)
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    with pytest.raises(ClusterUnreachable, match=foreign):
+        ask_status(shared / "8000", 0.1)
 
 
 def test_a_pipeline_that_waits_for_a_node_shows_how_long_still():
