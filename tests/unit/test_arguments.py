@@ -110,6 +110,8 @@ def test_what_vllm_refuses_is_one_line(configured: Any, words: list[str], line: 
         '--kv-transfer-config {"kv_connector":"X","kv_role":"kv_both"}', "--kv-offloading-size 1",
         "--kv-sharing-fast-prefill", "--cpu-offload-gb 1", "--enable-sleep-mode", "--enable-eplb",
         "--enable-elastic-ep", "--enable-dbo", "--numa-bind", "--enable-fault-tolerance",
+        "--node-rank 1", "--master-addr 10.0.0.1", "--master-port 29502",
+        '--profiler-config {"profiler":"torch","torch_profiler_dir":"/tmp/x"}',
     ],
 )  # fmt: skip
 def test_what_is_not_yet_safe_is_refused_by_name(configured: Any, words: str) -> None:

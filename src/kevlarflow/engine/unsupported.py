@@ -38,6 +38,10 @@ def _not_none(attribute: str) -> Callable[[Any], bool]:
     return lambda args: getattr(args, attribute) is not None
 
 
+def _other_than(attribute: str, default: object) -> Callable[[Any], bool]:
+    return lambda args: bool(getattr(args, attribute) != default)
+
+
 ONE_HOST = "all pipelines and nodes run on this machine; leave it out"
 OWN_PART = "KevlarFlow puts its own in that place; leave it out"
 STEP_STATE = "its state cannot be rebuilt after a failure yet; leave it out"
@@ -48,6 +52,9 @@ FLAGS = (
     Row("--api-server-count", _above_one("api_server_count"), "one API server serves all engines; use 1"),
     Row("--headless", _given("headless"), ONE_HOST),
     Row("--nnodes", _above_one("nnodes"), ONE_HOST),
+    Row("--node-rank", _other_than("node_rank", 0), ONE_HOST),
+    Row("--master-addr", _other_than("master_addr", "127.0.0.1"), ONE_HOST),
+    Row("--master-port", _other_than("master_port", 29501), ONE_HOST),
     Row("--data-parallel-rank", _not_none("data_parallel_rank"), ONE_HOST),
     Row("--data-parallel-start-rank", _not_none("data_parallel_start_rank"), ONE_HOST),
     Row("--data-parallel-size-local", _not_none("data_parallel_size_local"), ONE_HOST),
@@ -61,17 +68,22 @@ FLAGS = (
     ),
     Row(
         "--data-parallel-backend ray",
-        lambda args: args.data_parallel_backend != "mp",
+        _other_than("data_parallel_backend", "mp"),
         "KevlarFlow starts local processes; leave it out",
     ),
     Row("--distributed-executor-backend", _not_none("distributed_executor_backend"), OWN_PART),
-    Row("--worker-cls", lambda args: args.worker_cls != "auto", OWN_PART),
+    Row("--worker-cls", _other_than("worker_cls", "auto"), OWN_PART),
     Row("--worker-extension-cls", _given("worker_extension_cls"), OWN_PART),
     Row("--scheduler-cls", _not_none("scheduler_cls"), OWN_PART),
     Row(
         "--async-scheduling",
         lambda args: args.async_scheduling is True,
         "a step is issued only after the one before it is known; leave it out",
+    ),
+    Row(
+        "--profiler-config",
+        lambda args: args.profiler_config is not None and args.profiler_config.profiler is not None,
+        "nodes have no profiler that could be started while they serve; leave it out",
     ),
     Row("--grpc", _given("grpc"), "only the HTTP server is supported; leave it out"),
     Row("--uds", _not_none("uds"), "a cluster is found by its port; use --port"),
