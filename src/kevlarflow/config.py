@@ -203,7 +203,7 @@ def check_timeouts(times: Timeouts) -> None:
 
 
 def run_folder_of(port: int) -> Path:
-    """The private folder of the cluster that serves on `port`: sockets and configuration. Logs and lock stand beside it."""
+    """The private folder of the cluster on a port: sockets and configuration. Its logs and its lock stand beside it."""
     base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
     return Path(base) / f"kevlarflow-{os.getuid()}" / str(port)
 

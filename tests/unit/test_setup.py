@@ -50,8 +50,9 @@ def set_up(clone: Path, **environment: str) -> str:
     tools = clone / "tools"
     ours = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python"), "ASKED": str(clone / "asked")}
     command = ["bash", str(clone / "scripts" / "setup")]
+    variables = os.environ | ours | environment
     done = subprocess.run(
-        command, env=os.environ | ours | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

@@ -2,8 +2,8 @@
 
 vLLM has some three hundred flags, and its parser takes 8 s to import. So this parser knows KevlarFlow's flags only,
 and leaves everything else as it was typed (`cli.vllm_flags` looks whether there is such a flag). It does not know of
-every foreign flag whether it takes a value; a word that stands behind one therefore goes to vLLM with it, unless that is
-a switch. MODEL is a word that does not: it comes first, or behind a switch or a flag of ours.
+every foreign flag whether it takes a value; a word that stands behind one therefore goes to vLLM with it, unless that
+is known to be a switch. MODEL is a word that does not: it comes first, or behind a switch or a flag of ours.
 Names are read as vLLM reads them: long or short, ``--flag value`` or ``--flag=value``, dashes or underscores.
 """
 

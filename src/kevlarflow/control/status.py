@@ -92,8 +92,8 @@ def _unreachable(folder: Path) -> ClusterUnreachable:
     owner = owner_of(folder)
     if owner is None:
         return ClusterUnreachable(
-            f"nothing answers on port {folder.name} (looked for in {folder.parent}): is `kevlarflow serve` running there, "
-            "as the same user and with the same XDG_RUNTIME_DIR and TMPDIR?"
+            f"nothing answers on port {folder.name} (looked for in {folder.parent}): is `kevlarflow serve` running "
+            "there, as the same user and with the same XDG_RUNTIME_DIR and TMPDIR?"
         )
     what = "does not answer" if (folder / "controller.sock").exists() else "is still starting"
     return ClusterUnreachable(f"kevlarflow (main process {owner}) {what} on port {folder.name}: try again in a moment")

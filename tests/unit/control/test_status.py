@@ -59,8 +59,8 @@ def test_who_asks_is_told_why(tmp_path):
     # Its name is part of a path that has to be short enough for a socket.
     folder = tmp_path / "8000"
     missing = (
-        rf"^nothing answers on port 8000 \(looked for in {tmp_path}\): is `kevlarflow serve` running there, as the same user and with "
-        r"the same XDG_RUNTIME_DIR and TMPDIR\?$"
+        rf"^nothing answers on port 8000 \(looked for in {tmp_path}\): is `kevlarflow serve` running there, "
+        r"as the same user and with the same XDG_RUNTIME_DIR and TMPDIR\?$"
     )
     with pytest.raises(ClusterUnreachable, match=missing):
         ask_status(folder, 0.1)
@@ -84,7 +84,7 @@ def test_nothing_is_asked_in_a_folder_that_others_may_have_filled(tmp_path, monk
     with pytest.raises(ClusterUnreachable, match=rf"^{shared} is open to other users: run chmod 700 {shared}$"):
         ask_status(shared / "8000", 0.1)
     shared.chmod(0o700)
-    with pytest.raises(ClusterUnreachable, match="^nothing answers"):
+    with pytest.raises(ClusterUnreachable, match=r"^nothing answers"):
         ask_status(shared / "8000", 0.1)
     (tmp_path / "link").symlink_to(shared)
     foreign = r"is not a folder of yours: set XDG_RUNTIME_DIR to a private folder$"
