@@ -121,7 +121,7 @@ class ReplicationQueue:
 
     def _try_again(self, blocks: Iterable[int]) -> None:
         """The standby may have room by now for these, which it has dropped."""
-        for block in [each for each in blocks if self._was_sent(each)]:
+        for block in [each for each in dict.fromkeys(blocks) if self._was_sent(each)]:
             del self._sent[block]
             self._dropped.pop(block, None)
             self._note_due(block)

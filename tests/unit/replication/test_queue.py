@@ -356,3 +356,11 @@ def test_what_was_given_to_another_request_is_not():
     queue = full_and_dropped(1, 2)
     queue.begin([Replica(1, 2, 2)], Use((1,), (1,)))
     assert due_now(queue) == [2]
+
+
+def test_one_that_is_hit_while_another_is_let_go_of_is_tried_again_once():
+    queue = full_and_dropped(1, 2)
+    queue.begin([], Use((), (1,)))
+    assert due_now(queue) == [2]
+    queue.begin([], Use((1,), (2,)))
+    assert due_now(queue) == [1]
