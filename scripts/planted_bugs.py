@@ -793,4 +793,16 @@ MUTANTS = (
         "            continue\n",
         "tests/unit/replication/test_queue.py",
     ),
+    Mutant(
+        "a controller takes over an engine whose epoch is not the newest",
+        "recovery/formation.py",
+        "claim.suspended or claim.epoch < pipeline.epoch",
+        "claim.suspended",
+    ),
+    Mutant(
+        "a pipeline that serves is formed anew all the same",
+        "recovery/formation.py",
+        "    elif pipeline.reform or (",
+        "    elif pipeline.reform or (pipeline.formed and grid.now - pipeline.formed_at > 1.5) or (",
+    ),
 )

@@ -17,6 +17,7 @@ from kevlarflow.recovery.events import AnyCommand
 from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.members import Pipeline
 from kevlarflow.sim.errors import FalseAlarm, Hoarded, NoReason, NotFenced, WrongCopy
+from kevlarflow.sim.speed import AFTERWARDS_SECONDS
 from kevlarflow.sim.words import words
 from kevlarflow.types import Cause, Epoch, NodeState, PipelineId, PipelineState, Stage
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
 LEAVING_SECONDS = 0.4
 """Within which a pipeline that waits has left all its lanes."""
-AFTERWARDS_SECONDS = 2.0
-"""For so long what a node says of its steps may be about a time when it was slow."""
 ROUNDING_SECONDS = 1e-6
 
 Content = tuple[int | None, ...]

@@ -66,6 +66,11 @@ class Clients:
         """Requests that ended with an error."""
         return sum(bool(client.error) for client in self._clients.values())
 
+    def errors_of(self, demands: Iterable[Demand]) -> list[str]:
+        """Why requests for these did not end well."""
+        clients = (self._clients[each.name] for each in demands)
+        return [f"{client.demand.name}: {client.error}" for client in clients if client.error]
+
     def lose(self, engine: Engine) -> None:
         """An engine has died, and what it had is lost."""
         for client in self._clients.values():

@@ -115,9 +115,13 @@ class Controller(Process):
         """Give an event to the cluster, check everything, and do what it asks for."""
         now = self.timeline.now
         commands = self.cluster.handle(event, now)
-        if commands or not isinstance(event, (events.Tick, events.EngineReport)):
+        # Most reports and ticks lead to nothing.
+        is_news = bool(commands) or not isinstance(event, (events.Tick, events.EngineReport))
+        if is_news:
             self.fleet.tell("controller", event, commands)
+        if is_news or isinstance(event, events.Tick):
             self.invariants.check(commands)
+        if is_news:
             self.fleet.checks.orders(commands)
             self.snapshot = self.cluster.snapshot()
         self.fleet.checks.note_served(self.cluster.pipelines)

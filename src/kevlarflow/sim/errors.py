@@ -47,6 +47,10 @@ class Stuck(Violation):
     """All faults are over, and yet not every request ends, or not every pipeline serves with its own nodes."""
 
 
+class Restless(Violation):
+    """All faults are over and everything was well, and yet something is mended, moved or formed anew."""
+
+
 class Hoarded(Violation):
     """A pipeline that waits for a node keeps a lane, whose memory others could use."""
 

@@ -2,7 +2,8 @@
 
 The controller's core, the engines' cores, the lanes of the nodes, their replication queues and standby stores run as in
 production; what is simulated is time, the network, vLLM's scheduler and a model whose KV and tokens can be checked
-exactly. First comes the load with all its faults; then the world heals, and everything has to end well within a bound.
+exactly. First comes the load with all its faults; then the world heals, and everything has to end well within a bound
+(`sim.health`), and to go on so: a few more requests are served, and nothing has to be mended.
 What must hold (`sim.checks`) is checked whenever something happens that could break it.
 """
 
@@ -22,7 +23,8 @@ from kevlarflow.sim.checks import FleetChecks
 from kevlarflow.sim.clients import Clients
 from kevlarflow.sim.controller import REPORT_SECONDS, Controller
 from kevlarflow.sim.engine import Engine
-from kevlarflow.sim.errors import NotFenced, Stuck, Unbounded
+from kevlarflow.sim.errors import NoReason, NotFenced, Restless, Stuck, Unbounded
+from kevlarflow.sim.health import complaints
 from kevlarflow.sim.mischief import Mischief
 from kevlarflow.sim.network import By, Network, Process, Timeline
 from kevlarflow.sim.node import Node
@@ -37,6 +39,10 @@ START_SECONDS = 30.0
 """Within which a fleet without faults serves."""
 HEAL_SECONDS = 60.0
 """Within which everything ends well once the faults are over."""
+SERVED_SECONDS = 8.0
+"""Within which the few requests that come then have ended."""
+QUIET_SECONDS = 2.0
+"""For so long after that nothing may happen."""
 MAX_HELD_MESSAGES = 20_000
 
 
@@ -103,11 +109,12 @@ class Fleet:
         self.clients.come(self.plan.demands)
         for fault in self.plan.faults:
             self.timeline.after(fault.at, functools.partial(self.mischief.begin, fault))
-        self.timeline.run(begun + self.plan.trouble_seconds, lambda: False)
+        self.timeline.run(begun + self.plan.trouble_seconds)
         self.tell("world", "heals")
         self.mischief.end_all()
         if not self.timeline.run(self.timeline.now + HEAL_SECONDS, self._is_well):
             raise Stuck(f"{HEAL_SECONDS:.0f} s after all faults were over: {'; '.join(self._complaints())}")
+        self._stay_well()
         self._count()
 
     def _start(self) -> None:
@@ -126,31 +133,27 @@ class Fleet:
         return next(self._complaints(), None) is None
 
     def _complaints(self) -> Iterator[str]:
-        """What is not as it should be in the end."""
         yield from self.clients.complaints()
-        for pipeline in self.controller.cluster.pipelines:
-            own = [f"node-{pipeline.id}-{stage}" for stage in range(len(pipeline.members))]
-            serving = [member.node if member else "nobody" for member in pipeline.members]
-            if pipeline.state is not PipelineState.SERVING or serving != own:
-                yield f"pipeline {pipeline.id} is {pipeline.state} with {', '.join(serving)}"
-            elif pipeline.leaving:
-                yield f"pipeline {pipeline.id} waits for {sorted(pipeline.leaving)} to be left"
-        for engine in self.engines:
-            if engine.alive and (engine.core.in_flight or engine.in_flight):
-                yield f"{engine} has steps {engine.core.in_flight} in flight"
-        yield from self._complaints_of_nodes()
+        yield from complaints(self)
 
-    def _complaints_of_nodes(self) -> Iterator[str]:
-        for node in self.living_nodes():
-            lanes = [lane.pipeline for lane in node.lanes]
-            if node.ready and lanes != [int(node.member.node.split("-")[1])]:
-                yield f"{node} has lanes {lanes}"
-            if node.ails:
-                yield f"{node} {node.ails}"
-            for lane in node.lanes:
-                # What was lost with a connection is made good with the next step, and there may be none.
-                if lane.replication and node.is_in_touch(lane) and lane.replication.queue.held_by_requests:
-                    yield f"{node} takes blocks of lane {lane.pipeline} for those of requests, and there are none"
+    def _stay_well(self) -> None:
+        """A few more requests are served, and everything is well without anything being done about it."""
+        self.tell("world", "is well")
+        cluster = self.controller.cluster
+        before, known = {each.id: each.epoch for each in cluster.pipelines}, cluster.next_recovery
+        self.clients.come(self.plan.afterwards)
+        if not self.timeline.run(self.timeline.now + SERVED_SECONDS, lambda: not self.clients.open):
+            raise Stuck(f"{SERVED_SECONDS:.0f} s after all was well: {'; '.join(self._complaints())}")
+        if errors := self.clients.errors_of(self.plan.afterwards):
+            raise NoReason(f"all was well, and {'; '.join(errors)}")
+        self.timeline.run(self.timeline.now + QUIET_SECONDS)
+        cluster = self.controller.cluster
+        after = {each.id: each.epoch for each in cluster.pipelines}
+        if after != before or cluster.next_recovery != known:
+            causes = [f"{each.cause} of {each.origin}" for each in cluster.recoveries if each.id >= known]
+            raise Restless(f"all was well, and epochs went from {before} to {after}: {', '.join(causes)}")
+        if wrong := list(self._complaints()):
+            raise Stuck(f"{QUIET_SECONDS:.0f} s after all was well: {'; '.join(wrong)}")
 
     def _count(self) -> None:
         if self.network.held > MAX_HELD_MESSAGES:

@@ -34,14 +34,14 @@ class Timeline:
         """Let `action` happen `seconds` from now; among equals, in the order in which this was asked."""
         heapq.heappush(self._heap, (self.now + seconds, next(self._count), action))
 
-    def run(self, until: float, enough: Callable[[], bool]) -> bool:
+    def run(self, until: float, enough: Callable[[], bool] | None = None) -> bool:
         """Let things happen until `enough` says so (then True), or until that time has come (then False)."""
         heap = self._heap
         while heap and heap[0][0] <= until:
             self.now, _, action = heapq.heappop(heap)
             self.events += 1
             action()
-            if enough():
+            if enough is not None and enough():
                 return True
         self.now = until
         return False

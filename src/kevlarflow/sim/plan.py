@@ -22,6 +22,8 @@ STEADY_SECONDS, STEADY_REQUESTS = 5.0, 25
 """How long faults last in them, and how many requests each pipeline has to serve."""
 SLOW_PLACE_SECONDS, SLOW_PLACE_REQUESTS = 9.0, 80
 """The same where a place is slow: a second judgement on it has to be possible."""
+LONGEST_AFTERWARDS = 16
+"""Tokens of a prompt that comes when everything is over."""
 FOR_GOOD, AS_IT_LOADS = "for good", "the next that loads, for good"
 PHASES = ("join", "place", "recompute", "restore", "reissue", "prepare", "flush", "flushed")
 """Of a recovery; the last three are of a change of nodes that is planned."""
@@ -125,6 +127,8 @@ class Plan:
     faults: tuple[Fault, ...]
     trouble_seconds: float = LOAD_SECONDS + 1.0
     """How long faults may last."""
+    afterwards: tuple[Demand, ...] = ()
+    """What clients want once everything is over and well: prompts that were seen before, whole or in part."""
 
     @property
     def reads_records(self) -> bool:
@@ -150,10 +154,11 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Plan:
     if random.Random(f"{seed} steady").random() < STEADY_SHARE:
         return _draw_steady(seed, without)
     shape = _shape(random.Random(f"{seed} shape"), without)
-    demands = _demands(seed, shape)
+    common, demands = _demands(seed, shape)
     faults = _faults(seed, shape, demands)
     kept = tuple(each for each in demands if each.name not in without)
-    return Plan(seed, shape, kept, tuple(each for each in faults if each.name not in without))
+    afterwards = _afterwards(seed, shape, common, demands)
+    return Plan(seed, shape, kept, tuple(each for each in faults if each.name not in without), afterwards=afterwards)
 
 
 def _draw_steady(seed: int, without: frozenset[str]) -> Plan:
@@ -182,7 +187,8 @@ def _draw_steady(seed: int, without: frozenset[str]) -> Plan:
         demands.append(replace(demand, pipeline=index % shape.pipelines, cancelled_after=None, poisons=None))
     faults = _steady_faults(seed, kind, rng, shape, tuple(demands))
     kept = tuple(each for each in demands if each.name not in without)
-    return Plan(seed, shape, kept, tuple(each for each in faults if each.name not in without), seconds)
+    afterwards = _afterwards(seed, shape, common, tuple(demands))
+    return Plan(seed, shape, kept, tuple(each for each in faults if each.name not in without), seconds, afterwards)
 
 
 def _steady_faults(
@@ -226,13 +232,26 @@ def _shape(rng: random.Random, without: frozenset[str]) -> Shape:
     )
 
 
-def _demands(seed: int, shape: Shape) -> tuple[Demand, ...]:
+def _demands(seed: int, shape: Shape) -> tuple[list[int], tuple[Demand, ...]]:
+    """The tokens with which all prompts may begin, and what clients want."""
     rng = random.Random(f"{seed} demands")
     longest = (shape.blocks - 1) * shape.block_size - 1
     common = [rng.randrange(VOCABULARY) for _ in range(longest)]
     names = [f"r{index}" for index in range(rng.choice([2, 4, 8]) + shape.pipelines)]
     burst = rng.random() < 0.5
-    return tuple(_demand(random.Random(f"{seed} {name}"), name, shape, common, burst) for name in names)
+    return common, tuple(_demand(random.Random(f"{seed} {name}"), name, shape, common, burst) for name in names)
+
+
+def _afterwards(seed: int, shape: Shape, common: list[int], demands: tuple[Demand, ...]) -> tuple[Demand, ...]:
+    """For each pipeline the beginning that prompts have in common, or what became of a request, to go on from."""
+    wave = []
+    for pipeline in range(shape.pipelines):
+        rng = random.Random(f"{seed} afterwards {pipeline}")
+        known = [each.expected for each in demands if each.pipeline == pipeline]
+        tokens = rng.choice(known) if known and rng.random() < 0.7 else tuple(common)
+        prompt = tokens[: rng.randint(1, min(len(tokens), len(common) - 1, LONGEST_AFTERWARDS))]
+        wave.append(Demand(f"w{pipeline}", 0.0, pipeline, prompt, (*prompt, next_token(prompt)), None))
+    return tuple(wave)
 
 
 def _demand(rng: random.Random, name: str, shape: Shape, common: list[int], burst: bool) -> Demand:

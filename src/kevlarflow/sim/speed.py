@@ -6,6 +6,9 @@ from kevlarflow.types import Pace
 
 Size = tuple[int, int]
 
+AFTERWARDS_SECONDS = 2.0
+"""For so long what a node says of its steps may be about a time when it was slow."""
+
 
 class Speed:
     """Of one node. Times are seconds."""

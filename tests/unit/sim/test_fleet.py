@@ -8,17 +8,20 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
 from kevlarflow.config import ServeConfig
 from kevlarflow.node.progress import Step
+from kevlarflow.recovery.grid import Grid
+from kevlarflow.recovery.invariants import Violated
 from kevlarflow.sim import fleet, plan
-from kevlarflow.sim.errors import FalseAlarm, Overlooked, WrongKv
+from kevlarflow.sim.errors import FalseAlarm, NoReason, Overlooked, Restless, Stuck, WrongKv
 from kevlarflow.sim.many import run_many
 from kevlarflow.sim.scheduler import Blocks
 from kevlarflow.sim.shrink import failure_of, shrink, story_of
-from kevlarflow.types import PipelineId
+from kevlarflow.types import PipelineId, PipelineState
 
 FIXED_SEEDS = 2_000
 
@@ -89,6 +92,56 @@ def test_the_end_is_only_well_when_every_request_has_ended(monkeypatch: pytest.M
     monkeypatch.setattr("kevlarflow.sim.engine.Engine.poke", lambda _: None)
     with pytest.raises(fleet.Stuck, match="has not ended"):
         fleet.run(plan.draw(0))
+
+
+def afterwards(what: Callable[[fleet.Fleet], None], monkeypatch: pytest.MonkeyPatch) -> fleet.Fleet:
+    """A run in which something happens when everything is over and well, and requests have just come again."""
+    run = fleet.Fleet(plan.draw(0))
+
+    def tell(who: object, said: object, more: object = ()) -> None:
+        if said == "is well":
+            run.timeline.after(run.plan.shape.latency / 100, lambda: what(run))
+
+    monkeypatch.setattr(run, "tell", tell)
+    return run
+
+
+def test_what_has_to_be_mended_after_the_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = afterwards(lambda run: run.end_process(run.living_nodes()[0]), monkeypatch)
+    with pytest.raises(Restless, match="all was well, and epochs went from"):
+        run.run()
+
+
+def test_a_request_that_comes_after_the_end_has_to_end_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = afterwards(lambda run: run.end_process(run.engines[0]), monkeypatch)
+    with pytest.raises(NoReason, match="all was well, and w0: the engine died"):
+        run.run()
+
+
+def test_a_fleet_that_is_not_well_any_more_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def it_is_deaf(run: fleet.Fleet) -> None:
+        run.nodes[run.engines[0].core.members[0]].deaf = True
+
+    run = afterwards(it_is_deaf, monkeypatch)
+    monkeypatch.setattr("kevlarflow.recovery.detector.Detector._deaf", lambda *_: None)
+    with pytest.raises(Stuck, match=r"2 s after all was well: node-0-0#\d is deaf"):
+        run.run()
+
+
+def test_what_goes_wrong_as_time_passes_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    went_wrong: list[float] = []
+
+    def tick(grid: Grid, _: object) -> None:
+        for pipeline in grid.pipelines:
+            if pipeline.state is PipelineState.SERVING:
+                pipeline.wait_until = grid.now
+                went_wrong.append(grid.now)
+
+    monkeypatch.setattr("kevlarflow.recovery.nodes.on_tick", tick)
+    run = fleet.Fleet(plan.draw(0))
+    with pytest.raises(Violated, match="serves, and its bound runs on"):
+        run.run()
+    assert run.timeline.now == went_wrong[0]
 
 
 @pytest.mark.parametrize(
