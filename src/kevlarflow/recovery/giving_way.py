@@ -60,6 +60,8 @@ class GivingWay:
             self._changed_at = count
             if self.usable is not None:
                 self._choices[count] = self.usable
+                # A block that is given up holds nothing when it comes back, whatever was copied of it.
+                books.generations.void(self.usable)
                 self._forget_details()
             commands.append(UseBlocks(self.usable))
         return commands + self.set_aside(dict.fromkeys(surplus, "") | dict(doomed), count)

@@ -18,8 +18,8 @@ FULL = Replica(1, 1, 4)
 """The first block of the request below."""
 
 
-def form(pipeline, epoch, *nodes):
-    commands = pipeline.handle(p.FormationOrdered(epoch, nodes), float(epoch))
+def form(pipeline, epoch, *nodes, shares=1):
+    commands = pipeline.handle(p.FormationOrdered(epoch, nodes, shares=shares), float(epoch))
     for stage in (0, 1):
         commands += pipeline.handle(p.StageJoined(epoch, stage), epoch + 0.1)
     for stage in (0, 1):
@@ -107,3 +107,19 @@ def test_kept_prefixes_that_are_in_place_stay():
     pipeline.handle(p.ReplicasPlaced(2, 1, ()), 2.4)
     commands = form(pipeline, 3, A0, B1)
     assert not [each for each in commands if isinstance(each, (p.Place, p.EvictPrefixCache))]
+
+
+def test_a_block_that_was_given_up_holds_nothing_when_it_comes_back():
+    pipeline = serving_one_request()
+    confirm(pipeline, FULL)
+    later = Admission("s", tuple(range(10, 14)), (3,), 0, None)
+    pipeline.handle(p.StepIssued(Step(2, (later,), (), {"s": 4}, frozenset({"r"}), frozenset(), 9)), 1.9)
+    pipeline.handle(p.StepExecuted(1, 2, StepResult({"s": [9]}, {})), 1.91)
+    pipeline.handle(p.StepIssued(Step(3, (), (), {}, frozenset({"s"}), frozenset(), 9)), 1.92)
+    # With so many lanes on its nodes it keeps one block, the newest; then it has all of them again.
+    for epoch, shares in ((2, 25), (3, 1)):
+        form(pipeline, epoch, A0, A1, shares=shares)
+    commands = form(pipeline, 4, A0, B1)
+    assert not [each for each in commands if isinstance(each, p.Place)], "the others have nothing to go with its copy"
+    (restore,) = [each for each in commands if isinstance(each, p.Restore)]
+    assert restore.held == ()
