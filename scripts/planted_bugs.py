@@ -805,4 +805,35 @@ MUTANTS = (
         "    elif pipeline.reform or (",
         "    elif pipeline.reform or (pipeline.formed and grid.now - pipeline.formed_at > 1.5) or (",
     ),
+    Mutant(
+        "a block that was given up holds what it held when it comes back",
+        "recovery/giving_way.py",
+        "                books.generations.void(self.usable)\n",
+        "                pass\n",
+        "tests/unit/recovery/test_claims.py",
+    ),
+    Mutant(
+        "a node that could not be used once is replaced",
+        "recovery/complaints.py",
+        "    if member not in pipeline.struck:\n",
+        "    if False:\n",
+    ),
+    Mutant(
+        "a node that is only suspected is killed",
+        "recovery/nodes.py",
+        "        grid.step_node(slot, NodeStep.SUSPECT)\n\n\ndef on_cleared",
+        "        grid.step_node(slot, NodeStep.SUSPECT)\n        fence(grid, slot, event.beat_at, '')\n\n\ndef on_cleared",
+    ),
+    Mutant(
+        "a suspect that is heard again stays suspect",
+        "recovery/nodes.py",
+        "if slot is not None and slot.state is NodeState.SUSPECT and slot.fenced_by is None:",
+        "if False:",
+    ),
+    Mutant(
+        "a step that raises ends the requests of others in flight",
+        "recovery/pipeline.py",
+        "ahead, blamed = self._plans.waiting, self._behind(event.sequence)",
+        "ahead, blamed = self._plans.waiting, self._in_flight.requests",
+    ),
 )

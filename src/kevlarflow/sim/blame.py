@@ -11,12 +11,18 @@ from kevlarflow.types import Computing, Member, NodeInfo, PipelineId
 from kevlarflow.wire.messages import Form, Suspend
 
 
+DRAWN_ERROR = "a drawn error"
+"""What a step that was made to fail says."""
+
+
 class Blame:
     """What there is to blame requests for, over a whole run."""
 
     def __init__(self) -> None:
         self._caught: collections.Counter[tuple[str, bool]] = collections.Counter()
         """Nodes that died while they computed a request, by whether it was computed again."""
+        self._raised: set[str] = set()
+        """Requests of steps and chunks that raised."""
         self._losses: collections.Counter[PipelineId] = collections.Counter()
         """Orders to an engine that were about lost nodes."""
         self._unexplained: collections.Counter[PipelineId] = collections.Counter()
@@ -25,6 +31,14 @@ class Blame:
     def note_death(self, computing: Computing, requests: Iterable[str]) -> None:
         """A node has died, and was computing these."""
         self._caught.update((request, computing.sequence < 0) for request in requests)
+
+    def note_raised(self, requests: Iterable[str]) -> None:
+        """A step or a chunk of these was made to fail."""
+        self._raised.update(requests)
+
+    def may_end(self, request: str, reason: str) -> bool:
+        """Whether a request may end with an error that a step has raised: its own one has."""
+        return reason == DRAWN_ERROR and request in self._raised
 
     def note_order(self, order: Form | Suspend, serving: tuple[NodeInfo, ...]) -> None:
         """An engine takes an order that is about lost nodes; `serving` are those that it has."""

@@ -115,6 +115,7 @@ class FleetChecks:
                 if isinstance(command, events.Suspend) and not again:
                     self._check_wait(command)
                     self._check_suspension(command)
+                    self._fleet.verdicts.suspension(command)
 
     def left(self, engine: Engine) -> None:
         """No node that hears and works keeps a lane of a pipeline that has waited for a while."""

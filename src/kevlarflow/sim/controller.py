@@ -54,6 +54,7 @@ class Controller(Process):
         self.stillness = Stillness(config.timeouts, config.pipelines)
         self.snapshot: Snapshot | None = None
         self.life = 0
+        self.started_at = 0.0
         self._engines: dict[PipelineId, Engine] = {}
         self._members: dict[Member, Node] = {}
         self._known: set[Process] = set()
@@ -68,6 +69,7 @@ class Controller(Process):
         """Begin the cluster, or take up what the life before has left."""
         self.alive = True
         self.life += 1
+        self.started_at = self.timeline.now
         self._doom = None
         self._ticked_at = self.timeline.now
         self.cluster = Cluster(self.config)
@@ -323,6 +325,9 @@ class Controller(Process):
                     FORK_SECONDS * self.fleet.rng.random(), functools.partial(self._fork, member, stage, self.life)
                 )
             case events.KillNode(member=member):
+                node = self.fleet.living_node(member)
+                if node is not None:
+                    self.fleet.verdicts.kill(node)
                 self._kill(member)
             case events.KillEngine(pipeline=pipeline, pid=pid):
                 engine = self.fleet.engines[pipeline]
@@ -333,6 +338,7 @@ class Controller(Process):
             case events.Retire(member=member):
                 node = self._members.get(member)
                 if node is not None and node in self._known:
+                    node.told_to_leave_at = self.timeline.now
                     self._send(node, functools.partial(self.fleet.end_process, node))
 
     def _fork(self, member: Member, stage: int, life: int) -> None:

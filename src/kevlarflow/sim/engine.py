@@ -37,8 +37,6 @@ Order = messages.Form | messages.Suspend | messages.Standbys | messages.Hasten
 STEPS_OF_A_LIFE = 1_000_000
 """No engine uses a step's number again, not even a later one: see `engine.executor`."""
 RECOMPUTED_REQUESTS = 3
-DRAWN_ERROR = "a drawn error"
-"""What a step that was made to fail says."""
 MAX_IN_FLIGHT = 64
 """Steps that an engine may have issued and not completed: as many as stages, and what only says who has ended."""
 
@@ -231,7 +229,7 @@ class Engine(Process):
             if request.error in (REASON, POSSIBLE_REASON):
                 self.fleet.blame.check(request.name, request.error, self.pipeline)
                 self.fleet.counts["requests ended for what they cost"] += 1
-            elif request.error.removesuffix(f": {NOT_AGAIN}") != DRAWN_ERROR:
+            elif not self.fleet.blame.may_end(request.name, request.error.removesuffix(f": {NOT_AGAIN}")):
                 raise NoReason(f"{self} ends {request.name}: {request.error}")
             self.fleet.clients.end(request, request.error)
         self.scheduler.ended.clear()

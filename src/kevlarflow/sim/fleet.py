@@ -29,6 +29,7 @@ from kevlarflow.sim.mischief import Mischief
 from kevlarflow.sim.network import By, Network, Process, Timeline
 from kevlarflow.sim.node import Node
 from kevlarflow.sim.plan import Plan
+from kevlarflow.sim.verdicts import Verdicts
 from kevlarflow.sim.words import words
 from kevlarflow.types import Cause, Member, PipelineId, PipelineState, Stage
 from kevlarflow.wire import steps
@@ -65,6 +66,7 @@ class Fleet:
         self.engines: list[Engine] = []
         self.clients = Clients(self)
         self.checks = FleetChecks(self)
+        self.verdicts = Verdicts(self)
         self._costs: collections.Counter[tuple[str, str]] = collections.Counter()
         """Nodes that died of a request, in steps or while it was computed again."""
         self.blame = Blame()

@@ -261,6 +261,8 @@ class Mischief:
         self._slow_places.clear()
         self._stops_as_it_loads = 0
         fleet.network.slowness, fleet.network.echo = 1.0, 0.0
+        for cut in fleet.network.cuts:
+            self._note_mended(cut)
         fleet.network.cuts[:] = [cut for cut in fleet.network.cuts if cut in self._links]
         for node in fleet.living_nodes():
             self._speed_up(node)
@@ -433,7 +435,13 @@ class Mischief:
     def _mend(self, cut: Cut) -> None:
         if cut in self._fleet.network.cuts:
             self._fleet.network.cuts.remove(cut)
+            self._note_mended(cut)
             self._fleet.network.release()
+
+    def _note_mended(self, cut: Cut) -> None:
+        for end in (cut.process, cut.peer):
+            if isinstance(end, Node):
+                end.parted_at = self._fleet.timeline.now
 
 
 def _phase_of(header: steps.AnyStepMessage) -> str:

@@ -68,8 +68,10 @@ class Process:
         self.alive = True
         self.frozen = False
         self.frozen_since = 0.0
-        self.longest_pause = 0.0
-        """For how long it was stopped and then went on, at most."""
+        self.thawed_at = float("-inf")
+        """When it last went on."""
+        self.last_pause = self.longest_pause = 0.0
+        """For how long it was stopped and then went on: the last time, and at most."""
         self.died_at = 0.0
         self.ended_by = By.US
         self.loses_after = 0.0
@@ -103,7 +105,9 @@ class Process:
     def thaw(self) -> None:
         """Go on with what came due meanwhile."""
         self.frozen = False
-        self.longest_pause = max(self.longest_pause, self.timeline.now - self.frozen_since)
+        self.thawed_at = self.timeline.now
+        self.last_pause = self.timeline.now - self.frozen_since
+        self.longest_pause = max(self.longest_pause, self.last_pause)
         asleep, self._asleep = self._asleep, []
         for action in asleep:
             self._do(action)

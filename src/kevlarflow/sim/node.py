@@ -16,6 +16,7 @@ from kevlarflow.node.work import Computed, Done, Workflow
 from kevlarflow.recovery import standstill
 from kevlarflow.recovery.detector import Beat
 from kevlarflow.recovery.recompute import Chunk
+from kevlarflow.sim.blame import DRAWN_ERROR
 from kevlarflow.sim.copies import CheckedReplicas, SimReplicator, ToyKv
 from kevlarflow.sim.errors import NotFenced, Unbounded, WrongKv
 from kevlarflow.sim.network import Process
@@ -57,6 +58,12 @@ class Node(Process):
     kind = "node"
     cut_at = 0.0
     """When its connection to the controller last broke."""
+    parted_at = float("-inf")
+    """When it could last not reach somebody for a while."""
+    ready_at = float("inf")
+    told_to_leave_at: float | None = None
+    killed_at: float | None = None
+    """When SIGKILL was first meant for it."""
     stopped = False
     """Whether it was frozen for good."""
     hard_to_kill = False
@@ -73,6 +80,9 @@ class Node(Process):
         self.stage = stage
         self.pid = pid
         self.ready = False
+        self.born_at = fleet.timeline.now
+        self.failed_at: list[float] = []
+        """When somebody could not use it."""
         self.speed = Speed()
         self.beats = self._heard = 0
         self.thread = Thread(fleet.timeline, fleet.controller.config.timeouts.step_floor_ms / 1_000)
@@ -135,7 +145,7 @@ class Node(Process):
 
     def become_ready(self) -> None:
         """Its weights are loaded."""
-        self.ready = True
+        self.ready, self.ready_at = True, self.timeline.now
         self.introduce()
 
     def beat(self, *, heard: bool) -> Beat:
@@ -237,6 +247,7 @@ class Node(Process):
             self._leave(*orphan)
         lane = self.lanes.open(join.pipeline, join.epoch) if join.stage == self.stage else None
         if lane is None:
+            self.failed_at.append(self.timeline.now)
             self._answer(engine, steps.Refused(join.pipeline, join.epoch, join.stage, f"{self} has no lane"))
             return
         lane.engine = engine.name
@@ -279,7 +290,7 @@ class Node(Process):
         seconds = shape.step * self.speed.factor * (0.2 + self.fleet.rng.random())
         if self.raises:
             self.raises = False
-            self._end_after(seconds, functools.partial(self._fail, self._engines[lane.pipeline], lane, header))
+            self._end_after(seconds, functools.partial(self._fail, self._engines[lane.pipeline], lane, work))
             return
         done = self._workflow.begin(lane, work, activations)
         self._check_rows(lane, header, activations)
@@ -316,11 +327,15 @@ class Node(Process):
             self.speed.end(lane.runner.decoded, self.timeline.now)  # type: ignore[attr-defined]
         self._workflow.end(lane, work, done)
 
-    def _fail(self, engine: Line, lane: Lane, header: Header) -> None:
+    def _fail(self, engine: Line, lane: Lane, work: Work) -> None:
+        header = work.header
         self.lanes.fail(lane)
-        reason = "a drawn error"
-        sequence = header.sequence if isinstance(header, steps.Execute | steps.Recompute) else 0
-        self._answer(engine, steps.StepFailed(header.pipeline, header.epoch, sequence, self.stage, reason))
+        self.failed_at.append(self.timeline.now)
+        sequence = 0
+        if isinstance(header, steps.Execute | steps.Recompute):
+            sequence = header.sequence
+            self.fleet.blame.note_raised(_requests(work))
+        self._answer(engine, steps.StepFailed(header.pipeline, header.epoch, sequence, self.stage, DRAWN_ERROR))
 
     # ---- what the workflow computes with: see `node.work.Shell`
 
