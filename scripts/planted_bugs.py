@@ -822,7 +822,7 @@ MUTANTS = (
         "a node that is only suspected is killed",
         "recovery/nodes.py",
         "        grid.step_node(slot, NodeStep.SUSPECT)\n\n\ndef on_cleared",
-        "        grid.step_node(slot, NodeStep.SUSPECT)\n        fence(grid, slot, event.beat_at, '')\n\n\ndef on_cleared",
+        "        grid.step_node(slot, NodeStep.SUSPECT)\n        fence(grid, slot, 0.0, '')\n\n\ndef on_cleared",
     ),
     Mutant(
         "a suspect that is heard again stays suspect",

@@ -10,7 +10,6 @@ from kevlarflow.sim.errors import NoReason
 from kevlarflow.types import Computing, Member, NodeInfo, PipelineId
 from kevlarflow.wire.messages import Form, Suspend
 
-
 DRAWN_ERROR = "a drawn error"
 """What a step that was made to fail says."""
 
@@ -27,10 +26,16 @@ class Blame:
         """Orders to an engine that were about lost nodes."""
         self._unexplained: collections.Counter[PipelineId] = collections.Counter()
         """Those that did not say what each of the nodes had been computing."""
+        self._before: dict[str, tuple[int, int]] = {}
+        """How many of both there were before a request came to its engine: it is not to blame for these."""
 
     def note_death(self, computing: Computing, requests: Iterable[str]) -> None:
         """A node has died, and was computing these."""
         self._caught.update((request, computing.sequence < 0) for request in requests)
+
+    def note_added(self, request: str, pipeline: PipelineId) -> None:
+        """A request comes to an engine."""
+        self._before[request] = (self._losses[pipeline], self._unexplained[pipeline])
 
     def note_raised(self, requests: Iterable[str]) -> None:
         """A step or a chunk of these was made to fail."""
@@ -52,7 +57,9 @@ class Blame:
     def check(self, request: str, reason: str, pipeline: PipelineId) -> None:
         """A request ends; the reason has to be true."""
         caught = max(self._caught[request, False], self._caught[request, True])
-        if reason == REASON and caught + self._unexplained[pipeline] < MAX_COST:
+        losses, unexplained = self._before[request]
+        losses, unexplained = self._losses[pipeline] - losses, self._unexplained[pipeline] - unexplained
+        if reason == REASON and caught + unexplained < MAX_COST:
             raise NoReason(f"{request} has cost {caught} nodes: {reason}")
-        if reason == POSSIBLE_REASON and self._losses[pipeline] < MAX_POSSIBLE_COST:
-            raise NoReason(f"pipeline {pipeline} has lost nodes {self._losses[pipeline]} times: {reason}")
+        if reason == POSSIBLE_REASON and losses < MAX_POSSIBLE_COST:
+            raise NoReason(f"pipeline {pipeline} has lost nodes {losses} times since {request} came: {reason}")

@@ -325,9 +325,6 @@ class Controller(Process):
                     FORK_SECONDS * self.fleet.rng.random(), functools.partial(self._fork, member, stage, self.life)
                 )
             case events.KillNode(member=member):
-                node = self.fleet.living_node(member)
-                if node is not None:
-                    self.fleet.verdicts.kill(node)
                 self._kill(member)
             case events.KillEngine(pipeline=pipeline, pid=pid):
                 engine = self.fleet.engines[pipeline]
@@ -355,6 +352,7 @@ class Controller(Process):
         node = self.fleet.nodes.get(member)
         if node is None or not node.alive:
             return
+        self.fleet.verdicts.kill(node)
         if not node.hard_to_kill and not self.fleet.network.parted(node, self):
             self.timeline.after(0.005 * self.fleet.rng.random(), functools.partial(self.fleet.end_process, node))
         else:

@@ -157,6 +157,7 @@ class Engine(Process):
 
     def add(self, request: Request) -> None:
         """A client asks."""
+        self.fleet.blame.note_added(request.name, self.pipeline)
         if self.suspended_reason:
             self._may_end.add(request.name)
         self._inputs.append(("add", request))

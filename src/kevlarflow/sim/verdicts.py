@@ -34,10 +34,10 @@ class Verdicts:
 
     def kill(self, node: Node) -> None:
         """It is about to be sent SIGKILL."""
-        self._fleet.counts["nodes that were killed"] += 1
         if node.killed_at is None:
             if not self._may_be_killed(node):
                 raise FalseAlarm(f"{node} is killed, and nothing is wrong with it")
+            self._fleet.counts["nodes killed with reason"] += 1
             node.killed_at = self._fleet.timeline.now
 
     def _may_be_killed(self, node: Node) -> bool:
