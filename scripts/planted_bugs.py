@@ -251,10 +251,18 @@ MUTANTS = (
         "        return due[::-1]\n",
     ),
     Mutant(
-        "the ledger shares its block lists with the scheduler",
+        "steps share their block lists with vLLM's scheduler",
+        "engine/translate.py",
+        "return tuple(blocks[0])",
+        "return blocks[0]",
+        "tests/unit/engine/test_session.py::test_what_vllm_goes_on_appending_to_changes_no_step",
+    ),
+    Mutant(
+        "what is sent of the ledger changes with it",
         "recovery/ledger.py",
-        "            blocks=list(admission.blocks),",
-        "            blocks=admission.blocks,",
+        "output=list(each.output), blocks=list(each.blocks))",
+        "output=each.output, blocks=each.blocks)",
+        "tests/unit/recovery/test_ledger.py",
     ),
     Mutant(
         "a replica is taken without a look at its tag",

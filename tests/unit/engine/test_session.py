@@ -175,3 +175,19 @@ def test_an_idle_engine_does_not_grow_with_each_recovery(session: Session) -> No
     assert first is not None
     assert last is not None
     assert first == last
+
+
+def test_what_vllm_goes_on_appending_to_changes_no_step() -> None:
+    from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+    from kevlarflow.engine.translate import step_of
+
+    new, more = [1, 2], [7]
+    scheduled = SchedulerOutput.make_empty()
+    scheduled.scheduled_new_reqs = [NewRequestData("new", [3, 4, 5], [], None, None, (new,), 0, None)]
+    scheduled.scheduled_cached_reqs = CachedRequestData(["old"], set(), [], {}, [(more,)], [8], [1])
+    step = step_of(scheduled, sequence=1, formation=0)
+    new.append(3)
+    more.append(8)
+    assert list(step.admissions[0].blocks) == [1, 2]
+    assert list(step.continuations[0].new_blocks) == [7]

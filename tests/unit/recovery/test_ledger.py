@@ -39,6 +39,14 @@ def test_blocks_are_appended_and_the_scheduler_list_is_not_shared():
     assert (entry.blocks, entry.computed, entry.output) == ([4, 5], 4, [9, 8])
 
 
+def test_copies_stay_as_the_ledger_was():
+    ledger = admitted()
+    (before,) = ledger.copies()
+    ledger.complete(step(2, continuations=(Continuation("a", False, [5], 3, 1),), scheduled={"a": 1}), result(a=[8]))
+    assert (before.blocks, before.output, before.computed) == ([4], [9], 3)
+    assert (ledger["a"].blocks, ledger["a"].output) == ([4, 5], [9, 8])
+
+
 def test_a_preempted_request_owns_no_blocks_and_keeps_its_tokens():
     ledger = admitted()
     ledger.complete(step(2, preempted=["a"]), result())
