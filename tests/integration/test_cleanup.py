@@ -10,13 +10,13 @@ import socket
 import subprocess
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
 from integration.cluster import FLAGS, KEVLARFLOW, STOP_TIMEOUT_SECONDS, Cluster, running_cluster, shared_memory_of
+from kevlarflow.bench.chaos.stage import shared_memory, shared_memory_since
 from kevlarflow.bench.systems import free_port
 from kevlarflow.config import Timeouts, run_folder_of
 from kevlarflow.faults.processes import is_alive
@@ -52,7 +52,8 @@ def require_nothing_left(cluster: Cluster, shared_before: set[str]) -> None:
     assert members(cluster.run_folder) == {}
     assert not cluster.run_folder.exists()
     assert not cluster.run_folder.with_suffix(".lock").exists()
-    assert set(map(str, Path("/dev/shm").iterdir())) <= shared_before
+    # Nor is it others' who come and go meanwhile.
+    wait_until(lambda: not shared_memory_since(shared_before, []), STOP_TIMEOUT_SECONDS)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("0.0.0.0", cluster.port))
@@ -60,7 +61,7 @@ def require_nothing_left(cluster: Cluster, shared_before: set[str]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_nothing_is_left_when_it_ends_under_load(number: signal.Signals) -> None:
-    shared_before = set(map(str, Path("/dev/shm").iterdir()))
+    shared_before = shared_memory()
     with running_cluster() as cluster:
         require_private(cluster)
         threads = begin_streams(cluster)
@@ -98,7 +99,7 @@ def require_private(cluster: Cluster) -> None:
 
 
 def test_a_node_that_dies_during_start_up_is_one_line_and_leaves_nothing() -> None:
-    shared_before = set(map(str, Path("/dev/shm").iterdir()))
+    shared_before = shared_memory()
     port = free_port()
     command = [KEVLARFLOW, "serve", "-pp", "2", "-dp", "2", "--port", str(port), *FLAGS]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as serve:

@@ -32,6 +32,8 @@ FIELDS = {
     },
 }  # fmt: skip
 
+SECONDS = {"detect", "plan", "relink", "restore", "recompute", "reissue", "total"}
+
 
 def timed_status(cluster: Cluster) -> tuple[dict[str, Any], float]:
     """The document and how long it took, without the start of a Python interpreter: a crowded machine is no news."""
@@ -39,12 +41,20 @@ def timed_status(cluster: Cluster) -> tuple[dict[str, Any], float]:
     return ask_status(cluster.run_folder, 10.0), time.monotonic() - start
 
 
+def require_fields(status: dict[str, Any], name: str) -> None:
+    """A list of the document is not empty, and its entries have what they should."""
+    assert status[name], f"no {name}"
+    assert all(set(entry) >= FIELDS[name] for entry in status[name]), name
+
+
 def test_the_document_keeps_the_contract(grid: Cluster) -> None:
     status = grid.ask()
     assert status["model"] == "smollm2-135m-instruct"
     assert status["main_pid"] == grid.process.pid
-    for name, fields in FIELDS.items():
-        assert all(set(entry) >= fields for entry in status[name]), name
+    until("the engines report", lambda: grid.ask()["replication"], timeout=30)
+    status = grid.ask()
+    for name in FIELDS.keys() - {"recoveries"}:
+        require_fields(status, name)
     assert len(status["pipelines"]) == len(status["engines"]) == grid.pipelines
     assert len(status["nodes"]) == grid.pipelines * grid.stages
     for pipeline in status["pipelines"]:
@@ -88,6 +98,8 @@ def test_it_answers_in_time_during_a_recovery_and_tells_of_it(grid: Cluster) -> 
     dead = struck[0].target.processes[0].pid
     status = grid.wait_settled()
     assert dead not in [node["pid"] for node in status["nodes"]], "a replaced node leaves the list"
+    require_fields(status, "recoveries")
+    assert all(set(recovery["seconds"]) >= SECONDS for recovery in status["recoveries"])
     ids = [recovery["id"] for recovery in status["recoveries"]]
     assert len(set(ids)) == len(ids)
 

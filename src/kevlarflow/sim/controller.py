@@ -336,6 +336,7 @@ class Controller(Process):
                 node = self._members.get(member)
                 if node is not None and node in self._known:
                     node.told_to_leave_at = self.timeline.now
+                    self.fleet.counts["nodes told to leave"] += 1
                     self._send(node, functools.partial(self.fleet.end_process, node))
 
     def _fork(self, member: Member, stage: int, life: int) -> None:

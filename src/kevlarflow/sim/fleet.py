@@ -161,6 +161,8 @@ class Fleet:
         if self.network.held > MAX_HELD_MESSAGES:
             raise Unbounded(f"{self.network.held} messages wait")
         self.counts["events"] += self.timeline.events
+        self.counts["messages held up by a partition"] += self.network.held_up
+        self.counts["messages that came twice"] += self.network.echoed
         self.checks.rests()
         recoveries = self.controller.cluster.recoveries
         self.counts["recoveries"] += len(recoveries)

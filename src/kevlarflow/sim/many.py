@@ -56,7 +56,15 @@ def run_fleet(seed: int) -> collections.Counter[str]:
 
 def run_batch(seeds: range, *, alone: bool = False) -> Batch:
     """Run seeds one after another until one fails."""
+    disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
+    try:
+        return _run_all(seeds, alone=alone)
+    finally:
+        logging.disable(disabled)
+
+
+def _run_all(seeds: range, *, alone: bool) -> Batch:
     counts: collections.Counter[str] = collections.Counter()
     for done, seed in enumerate(seeds):
         try:

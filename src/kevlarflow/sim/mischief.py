@@ -108,6 +108,7 @@ class Mischief:
         engine = self._fleet.engines[fault.pipeline]
         known = self._fleet.controller.cluster.pipelines[fault.pipeline].engine
         if engine.alive:
+            self._fleet.counts["engines that were stopped"] += 1
             engine.freeze()
             if fault.detail != FOR_GOOD or known.pid != engine.pid:
                 self._stopped.append(engine)

@@ -156,6 +156,10 @@ class Network:
     """How likely a message to the controller comes a second time, late."""
     cuts: list[Cut] = field(default_factory=list)
     sent: int = 0
+    held_up: int = 0
+    """Messages that a partition has held up."""
+    echoed: int = 0
+    """Those that came a second time."""
     released_at: float = 0.0
     """When what was held up was last let go."""
     _connections: collections.Counter[frozenset[Process]] = field(default_factory=collections.Counter)
@@ -173,6 +177,7 @@ class Network:
         message = _Message(source, target, line, now, deliver)
         self.timeline.after(arrives - now, lambda: self._arrive(message))
         if self.echo and target.kind == "controller" and self.rng.random() < self.echo:
+            self.echoed += 1
             again = _Message(source, target, ("echo", self.sent), now, deliver)
             self.timeline.after(arrives - now + self.rng.random() * 0.3, lambda: self._arrive(again))
 
@@ -223,6 +228,7 @@ class Network:
             return
         stopped = target.frozen or not target.alive or message.line in self._held
         if stopped or self.stops(source, target):
+            self.held_up += not stopped
             self._held.setdefault(message.line, []).append(message)
         else:
             message.deliver()

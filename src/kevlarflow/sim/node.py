@@ -287,6 +287,7 @@ class Node(Process):
         if poisoned or self.thread.hangs_in(ways):
             return
         shape = self.fleet.plan.shape
+        self.fleet.counts["pieces of work that were slow"] += self.speed.factor > 1.0
         seconds = shape.step * self.speed.factor * (0.2 + self.fleet.rng.random())
         if self.raises:
             self.raises = False
@@ -331,6 +332,7 @@ class Node(Process):
         header = work.header
         self.lanes.fail(lane)
         self.failed_at.append(self.timeline.now)
+        self.fleet.counts["pieces of work that raised"] += 1
         sequence = 0
         if isinstance(header, steps.Execute | steps.Recompute):
             sequence = header.sequence

@@ -228,9 +228,13 @@ def test_a_drained_node_leaves_and_its_place_is_filled_by_hand(cluster, tmp_path
         "there is no node"
     )
     assert ask(tmp_path, messages.DrainNode("node-0-1"), messages.Answered, ANSWER_SECONDS).refusal == ""
-    cluster.wait(lambda d: not os.path.exists(f"/proc/{pid}") and all_serve(d), "the departure")
-    node = cluster.node("node-0-1")
-    assert (node["state"], node["incarnation"]) == ("dead", 1)
+
+    def has_left(document):
+        (node,) = (each for each in document["nodes"] if each["id"] == "node-0-1")
+        return node["state"] == "dead" and not os.path.exists(f"/proc/{pid}") and all_serve(document)
+
+    cluster.wait(has_left, "the departure")
+    assert cluster.node("node-0-1")["incarnation"] == 1
     assert nodes_of(cluster.status(), 0) == ["node-0-0", "node-1-1"]
     # Whoever has the place must prove to be a living process; this one serves as the node from now on.
     hand = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

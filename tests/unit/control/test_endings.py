@@ -17,6 +17,22 @@ from kevlarflow.control.watcher import LocalProcessWatcher
 PATIENCE_SECONDS = 30.0
 
 
+@pytest.fixture
+def vmstat(tmp_path):
+    """What the kernel counts, on a machine that has memory enough."""
+    file = tmp_path / "vmstat"
+    file.write_text("nr_free_pages 7\noom_kill 2\noom_kills_of_another_kind 9\n")
+    return file
+
+
+@pytest.fixture
+def watcher(vmstat):
+    """One that looks there."""
+    watcher = LocalProcessWatcher()
+    watcher._oom_kills = OomKills(vmstat)
+    return watcher
+
+
 def death_of(body: str, number: signal.Signals | None = None, watcher=None):
     """What the watcher says of a process that runs `body`, and is sent a signal."""
     script = f"print('ready', flush=True); import os, signal, sys, time; sys.stdin.readline(); {body}"
@@ -44,8 +60,8 @@ def death_of(body: str, number: signal.Signals | None = None, watcher=None):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_who_is_killed_is_known_to_have_been(number):
-    assert death_of("time.sleep(600)", number) == (number.name, True)
+def test_who_is_killed_is_known_to_have_been(number, watcher):
+    assert death_of("time.sleep(600)", number, watcher) == (number.name, True)
 
 
 @pytest.mark.parametrize(
@@ -60,13 +76,6 @@ def test_who_is_killed_is_known_to_have_been(number):
 )
 def test_who_dies_of_what_it_does_was_not_killed_by_anybody(body, ending):
     assert death_of(body) == (ending, False)
-
-
-@pytest.fixture
-def vmstat(tmp_path):
-    file = tmp_path / "vmstat"
-    file.write_text("nr_free_pages 7\noom_kill 2\noom_kills_of_another_kind 9\n")
-    return file
 
 
 def test_the_kernel_ends_nobody_by_another_signal_for_want_of_memory(monkeypatch):
@@ -92,25 +101,20 @@ def test_where_the_kernel_does_not_say_it_may_have_been(tmp_path, text):
     assert OomKills(file).may_have_been(10.0)
 
 
-def test_a_kill_for_want_of_memory_is_noticed_when_it_happens(vmstat):
-    watcher = LocalProcessWatcher()
-    watcher._oom_kills = OomKills(vmstat)
+def test_a_kill_for_want_of_memory_is_noticed_when_it_happens(vmstat, watcher):
     vmstat.write_text("oom_kill 3\n")
     before = time.monotonic() - 2 * OOM_SECONDS
     assert watcher.check(before) == []
     assert death_of("time.sleep(600)", signal.SIGKILL, watcher) == ("SIGKILL", True), "that was long before"
 
 
-def test_the_watcher_asks_for_it(vmstat):
-    watcher = LocalProcessWatcher()
-    watcher._oom_kills = OomKills(vmstat)
+def test_the_watcher_asks_for_it(vmstat, watcher):
     vmstat.write_text("oom_kill 3\n")
     assert death_of("time.sleep(600)", signal.SIGKILL, watcher) == ("SIGKILL", False)
 
 
-def test_of_a_nodes_processes_that_one_comes_first_that_may_have_taken_the_others_along():
+def test_of_a_nodes_processes_that_one_comes_first_that_may_have_taken_the_others_along(watcher):
     children = [subprocess.Popen(["sleep", "600"]) for _ in range(2)]
-    watcher = LocalProcessWatcher()
     try:
         assert watcher.watch("node", [each.pid for each in children])
         children[0].kill()

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from kevlarflow.node.progress import OVERRUN_FACTOR, UNKNOWN_FACTOR, UNSEEN_FACTOR, Progress
+from kevlarflow.node.progress import OVERRUN_FACTOR, UNKNOWN_FACTOR, UNSEEN_FACTOR, Progress, Step
 from kevlarflow.node.thread_clock import Spent
 from kevlarflow.types import PipelineId
 
@@ -44,26 +44,29 @@ def test_an_idle_loop_is_not_overdue():
 def seen_while(progress: Progress, work, seconds: float) -> bool:
     """Whether another thread sees the step overdue within `seconds` while this one is at `work`."""
     ended = threading.Event()
-    seen: list[bool] = []
+    seen: list[tuple[float, Step]] = []
 
     def look() -> None:
         # Not where this one may be starved: who waits for the interpreter's lock sleeps.
         os.sched_setaffinity(0, ALL_CPUS)
-        while not ended.is_set() and not (seen and seen[-1]):
-            step = progress.look()
-            assert step.pipeline in (P, None)
-            seen.append(step.is_overdue)
+        while not ended.is_set() and not (seen and seen[-1][1].is_overdue):
+            seen.append((time.monotonic(), progress.look()))
             time.sleep(0.005)
 
     looker = threading.Thread(target=look)
     progress.begin(P)
     progress.measure(4)
+    begun = time.monotonic()
     looker.start()
     work(seconds)
+    done = time.monotonic()
     ended.set()
     looker.join()
     progress.end()
-    return any(seen)
+    assert {step.pipeline for _, step in seen} == {P}
+    last, step = seen[-1]
+    assert step.is_overdue or last - begun > (done - begun) / 2, "nobody has looked when it mattered"
+    return step.is_overdue
 
 
 def test_a_step_that_sleeps_is_overdue_after_the_floor():

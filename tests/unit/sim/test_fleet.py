@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import os
 import re
 import subprocess
@@ -18,7 +19,7 @@ from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.invariants import Violated
 from kevlarflow.sim import fleet, plan
 from kevlarflow.sim.errors import FalseAlarm, NoReason, Overlooked, Restless, Stuck, WrongKv
-from kevlarflow.sim.many import run_many
+from kevlarflow.sim.many import run_batch, run_many
 from kevlarflow.sim.scheduler import Blocks
 from kevlarflow.sim.shrink import failure_of, shrink, story_of
 from kevlarflow.types import PipelineId, PipelineState
@@ -58,6 +59,29 @@ def test_what_is_drawn_happens() -> None:
         "times a node did not hear us",
     ):
         assert counts[what], f"no {what}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("drain", "nodes told to leave"),
+        ("link", "links that stay broken"),
+        ("echo", "messages that came twice"),
+        ("partition", "messages held up by a partition"),
+        ("engine freeze", "engines that were stopped"),
+        ("raise", "pieces of work that raised"),
+        ("slow", "pieces of work that were slow"),
+    ],
+)
+def test_each_fault_has_an_effect(kind: str, what: str) -> None:
+    with_it = (drawn for drawn in map(plan.draw, itertools.count()) if any(each.kind == kind for each in drawn.faults))
+    assert any(fleet.run(each).counts[what] for each in itertools.islice(with_it, 30)), f"no {what}"
+
+
+def test_a_run_leaves_logging_as_it_was() -> None:
+    before = logging.root.manager.disable
+    assert run_batch(range(1)).failed is None
+    assert logging.root.manager.disable == before
 
 
 def test_a_seed_is_the_same_run_every_time() -> None:
