@@ -25,7 +25,7 @@ SYSTEMS = {
 LIGHT, NEAR, ABOVE = "light", "near", "above"
 RATES = {
     LIGHT: "a quarter of what the system carries",
-    ABOVE: "more than the nodes that are left after a loss carry",
+    ABOVE: "with two pipelines, more than the nodes that are left after a loss carry",
     NEAR: "near what the whole system carries (emulated: at 1 Gbps)",
 }
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import msgspec
+
 from kevlarflow.bench.evaluation import figures
 from kevlarflow.bench.evaluation.cells import NO_FAULT, RATES, SETTINGS, SYSTEMS, Cell, workload
 from kevlarflow.bench.evaluation.claims import claims
@@ -25,6 +27,7 @@ from kevlarflow.bench.evaluation.outcome import GOODPUT_WINDOW_SECONDS, CellResu
 from kevlarflow.bench.evaluation.prose import FORMULAS, WHY_DIFFERENT
 from kevlarflow.bench.evaluation.saved import load_all
 from kevlarflow.bench.evaluation.spread import THROUGHPUT, half_width, spreads
+from kevlarflow.bench.evaluation.workload import Workload
 from kevlarflow.bench.recipes import REMEDY_NOTE
 
 NOTHING = "-"
@@ -96,9 +99,14 @@ def _how(results: Sequence[CellResult]) -> Iterator[str]:
 def _other_loads(results: Sequence[CellResult]) -> Iterator[str]:
     """Cells whose load is none of the suite's."""
     for each in results:
-        if each.load is not None and each.load != workload(each.cell):
+        if each.load is not None and _named(each.load) != _named(workload(each.cell)):
             rate, trace = each.load.requests_per_second, Path(each.load.trace).name
             yield f"But {each.cell.name}: {each.load.arrivals} arrivals, {rate:g} a second, of {trace}."
+
+
+def _named(load: Workload) -> Workload:
+    """Wherever its trace lay when it was measured."""
+    return msgspec.structs.replace(load, trace=Path(load.trace).name)
 
 
 def _ratio_lines(found: Sequence[Row]) -> Iterator[str]:
@@ -160,10 +168,9 @@ def _range(limits: tuple[float, float] | None) -> str:
 
 def _cell_lines(found: Sequence[Row]) -> Iterator[str]:
     yield "MTTR: from the fault to the first token of the pipeline that was hit (the slower of two). Goodput back:"
-    yield "until goodput is at 90 % of what was delivered before, over the next "
-    yield f"{GOODPUT_WINDOW_SECONDS} s and over the rest of the load. Kept: goodput in the {AFTER_SECONDS} s after the"
-    yield "fault by what was delivered in as many before."
-    yield "Requests, lost ones and times are those of the failure window. Wrong: whole, and not the output of"
+    yield f"until goodput is at 90 % of what was delivered before, over the next {GOODPUT_WINDOW_SECONDS} s and over"
+    yield f"the rest of the load. Kept: goodput in the {AFTER_SECONDS} s after the fault by what was delivered in as"
+    yield "many before. Requests, lost ones and times are those of the failure window. Wrong: whole, and not the output of"
     yield "a run without failure (or of what stock did not lose in one with). Times in seconds."
     yield ""
     yield from _table(

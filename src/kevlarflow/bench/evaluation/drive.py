@@ -71,7 +71,7 @@ def run(
     system: Contender | None = None
     try:
         requests = plan(workload)
-        result.load = workload
+        result.load = msgspec.structs.replace(workload, trace=Path(workload.trace).name)
         result.conditions = conditions(cell, requests, here)
         system = make_contender(cell, folder)
         system.start()

@@ -201,6 +201,9 @@ def test_a_load_that_is_not_the_suites_is_named(folder):
     saved.save(folder, other)
     said = "But a10-2x4-1g.kevlarflow.near.one-middle.0: trace arrivals"
     assert f"{said}, {other.load.requests_per_second:g} a second, of own.csv." in document.write(folder).read_text()
+    other.load = msgspec.structs.replace(cells.workload(other.cell), trace="/another/checkout/azure_conv_sample.csv")
+    saved.save(folder, other)
+    assert "But " not in document.write(folder).read_text()
 
 
 @pytest.mark.parametrize("firsts", [(0.5, None), (None, 0.5)])
