@@ -170,7 +170,7 @@ def _cell_lines(found: Sequence[Row]) -> Iterator[str]:
     yield "MTTR: from the fault to the first token of the pipeline that was hit (the slower of two). Goodput back:"
     yield f"until goodput is at 90 % of what was delivered before, over the next {GOODPUT_WINDOW_SECONDS} s and over"
     yield f"the rest of the load. Kept: goodput in the {AFTER_SECONDS} s after the fault by what was delivered in as"
-    yield "many before. Requests, lost ones and times are those of the failure window. Wrong: whole, and not the output of"
+    yield "many before. Requests, lost ones and times: of the failure window. Wrong: whole, and not the output of"
     yield "a run without failure (or of what stock did not lose in one with). Times in seconds."
     yield ""
     yield from _table(
