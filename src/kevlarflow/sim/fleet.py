@@ -69,6 +69,7 @@ class Fleet:
         self.verdicts = Verdicts(self)
         self._costs: collections.Counter[tuple[str, str]] = collections.Counter()
         """Nodes that died of a request, in steps or while it was computed again."""
+        self._has_poison = any(each.poisons is not None for each in plan.demands)
         self.blame = Blame()
         self._lives: collections.Counter[PipelineId] = collections.Counter()
         self._pids = 1_000
@@ -267,6 +268,8 @@ class Fleet:
         it is computed again. Where nobody may read what the node has been computing, a death does not count that the
         engine hears of before it hears that the node was ready.
         """
+        if self.mischief.over or not self._has_poison:
+            return False
         deadly = [name for name, end in computed if self._is_deadly(name, node.stage, end)]
         if not deadly:
             return False
@@ -285,7 +288,7 @@ class Fleet:
     def _is_deadly(self, name: str, stage: Stage, end: int) -> bool:
         demand = self.clients.demand_of(name)
         poison = demand.poisons if demand is not None else None
-        return poison is not None and not self.mischief.over and poison[0] == stage and poison[1] < end
+        return poison is not None and poison[0] == stage and poison[1] < end
 
 
 def run(plan: Plan, *, telling: bool = False) -> Fleet:

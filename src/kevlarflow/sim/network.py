@@ -162,7 +162,7 @@ class Network:
     """Those that came a second time."""
     released_at: float = 0.0
     """When what was held up was last let go."""
-    _connections: collections.Counter[frozenset[Process]] = field(default_factory=collections.Counter)
+    _connections: collections.Counter[tuple[Process, Process]] = field(default_factory=collections.Counter)
     _lost_at: dict[tuple[Process, Process, str], float] = field(default_factory=dict)
     """When what was on its way from one process to another, of one sort, was lost."""
     _arrives: dict[Hashable, float] = field(default_factory=dict)
@@ -188,11 +188,12 @@ class Network:
 
     def connection(self, one: Process, other: Process) -> int:
         """The number of the connection between two processes: how often it has broken."""
-        return self._connections[frozenset((one, other))] if self._connections else 0
+        return self._connections.get((one, other), 0)
 
     def sever(self, source: Process, target: Process, sorts: frozenset[str], *, loses: bool, loses_back: bool) -> None:
         """Break the connections between two processes; `sorts` are those of the messages that are lost with them."""
-        self._connections[frozenset((source, target))] += 1
+        self._connections[source, target] += 1
+        self._connections[target, source] += 1
         for sort in sorts:
             if loses:
                 self._lost_at[source, target, sort] = self.timeline.now
