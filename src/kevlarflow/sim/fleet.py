@@ -31,7 +31,7 @@ from kevlarflow.sim.node import Node
 from kevlarflow.sim.plan import Plan
 from kevlarflow.sim.verdicts import Verdicts
 from kevlarflow.sim.words import words
-from kevlarflow.types import Cause, Member, PipelineId, PipelineState, Stage
+from kevlarflow.types import Cause, Epoch, Member, PipelineId, PipelineState, RecoveryId, Stage
 from kevlarflow.wire import steps
 
 BOOTED_SECONDS = 100.0
@@ -142,21 +142,29 @@ class Fleet:
     def _stay_well(self) -> None:
         """A few more requests are served, and everything is well without anything being done about it."""
         self.tell("world", "is well")
-        cluster = self.controller.cluster
-        before, known = {each.id: each.epoch for each in cluster.pipelines}, cluster.next_recovery
+        before, known = self._formed_so_far()
+        # A connection that broke while nobody used it is noticed, and made anew, by the first who does.
+        in_touch = all(node.is_in_touch(lane) for node in self.living_nodes() for lane in node.lanes)
         self.clients.come(self.plan.afterwards)
         if not self.timeline.run(self.timeline.now + SERVED_SECONDS, lambda: not self.clients.open):
             raise Stuck(f"{SERVED_SECONDS:.0f} s after all was well: {'; '.join(self._complaints())}")
         if errors := self.clients.errors_of(self.plan.afterwards):
             raise NoReason(f"all was well, and {'; '.join(errors)}")
+        if not in_touch:
+            before, known = self._formed_so_far()
         self.timeline.run(self.timeline.now + QUIET_SECONDS)
-        cluster = self.controller.cluster
-        after = {each.id: each.epoch for each in cluster.pipelines}
-        if after != before or cluster.next_recovery != known:
-            causes = [f"{each.cause} of {each.origin}" for each in cluster.recoveries if each.id >= known]
+        after, newest = self._formed_so_far()
+        if (after, newest) != (before, known):
+            recoveries = self.controller.cluster.recoveries
+            causes = [f"{each.cause} of {each.origin}" for each in recoveries if each.id >= known]
             raise Restless(f"all was well, and epochs went from {before} to {after}: {', '.join(causes)}")
         if wrong := list(self._complaints()):
             raise Stuck(f"{QUIET_SECONDS:.0f} s after all was well: {'; '.join(wrong)}")
+
+    def _formed_so_far(self) -> tuple[dict[PipelineId, Epoch], RecoveryId]:
+        """The epoch of each pipeline, and the number of the recovery that will be next."""
+        cluster = self.controller.cluster
+        return {each.id: each.epoch for each in cluster.pipelines}, cluster.next_recovery
 
     def _count(self) -> None:
         if self.network.held > MAX_HELD_MESSAGES:

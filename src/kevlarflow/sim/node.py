@@ -60,6 +60,8 @@ class Node(Process):
     """When its connection to the controller last broke."""
     parted_at = float("-inf")
     """When it could last not reach somebody for a while."""
+    left_at = float("-inf")
+    """When it last gave up a lane."""
     ready_at = float("inf")
     told_to_leave_at: float | None = None
     killed_at: float | None = None
@@ -239,6 +241,7 @@ class Node(Process):
 
     def _leave(self, pipeline: PipelineId, epoch: Epoch) -> None:
         left = self.lanes.leave(pipeline, epoch)
+        self.left_at = self.timeline.now
         if left is not None and self.replicas is not None:
             self.replicas.close(left)
 

@@ -76,7 +76,7 @@ class Verdicts:
 
     def _could_serve(self, node: Node, order: Suspend) -> bool:
         fleet, now = self._fleet, self._fleet.timeline.now
-        if not (node.ready and node.is_well) or now - node.ready_at < KNOWN_SECONDS:
+        if not (node.ready and node.is_well) or now - max(node.ready_at, node.left_at) < KNOWN_SECONDS:
             return False
         if node.killed_at is not None or node.told_to_leave_at is not None:
             return False
