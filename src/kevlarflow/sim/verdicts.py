@@ -81,7 +81,8 @@ class Verdicts:
         if node.killed_at is not None or node.told_to_leave_at is not None:
             return False
         failed = any(now - each < AVOID_SECONDS for each in node.failed_at)
-        unknown = now - max(fleet.controller.started_at, fleet.controller.thawed_at) < KNOWN_SECONDS
+        # What was held up while the controller was away, or stopped, it reads in no particular order.
+        unknown = now - max(fleet.controller.started_at, fleet.network.released_at) < KNOWN_SECONDS
         if failed or unknown or now - node.thawed_at < KNOWN_SECONDS or self._is_cut_off(node, KNOWN_SECONDS):
             return False
         home = int(node.member.node.split("-")[1])
