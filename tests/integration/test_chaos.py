@@ -53,7 +53,7 @@ def test_a_check_that_cannot_hold_fails_and_a_fault_that_cannot_be_is_void(grid:
     assert (failed.returncode, report["outcome"]) == (1, "failed")
     assert [check["check"] for check in report["checks"] if not check["holds"]] == ["largest gap"]
     assert "FAILED short: largest gap" in failed.stderr
-    void, report = perform(grid, SCENARIO.replace("tokens: 40}\nchecks", "tokens: 160}\nchecks"), tmp_path)
+    void, report = perform(grid, SCENARIO.replace("tokens: 40}\nchecks", "seconds: 600}\nchecks"), tmp_path)
     assert (void.returncode, report["outcome"]) == (3, "void")
     assert "the load had ended" in report["reason"]
 
