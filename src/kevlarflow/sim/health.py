@@ -45,6 +45,8 @@ def _of_engine(fleet: Fleet, pipeline: Pipeline) -> Iterator[str]:
     core = engine.core
     if not (engine.alive and engine.started):
         yield f"{engine} is {'not ready' if engine.alive else 'dead'}"
+    elif engine.frozen:
+        yield f"{engine} is stopped"
     elif core.standing is not Standing.SERVING:
         yield f"{engine} is {core.standing}"
     elif (core.epoch, core.members) != (pipeline.epoch, tuple(pipeline.members)):

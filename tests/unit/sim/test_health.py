@@ -38,6 +38,7 @@ def test_a_run_ends_well() -> None:
     [
         (lambda run: engine(run).die(0.0), "engine-0#1 is dead"),
         (lambda run: setattr(engine(run), "started", False), "engine-0#1 is not ready"),
+        (lambda run: engine(run).freeze(), "engine-0#1 is stopped"),
         (lambda run: setattr(engine(run).core, "standing", Standing.FORMING), "engine-0#1 is forming"),
         (lambda run: setattr(engine(run).core, "epoch", 1_000), "in epoch 1000, and should in epoch "),
         (lambda run: setattr(engine(run).core, "_disagrees", True), "engine-0#1 serves with "),
