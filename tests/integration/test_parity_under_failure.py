@@ -80,11 +80,12 @@ SLOW = tuple(
 )
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    [pytest.param(each, id=str(each)) for each in FAST]
-    + [pytest.param(each, id=str(each), marks=pytest.mark.slow) for each in SLOW],
-)
+def cost(scenario: Scenario) -> list[pytest.MarkDecorator]:
+    """Preemption takes longest, and is part of the fast tests with poor replicas."""
+    return [] if scenario in FAST and not isinstance(scenario.trigger, WhilePreempting) else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize("scenario", [pytest.param(each, id=str(each), marks=cost(each)) for each in (*FAST, *SLOW)])
 def test_a_killed_node_changes_nothing_for_clients(
     scenario: Scenario, grid: Cluster, stock_reference: Reference
 ) -> None:

@@ -27,6 +27,7 @@ def three() -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.mark.slow
 def test_a_second_loss_of_the_same_stage_is_survived(three: Cluster, stock_reference: Reference) -> None:
     streams = workload.steady()
     times: list[float] = []

@@ -36,7 +36,7 @@ def test_every_bug_can_be_planted() -> None:
 
 @pytest.mark.timeout(600)
 def test_planted_bugs_are_found() -> None:
-    done = hunt(*QUICK, "--seeds", "400")
+    done = hunt(*QUICK, "--seeds", "80")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(QUICK)} of {len(QUICK)} found" in done.stdout
 
