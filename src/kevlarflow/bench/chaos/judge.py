@@ -42,6 +42,8 @@ class Observed(msgspec.Struct):
     reference: list[Answer] | None = None
     """The answers to the same requests without faults."""
     lane_back_seconds: float | None = None
+    whole_at: float | None = None
+    """`time.monotonic()` of when every lane was back; None: it was not seen."""
     moved_seconds: list[float | None] = []
     """Of each node that was made slow."""
     recoveries: list[dict[str, Any]] = []
@@ -80,7 +82,7 @@ def judge(checks: Checks, seen: Observed) -> list[Verdict]:
     since = min((fault.at for fault in seen.faults), default=0.0)
     detected = [fault.detected_seconds for fault in seen.faults if fault.is_to_be_detected]
     limits = (
-        ("largest gap", checks.largest_gap_seconds, largest_gap(seen.answers, since)),
+        ("largest gap", checks.largest_gap_seconds, largest_gap(seen.answers, since, seen.whole_at)),
         ("detected within", checks.detected_seconds, _slowest(detected)),
         ("moved within", checks.moved_seconds, _slowest(seen.moved_seconds)),
         ("lane back within", checks.lane_back_seconds, seen.lane_back_seconds),
@@ -109,13 +111,16 @@ def lost(answers: Sequence[Answer]) -> list[str]:
     return [defect for answer in answers if (defect := answer.defect())]
 
 
-def largest_gap(answers: Sequence[Answer], since: float) -> float | None:
-    """The longest wait between two tokens of a stream that ended after `since`; None when no token came after it."""
+def largest_gap(answers: Sequence[Answer], since: float, until: float | None = None) -> float | None:
+    """The longest wait between two tokens of a stream that ended after `since`; None when no token came after it.
+
+    One that began after `until`, when the cluster was whole again, is no fault's: long prompts take their time as well.
+    """
     waits = [
         later - earlier
         for answer in answers
         for earlier, later in itertools.pairwise(answer.stream.times)
-        if later > since
+        if later > since and (until is None or earlier <= until)
     ]
     return max(waits, default=None)
 

@@ -163,7 +163,8 @@ class Performance:
             if time.monotonic() > deadline:
                 return
             await asyncio.sleep(LOOK_SECONDS)
-        self.seen.lane_back_seconds = self._watcher.latest_at - last
+        self.seen.whole_at = self._watcher.latest_at
+        self.seen.lane_back_seconds = self.seen.whole_at - last
         self._tell(f"every lane is back {self.seen.lane_back_seconds:.1f} s after the last fault")
 
     def _is_whole_again(self) -> bool:

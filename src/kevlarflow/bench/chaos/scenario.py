@@ -76,6 +76,8 @@ class Cluster(Part, frozen=True, kw_only=True):
     eager: bool = True
     dtype: str = "float32"
     max_model_len: Count = 1024
+    max_num_batched_tokens: Count = 256
+    """Small steps: with vLLM's own 2,048 a slow machine is silent for seconds while it computes prompts."""
     kv_cache_memory_bytes: Count = 128 * 2**20
     flags: tuple[str, ...] = ()
     """Further flags of `kevlarflow serve`."""

@@ -66,6 +66,7 @@ def recipe_of(cluster: Cluster) -> Recipe:
         dtype=cluster.dtype,
         max_model_len=cluster.max_model_len,
         kv_cache_memory_bytes=cluster.kv_cache_memory_bytes,
+        extra=("--max-num-batched-tokens", str(cluster.max_num_batched_tokens)),
         ours=cluster.flags,
     )
 

@@ -104,6 +104,13 @@ def test_gaps_count_from_the_first_fault_on() -> None:
     assert largest_gap(answers, since=8.0) is None
 
 
+def test_a_wait_that_begins_when_all_is_whole_again_is_no_faults() -> None:
+    answers = [answer(times=[0.0, 5.0, 6.0, 8.0, 18.0])]
+    assert largest_gap(answers, since=5.5, until=7.0) == 2.0
+    assert largest_gap(answers, since=5.5, until=8.0) == 10.0, "it began before that"
+    assert largest_gap(answers, since=5.5, until=None) == 10.0, "never whole again"
+
+
 @pytest.mark.parametrize(
     ("tokens", "is_same"),
     [
