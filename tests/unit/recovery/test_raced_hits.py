@@ -11,16 +11,22 @@ C0 = node("node-2-0", 0)
 CACHED = 5
 
 
-def race():
-    """Stage 1 was lost while step 4 was scheduled, which hits a block that nobody holds; returns what was due at once.
-
-    The steps are suspect and go out one at a time: neither step 4 nor the chunk for it is among that.
-    """
+def with_a_prefix_and_a_step():
+    """A block is cached that nobody holds any more, and a step is in flight."""
     pipeline = serving()
     pipeline.handle(p.StepIssued(admit(1, "first", blocks=(CACHED,), tokens=4)), 1.0)
     pipeline.handle(executed(1, 1, first=[7]), 1.0)
     pipeline.handle(p.StepIssued(empty(2, "first")), 1.0)
     pipeline.handle(p.StepIssued(admit(3, "r", blocks=(1, 2))), 1.0)
+    return pipeline
+
+
+def race():
+    """Stage 1 was lost while step 4 was scheduled, which hits a block that nobody holds; returns what was due at once.
+
+    The steps are suspect and go out one at a time: neither step 4 nor the chunk for it is among that.
+    """
+    pipeline = with_a_prefix_and_a_step()
     before = pipeline.formations
     commands = pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.5)
     hits = admit(4, "second", formation=before, computed=4, blocks=(CACHED, 6))
@@ -36,6 +42,16 @@ def hit_in_the_race():
     assert isinstance(chunk, p.Recompute)
     assert sent([step]) == [4]
     return pipeline, chunk
+
+
+def issued_while_the_next_forming_waits(order):
+    """Step 4 was scheduled before stage 1 was lost, and a whole forming has passed; returns what was due at once."""
+    pipeline = with_a_prefix_and_a_step()
+    before = pipeline.formations
+    prepared(pipeline, 2, pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.5))
+    pipeline.handle(order, 2.1)
+    hits = admit(4, "second", formation=before, computed=4, blocks=(CACHED, 6))
+    return pipeline, pipeline.handle(p.StepIssued(hits), 2.15)
 
 
 def computed_on_stage_1(commands):
@@ -79,17 +95,7 @@ def test_a_stage_is_not_whole_either_while_the_chunk_waits_for_its_turn():
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_step_that_is_issued_while_the_next_forming_waits_has_its_hits_computed(order):
-    """It was scheduled before stage 1 was lost, and a whole forming has passed since; now another one has begun."""
-    pipeline = serving()
-    pipeline.handle(p.StepIssued(admit(1, "first", blocks=(CACHED,), tokens=4)), 1.0)
-    pipeline.handle(executed(1, 1, first=[7]), 1.0)
-    pipeline.handle(p.StepIssued(empty(2, "first")), 1.0)
-    pipeline.handle(p.StepIssued(admit(3, "r", blocks=(1, 2))), 1.0)
-    before = pipeline.formations
-    prepared(pipeline, 2, pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.5))
-    pipeline.handle(order, 2.1)
-    hits = admit(4, "second", formation=before, computed=4, blocks=(CACHED, 6))
-    waiting = pipeline.handle(p.StepIssued(hits), 2.15)
+    pipeline, waiting = issued_while_the_next_forming_waits(order)
     assert sent(waiting) == [], "the last stage has yet to say what it has sampled"
     commands = pipeline.handle(p.StageJoined(3, 1), 2.2)
     commands += [each for stage in (0, 1) for each in pipeline.handle(p.StageRestored(3, stage), 2.3)]
@@ -102,15 +108,7 @@ def test_a_step_that_is_issued_while_the_next_forming_waits_has_its_hits_compute
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_stage_is_not_whole_while_a_step_that_hits_what_it_lacks_waits(order):
     """The order after that plans for what the one before has not come to."""
-    pipeline = serving()
-    pipeline.handle(p.StepIssued(admit(1, "first", blocks=(CACHED,), tokens=4)), 1.0)
-    pipeline.handle(executed(1, 1, first=[7]), 1.0)
-    pipeline.handle(p.StepIssued(empty(2, "first")), 1.0)
-    pipeline.handle(p.StepIssued(admit(3, "r", blocks=(1, 2))), 1.0)
-    before = pipeline.formations
-    prepared(pipeline, 2, pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.5))
-    pipeline.handle(order, 2.1)
-    pipeline.handle(p.StepIssued(admit(4, "second", formation=before, computed=4, blocks=(CACHED, 6))), 2.15)
+    pipeline, _ = issued_while_the_next_forming_waits(order)
     commands = pipeline.handle(p.FormationOrdered(4, order.nodes, anew=True), 2.2)
     commands += pipeline.handle(p.StageJoined(4, 1), 2.3)
     commands += [each for stage in (0, 1) for each in pipeline.handle(p.StageRestored(4, stage), 2.3)]
