@@ -219,7 +219,7 @@ def note(result: Round, seen: Observed) -> None:
     result.what = ", then ".join(fault.name for fault in seen.faults)
     result.proof = "; ".join(fault.proof for fault in seen.faults)
     result.detected_seconds = [fault.detected_seconds for fault in seen.faults if fault.is_to_be_detected]
-    result.largest_gap_seconds = largest_gap(seen.answers, min(fault.at for fault in seen.faults))
+    result.largest_gap_seconds = largest_gap(seen.answers, min(fault.at for fault in seen.faults), seen.whole_at)
     result.lane_back_seconds = seen.lane_back_seconds
 
 
