@@ -65,9 +65,11 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     engine_silent_after_ms: int = 2_000
     """An engine that has not reported for this long is shown as silent."""
     engine_lost_after_ms: int = 10_000
-    """An engine that has not reported for this long is killed, so that it is started again; its requests are lost."""
+    """An engine that has not reported for this long is killed, so that it is started again; its requests are lost. So
+    is a node that beats, and does not say to a restarted controller who it is."""
     settle_ms: int = 4_000
-    """How long a restarted controller waits for nodes and engines that serve to introduce themselves."""
+    """How long a restarted controller waits for nodes and engines that serve to introduce themselves before it says
+    that nothing serves, fills places of which it knows nothing, or ends requests that have waited long enough."""
     move_patience_ms: int = 8_000
     """How long a lane that moves though nobody died waits for its new node to hold (nearly) all of its KV. After that
     it moves all the same, and more is recomputed."""

@@ -111,6 +111,8 @@ class Controller:
         for known in snapshot.nodes:
             if known.pids and not self.watcher.watch(known.member, known.pids, remembered.start_times):
                 self._bury(known.member, now, now)
+            elif self.cluster.awaits_introduction(known.member):
+                self.detector.watch(known.member, now)
         for pipeline, pid in snapshot.engines.items():
             if not self.watcher.watch(EngineProcess(pipeline, pid), (pid,), remembered.start_times):
                 self.handle(events.EngineLost(pipeline, pid), now)
@@ -286,6 +288,8 @@ class Controller:
     def _take_beat(self, peer: bytes, heartbeat: messages.Heartbeat, now: float) -> None:
         member = heartbeat.member
         if not self.peers.knows(peer) or not self.cluster.member_is_current(member):
+            if self.cluster.awaits_introduction(member):
+                self.detector.beat(member, now)
             self._ask_for_introduction(peer, now)
             return
         beat = Beat(

@@ -28,6 +28,7 @@ from kevlarflow.recovery import (
     slowness,
     standbys,
     standstill,
+    waiting,
 )
 from kevlarflow.recovery.events import AnyCommand, AnyEvent, KillNode, Snapshot
 from kevlarflow.recovery.grid import Grid
@@ -59,7 +60,7 @@ def _resume(grid: Grid, event: events.ControllerResumed) -> None:
         pipeline.epoch = snapshot.epochs.get(pipeline.id, Epoch(unused))
         pipeline.served = snapshot.served
         pipeline.leaving = set(snapshot.lanes.get(pipeline.id, ()))
-        pipeline.wait_until = snapshot.waits.get(pipeline.id)
+        waiting.go_on(grid, pipeline, snapshot.waits.get(pipeline.id))
         pipeline.losses.extend(snapshot.losses.get(pipeline.id, ()))
         if pipeline.id in snapshot.engines:
             # Should it not introduce itself, it is stopped, and nobody else would ever end it.
@@ -88,11 +89,23 @@ def _resume(grid: Grid, event: events.ControllerResumed) -> None:
 
 
 def _tick(grid: Grid, event: events.Tick) -> None:
-    nodes.excuse(grid, event.pause)
+    if event.pause:
+        _excuse(grid, event.pause)
     nodes.on_tick(grid, event)
     for pipeline in grid.pipelines:
         engines.look_after(grid, pipeline, event.pause)
         complaints.settle(grid, pipeline)
+
+
+def _excuse(grid: Grid, pause: float) -> None:
+    """Take the time for which the controller stood still out of every wait that it bounds."""
+    if grid.resumed_at is not None:
+        grid.resumed_at += pause
+    nodes.excuse(grid, pause)
+    waiting.excuse(grid, pause)
+    for pipeline in grid.pipelines:
+        for move in pipeline.moves.values():
+            move.since += pause
 
 
 _HANDLERS: dict[type, Callable[[Grid, Any], None]] = {
@@ -134,6 +147,7 @@ class Cluster(Grid):
             return []
         self.now = now
         self.cause = type(event).__name__
+        self.passes_deadlines = isinstance(event, events.Tick)
         self.commands = []
         _HANDLERS[type(event)](self, event)
         drain.reconcile(self)
@@ -171,6 +185,11 @@ class Cluster(Grid):
             and any(each.leaving or each.state is not PipelineState.SERVING for each in self.pipelines),
         )
 
+    def awaits_introduction(self, member: Member) -> bool:
+        """Whether `member` was ready in an earlier life of the controller, and has yet to say so to this one."""
+        slot = self.slot_of(member)
+        return slot is not None and slot.was_ready and slot.state is NodeState.STARTING
+
     # ---- what observers ask
 
     @property
@@ -196,11 +215,12 @@ class Cluster(Grid):
         return "; ".join(parts)
 
     def retry_after_seconds(self, now: float) -> int:
-        """When a node that is being started is likely to be ready: what starts have taken, less what has passed."""
+        """When a node is likely to be ready: what starts have taken, from the one that began first or begins next."""
         typical = statistics.median(self.start_seconds) if self.start_seconds else DEFAULT_START_SECONDS
         starting = [each for each in self.slots.values() if each.state is NodeState.STARTING and not each.was_ready]
-        passed = max((now - each.started_at for each in starting), default=0.0)
-        return max(1, round(typical - passed))
+        begins = [each.started_at for each in starting]
+        begins = begins or [each.start_at for each in self.slots.values() if each.start_at is not None]
+        return max(1, round(min(begins, default=now) + typical - now))
 
     def member_is_current(self, member: Member) -> bool:
         """Whether `member` fills its slot and has not been declared dead."""

@@ -73,7 +73,9 @@ def on_join_requested(grid: Grid, event: events.JoinRequested) -> None:
         }.get(slot.state, "drain it first")
         grid.command(Answer(event.ticket, f"{taken}: {first}, or join in an empty place"))
     else:
+        was_vacant = slot.vacant
         slot.renew(slot.incarnation_floor + 1)
+        slot.filled_by_hand = was_vacant
         slot.pids = (event.pid,)
         slot.started_at = grid.now
         slot.ready_by = grid.now + grid.config.timeouts.startup_timeout_s
@@ -132,7 +134,7 @@ def _stay_if_needed(grid: Grid, slot: Slot) -> None:
         return
     if slot.stuck_since is None:
         slot.stuck_since = grid.now
-    if grid.now - slot.stuck_since >= grid.config.timeouts.move_patience_ms / 1_000:
+    if grid.passes_deadlines and grid.now - slot.stuck_since >= grid.config.timeouts.move_patience_ms / 1_000:
         keep(grid, slot, f"no other node of stage {slot.stage} has room for {lanes_in_words(grid, slot)}")
 
 

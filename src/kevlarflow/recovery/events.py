@@ -65,6 +65,8 @@ class KnownNode(msgspec.Struct, frozen=True):
     vacant: bool = False
     fenced: bool = False
     """Whether we may have sent it SIGKILL."""
+    filled_by_hand: bool = False
+    """Whether its place is vacant again if it does not get ready."""
 
 
 class Snapshot(msgspec.Struct, frozen=True):

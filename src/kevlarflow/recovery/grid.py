@@ -50,6 +50,8 @@ class Grid:
         self.story = Story()
         self.now = 0.0
         self.cause = ""
+        self.passes_deadlines = False
+        """Whether this event is time itself. With others what would have met a deadline may still wait to be read."""
         self.commands: list[AnyCommand] = []
 
     # ---- looking

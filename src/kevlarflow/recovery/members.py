@@ -28,6 +28,8 @@ from kevlarflow.types import (
 NO_EPOCH = Epoch(0)
 MAX_LOSSES = 64
 """Of which a pipeline keeps what the member was computing; there are few between two formations."""
+EARLY_DEATHS = 3
+"""In a row, by which it is not chance."""
 LIVING = (NodeState.READY, NodeState.SUSPECT, NodeState.DRAINING)
 
 
@@ -77,7 +79,7 @@ class Slot:
     silent_how: str = "did not answer"
     """Why it is; completes "node-0-1 ..."."""
     hurt_from_outside: bool = False
-    """Whether a member that is being fenced was stopped by somebody, which no request can bring about."""
+    """Whether somebody has stopped or killed the member, which no request can bring about."""
     computing: Computing | None = None
     """What a member was doing that was lost, as far as it may be to blame; None: nobody knows."""
     ending: str = ""
@@ -90,6 +92,12 @@ class Slot:
     """When a member that was told to leave is killed."""
     vacant: bool = False
     """Whether it was emptied on request: nobody fills it until somebody asks for that too."""
+    filled_by_hand: bool = False
+    """Whether a member that starts does so because somebody asked for it, in a place that was vacant."""
+    ready_at: float = 0.0
+    """When the member was first ready, as far as it is known."""
+    early_deaths: int = 0
+    """Members in a row that died soon after they were ready."""
 
     def __post_init__(self) -> None:
         self._member = Member(self.node, self.incarnation)
@@ -110,6 +118,11 @@ class Slot:
         return self.state is NodeState.READY and self.exit_due is None and self.fenced_by is None
 
     @property
+    def dies_early(self) -> bool:
+        """Whether its members load, and die as soon as they compute."""
+        return self.early_deaths >= EARLY_DEATHS
+
+    @property
     def hopeless(self) -> bool:
         """Whether nothing will fill it any more."""
         return self.state is NodeState.DEAD and self.start_at is None
@@ -126,7 +139,8 @@ class Slot:
         self.gives_way = self.hurt_from_outside = self.was_ready = self.was_fenced = False
         self.ending = ""
         self.computing = self.emptied_for = self.stuck_since = self.leave_by = None
-        self.vacant = False
+        self.vacant = self.filled_by_hand = False
+        self.ready_at = 0.0
 
 
 @dataclasses.dataclass

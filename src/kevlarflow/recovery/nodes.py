@@ -10,7 +10,7 @@ from __future__ import annotations
 from kevlarflow.recovery import events, records
 from kevlarflow.recovery.events import Form, KillNode, KnownNode, Retire, StartNode
 from kevlarflow.recovery.grid import Grid
-from kevlarflow.recovery.members import LIVING, Pipeline, Slot
+from kevlarflow.recovery.members import EARLY_DEATHS, LIVING, Pipeline, Slot
 from kevlarflow.recovery.transitions import NodeStep
 from kevlarflow.types import Cause, Computing, Epoch, Loss, Member, NodeState, PipelineId, PipelineState
 
@@ -20,6 +20,8 @@ LONGEST_RETRY_SECONDS = 60.0
 GIVES_WAY_SECONDS = 1.0
 """For how long a replacement is not started, at most, because pipelines recover: it would take their CPUs and memory
 bandwidth in the moment in which clients wait."""
+EARLY_SECONDS = 60.0
+"""A member that dies within this time of being ready, by itself, has died early."""
 EXIT_PATIENCE_SECONDS = 0.1
 """How long the reason of a node that died while starting may be under way."""
 
@@ -45,7 +47,10 @@ def known(slot: Slot) -> KnownNode:
         return KnownNode(nobody, (), False, slot.failed_starts, vacant=slot.vacant)
     # One that is being killed has been ready all the same: the next life must not wait for it as if it still loaded.
     ready, fenced = slot.state in LIVING, slot.fenced_by is not None or slot.was_fenced
-    return KnownNode(slot.member, slot.pids, ready, slot.failed_starts, slot.emptied_for, fenced=fenced)
+    by_hand = slot.filled_by_hand
+    return KnownNode(
+        slot.member, slot.pids, ready, slot.failed_starts, slot.emptied_for, fenced=fenced, filled_by_hand=by_hand
+    )
 
 
 def expect(grid: Grid, slot: Slot, earlier: KnownNode) -> None:
@@ -56,6 +61,7 @@ def expect(grid: Grid, slot: Slot, earlier: KnownNode) -> None:
     slot.vacant = earlier.vacant
     if slot.vacant:
         return
+    slot.filled_by_hand = earlier.filled_by_hand
     if not earlier.pids:
         # Whether it was ever forked is not known; if it was, it will find itself replaced.
         start(grid, slot)
@@ -65,7 +71,8 @@ def expect(grid: Grid, slot: Slot, earlier: KnownNode) -> None:
     slot.emptied_for = earlier.emptied_for
     slot.was_ready, slot.was_fenced = earlier.ready, earlier.fenced
     slot.started_at = grid.now
-    patience = timeouts.settle_ms / 1_000 if earlier.ready else timeouts.startup_timeout_s
+    # Whether it lives its beats show, and those of a node that gets no CPU are not missed so soon.
+    patience = timeouts.engine_lost_after_ms / 1_000 if earlier.ready else timeouts.startup_timeout_s
     slot.ready_by = grid.now + patience
 
 
@@ -111,8 +118,10 @@ def on_ready(grid: Grid, event: events.NodeReady) -> None:
     slot.pids = info.pids
     slot.ready_by = None
     slot.failed_starts = 0
+    slot.filled_by_hand = False
     if not slot.was_ready:
         grid.start_seconds.append(grid.now - slot.started_at)
+        slot.ready_at = grid.now
     slot.was_ready = False
     grid.step_node(slot, NodeStep.READY)
     if slot.emptied_for is not None:
@@ -143,6 +152,7 @@ def on_exited(grid: Grid, event: events.NodeExited) -> None:
         return
     by_us = slot.fenced_by is not None or slot.was_fenced
     slot.computing = Computing() if event.from_outside and not by_us else event.computing
+    slot.hurt_from_outside = slot.hurt_from_outside or (event.from_outside and not by_us)
     slot.ending = event.ending
     if slot.fenced_by is not None:
         _lose_silent(grid, slot)
@@ -192,12 +202,12 @@ def fence(grid: Grid, slot: Slot, silent_since: float, what: str) -> None:
 
 
 def excuse(grid: Grid, pause: float) -> None:
-    """Give those who have yet to introduce themselves the time for which the controller stood still."""
-    if grid.resumed_at is not None:
-        grid.resumed_at += pause
+    """The controller stood still: give those who have yet to introduce themselves, or to be spared, that time."""
     for slot in grid.slots.values():
         if slot.ready_by is not None:
             slot.ready_by += pause
+        if slot.stuck_since is not None:
+            slot.stuck_since += pause
         if slot.start_at is not None and slot.incarnation == 0:
             # After a loss of memory somebody may be alive in that place.
             slot.start_at += pause
@@ -271,13 +281,14 @@ def _bereave(grid: Grid, pipeline: Pipeline, slot: Slot, member: Member, cause: 
 
 def _replace(grid: Grid, slot: Slot, was_starting: bool) -> None:
     """Start the next member: after a crash when the recovery is over, later and later while it does not even start."""
-    if slot.emptied_for is Cause.DRAIN:
+    if slot.emptied_for is Cause.DRAIN or (was_starting and slot.filled_by_hand):
         slot.vacant = True
         grid.narrate(f"the place of {slot.node} stays empty until `kevlarflow node --join {slot.node}` fills it")
         return
     if not was_starting:
         slot.start_at = grid.now + GIVES_WAY_SECONDS
         slot.gives_way = True
+        _back_off(grid, slot)
         return
     slot.failed_starts += 1
     doublings = min(slot.failed_starts - 1, 10)
@@ -286,12 +297,30 @@ def _replace(grid: Grid, slot: Slot, was_starting: bool) -> None:
     grid.narrate(f"{slot.node} is started again in {pause:g} s: see {log_path(grid, slot)}")
 
 
+def _back_off(grid: Grid, slot: Slot) -> None:
+    """Where members load and then die again and again each costs clients a pause, so the lane stays away for longer."""
+    if grid.now - slot.ready_at >= EARLY_SECONDS:
+        slot.early_deaths = 0
+    elif slot.emptied_for is None and not slot.hurt_from_outside:
+        slot.early_deaths += 1
+    if slot.dies_early:
+        doublings = min(slot.early_deaths - EARLY_DEATHS, 10)
+        pause = min(LONGEST_RETRY_SECONDS, 2 * GIVES_WAY_SECONDS * 2**doublings)
+        slot.start_at = grid.now + pause
+        slot.gives_way = False
+        grid.narrate(
+            f"{slot.node} has died {slot.early_deaths} times in a row, by itself, within {EARLY_SECONDS:.0f} s of "
+            f"being ready: it is started again in {pause:g} s, sooner if needed. See {log_path(grid, slot)}"
+        )
+
+
 def start_replacements(grid: Grid) -> None:
-    """Start those that gave way to a recovery, unless one is still under way."""
+    """Start those that gave way to a recovery, unless one is still under way, and those that turn out to be needed."""
     if any(each.forming and each.state is PipelineState.RECOVERING for each in grid.pipelines):
         return
     for slot in grid.slots.values():
-        if slot.gives_way:
+        waits = slot.dies_early and slot.state is NodeState.DEAD and slot.start_at is not None
+        if slot.gives_way or (waits and not any(each.living for each in grid.stages[slot.stage])):
             start(grid, slot)
 
 

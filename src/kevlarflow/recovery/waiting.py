@@ -16,6 +16,9 @@ from kevlarflow.recovery.members import Pipeline, node_id, subject
 from kevlarflow.recovery.transitions import PipelineStep
 from kevlarflow.types import PipelineState, Stage
 
+HEARING_SECONDS = 1.0
+"""After a pause of the controller: in which what was sent to it meanwhile is read."""
+
 
 def suspend(grid: Grid, pipeline: Pipeline, lacking: list[Stage]) -> None:
     """Order the engine to let its requests wait, or to end them when nothing is left of the bound."""
@@ -64,7 +67,20 @@ def note_report(pipeline: Pipeline, report: EngineReport) -> None:
 
 def bound_has_passed(grid: Grid, pipeline: Pipeline) -> bool:
     """Whether requests still wait for a node though nothing is left of the bound."""
-    return _lets_wait(pipeline) and grid.now >= (pipeline.wait_until or 0.0)
+    return grid.passes_deadlines and _lets_wait(pipeline) and grid.now >= (pipeline.wait_until or 0.0)
+
+
+def excuse(grid: Grid, pause: float) -> None:
+    """The controller stood still: nobody was started meanwhile, and who has become ready has yet to be heard."""
+    for pipeline in grid.pipelines:
+        if pipeline.wait_until is not None:
+            pipeline.wait_until = max(pipeline.wait_until + pause, grid.now + HEARING_SECONDS)
+
+
+def go_on(grid: Grid, pipeline: Pipeline, until: float | None) -> None:
+    """An earlier life of the controller has let requests wait until then: but who was ready by then may be heard."""
+    settled = grid.now + grid.config.timeouts.settle_ms / 1_000
+    pipeline.wait_until = max(until, settled) if until is not None else None
 
 
 def seconds_left(grid: Grid, pipeline: Pipeline) -> float:

@@ -87,6 +87,8 @@ class Controller(Process):
             for known in snapshot.nodes:
                 if known.pids:
                     self._watch_member(self.fleet.nodes.get(known.member), known.member)
+                if self.cluster.awaits_introduction(known.member):
+                    self.detector.watch(known.member, self.timeline.now)
             for pipeline, pid in snapshot.engines.items():
                 engine = self.fleet.engines[pipeline]
                 if engine.pid == pid and engine.alive:
@@ -156,6 +158,8 @@ class Controller(Process):
 
     def _take_beat(self, node: Node, now: float) -> None:
         if node not in self._known or not self.cluster.member_is_current(node.member):
+            if self.cluster.awaits_introduction(node.member):
+                self.detector.beat(node.member, now)
             self._ask(node)
             return
         beat = node.beat(heard=not self.fleet.network.stops(self, node))

@@ -87,6 +87,7 @@ class Fleet:
             pipelines=shape.pipelines,
             kv_cache_memory_bytes=1,
             replacement_wait_s=shape.wait,
+            # Shorter than in production, so that less of a run is waiting; heartbeats and what counts them are not.
             timeouts=Timeouts(
                 heartbeat_interval_ms=100,
                 suspect_after_ms=250,
@@ -95,6 +96,10 @@ class Fleet:
                 report_interval_ms=100,
                 still_after_ms=500,
                 parted_ms=9_000,
+                engine_silent_after_ms=800,
+                engine_lost_after_ms=2_500,
+                settle_ms=1_000,
+                move_patience_ms=2_000,
                 pace_interval_ms=200,
                 slow_after_ms=1_200,
                 deaf_after_ms=1_000,

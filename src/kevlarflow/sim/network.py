@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import enum
+import functools
 import heapq
 import itertools
 import random
@@ -83,7 +84,7 @@ class Process:
 
     def after(self, seconds: float, action: Action) -> None:
         """Do something later, unless dead by then."""
-        self.timeline.after(seconds, lambda: self._do(action))
+        self.timeline.after(seconds, functools.partial(self._do, action))
 
     def _do(self, action: Action) -> None:
         if self.frozen:
@@ -175,11 +176,11 @@ class Network:
         delay = self.latency * self.slowness * (0.1 + 3 * self.rng.random() ** 3)
         arrives = self._arrives[line] = max(now + delay, self._arrives.get(line, 0.0))
         message = _Message(source, target, line, now, deliver)
-        self.timeline.after(arrives - now, lambda: self._arrive(message))
+        self.timeline.after(arrives - now, functools.partial(self._arrive, message))
         if self.echo and target.kind == "controller" and self.rng.random() < self.echo:
             self.echoed += 1
             again = _Message(source, target, ("echo", self.sent), now, deliver)
-            self.timeline.after(arrives - now + self.rng.random() * 0.3, lambda: self._arrive(again))
+            self.timeline.after(arrives - now + self.rng.random() * 0.3, functools.partial(self._arrive, again))
 
     @property
     def held(self) -> int:

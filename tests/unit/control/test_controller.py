@@ -275,3 +275,48 @@ def test_a_number_is_written_down_before_it_is_given_out(shell, monkeypatch):
     shell.serve()
     assert given
     assert written == given
+
+
+def second_life(shell):
+    """Another controller for the same cluster; the node is this very process, so nothing is killed in earnest."""
+    second = Shell.__new__(Shell)
+    second.hub, second.config, second.now = shell.hub, shell.config, shell.now
+    second.controller = Controller(shell.config, shell.hub, main_pid=1, clock=lambda: second.now)
+    second.controller.start()
+    second.controller.watcher.kill = Mock()
+    return second
+
+
+def test_a_second_life_does_not_miss_a_node_that_gets_no_cpu(shell):
+    node, _ = shell.serve()
+    second = second_life(shell)
+    # What its threads have waited for one grows as fast as the clock.
+    second.controller.watcher.starved_seconds = lambda _: second.now
+    for _ in range(60):
+        second.turn(0.1)
+    second.controller.watcher.kill.assert_not_called()
+    second.say(node, shell.ready())
+    assert second.controller.cluster.slots[NodeId("node-0-0")].state is NodeState.READY
+
+
+def test_a_second_life_misses_a_node_that_is_silent_and_one_that_only_beats(shell):
+    shell.serve()
+    second = second_life(shell)
+    second.controller.watcher.starved_seconds = lambda _: 0.0
+    for _ in range(29):
+        second.turn(0.1)
+    second.controller.watcher.kill.assert_not_called()
+    for _ in range(3):
+        second.turn(0.1)
+    second.controller.watcher.kill.assert_called()
+    # One that beats lives, but has to say who it is as well.
+    second = second_life(shell)
+    node = shell.hub.connect()
+    for _ in range(99):
+        node.send(encode(messages.Heartbeat(Member(NodeId("node-0-0"), 1), 0.0)))
+        second.turn(0.1)
+    second.controller.watcher.kill.assert_not_called()
+    for _ in range(2):
+        node.send(encode(messages.Heartbeat(Member(NodeId("node-0-0"), 1), 0.0)))
+        second.turn(0.1)
+    second.controller.watcher.kill.assert_called()

@@ -544,7 +544,7 @@ def test_a_node_that_does_not_appear_after_a_restart_is_fenced_and_replaced():
     for node in ("node-0-0", "node-1-0", "node-1-1"):
         driver.ready(node)
     driver.attach(0, pid=70, epoch=1, members=(member("node-0-0"), member("node-0-1")))
-    commands = driver.tick(driver.config.timeouts.settle_ms / 1_000 + 0.1)
+    commands = driver.tick(driver.config.timeouts.engine_lost_after_ms / 1_000 + 0.1)
     assert KillNode(member("node-0-1"), (pid_of(member("node-0-1")),)) in commands
     assert [order.nodes[1].member for order in orders(commands)] == [member("node-1-1")]
     assert StartNode(member("node-0-1", 2), Stage(1)) in driver.tick(1.0)
@@ -557,7 +557,7 @@ def test_a_node_that_was_about_to_be_killed_when_the_controller_died_is_killed_b
     for node in ("node-0-0", "node-1-0", "node-1-1"):
         later.ready(node)
     later.attach(0, pid=70, epoch=1, members=(member("node-0-0"), member("node-0-1")))
-    commands = later.tick(later.config.timeouts.settle_ms / 1_000 + 0.1)
+    commands = later.tick(later.config.timeouts.engine_lost_after_ms / 1_000 + 0.1)
     assert KillNode(member("node-0-1"), (pid_of(member("node-0-1")),)) in commands
     assert [order.nodes[1].member for order in orders(commands)] == [member("node-1-1")]
 
@@ -618,6 +618,18 @@ def test_retry_after_follows_what_starts_have_taken():
     driver.exited("node-0-0")
     assert driver.cluster.retry_after_seconds(driver.now + 1) == 3
     assert driver.cluster.retry_after_seconds(driver.now + 60) == 1
+
+
+def test_retry_after_counts_the_pause_before_the_next_try():
+    driver = Driver(stages=1, pipelines=1).serve(start_seconds=4)
+    driver.exited("node-0-0")
+    for incarnation in range(2, 10):
+        driver.tick(1.0)
+        driver.do(events.NodeFailed(member("node-0-0", incarnation), "no"))
+        driver.tick(100.0)
+    driver.do(events.NodeFailed(member("node-0-0", 10), "no"))
+    assert driver.cluster.retry_after_seconds(driver.now) == 64
+    assert driver.cluster.retry_after_seconds(driver.now + 50) == 14
 
 
 # ---- tables

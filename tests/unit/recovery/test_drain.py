@@ -243,3 +243,35 @@ def test_the_only_node_of_a_stage_is_not_drained_though_it_has_no_lane(pipelines
     (answer,) = [each for each in commands if isinstance(each, Answer)]
     assert answer.refusal
     assert driver.cluster.slots["node-0-0"].state is NodeState.READY
+
+
+def test_a_drain_is_not_given_up_for_the_time_for_which_the_controller_stood_still():
+    driver = Driver(replication=True).serve()
+    drain(driver, "node-0-1")
+    driver.suspected("node-1-1")
+    # Who was only busy has said so meanwhile, and is read next.
+    assert not any("stays" in line for line in lines(driver.pause(60.0)))
+    driver.now += 60.0
+    assert not any("stays" in line for line in lines(driver.report(0, running=1, epoch=1)))
+    driver.cleared("node-1-1")
+    driver.tick(60.0)
+    assert state_of(driver, "node-0-1") is NodeState.DRAINING
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_an_empty_place_stays_empty_when_what_was_to_fill_it_does_not_get_ready(restarts):
+    driver = drained()
+    join(driver, "node-0-1")
+    if restarts:
+        driver.restart()
+        for node in ("node-0-0", "node-1-0", "node-1-1"):
+            driver.ready(node)
+    driver.exited("node-0-1", 2)
+    said = driver.tick(1.0)
+    assert "the place of node-0-1 stays empty until `kevlarflow node --join node-0-1` fills it" in lines(said)
+    assert not any(isinstance(command, StartNode) for command in driver.tick(100.0))
+    assert join(driver, "node-0-1").refusal == ""
+    # Once it has been ready it is replaced like any other.
+    driver.ready("node-0-1", 3)
+    commands = driver.exited("node-0-1", 3) + driver.tick(2.0)
+    assert any(isinstance(command, StartNode) for command in commands)

@@ -10,6 +10,7 @@ from toy_world import pid_of
 
 TIMES = Driver().config.timeouts
 SETTLE = TIMES.settle_ms / 1_000
+PATIENCE = TIMES.engine_lost_after_ms / 1_000
 NODES = ("node-0-0", "node-0-1", "node-1-0", "node-1-1")
 
 
@@ -39,7 +40,7 @@ def test_a_node_that_does_not_introduce_itself_is_killed_and_replaced():
     driver, _ = resumed(found())
     for node in NODES[1:]:
         driver.ready(node)
-    assert those(KillNode, pass_time(driver, SETTLE - 0.2)) == []
+    assert those(KillNode, pass_time(driver, PATIENCE - 0.2)) == []
     commands = pass_time(driver, 0.4)
     assert those(KillNode, commands) == [KillNode(member("node-0-0"), (pid_of(member("node-0-0")),))]
     (start,) = those(StartNode, commands + pass_time(driver, 2.0))
@@ -63,7 +64,7 @@ def test_a_pause_of_the_controller_does_not_save_who_stays_silent_after_it():
     for node in NODES[1:]:
         driver.ready(node)
     driver.pause(10 * SETTLE)
-    assert [each.member for each in those(KillNode, pass_time(driver, SETTLE + 0.2))] == [member("node-0-0")]
+    assert [each.member for each in those(KillNode, pass_time(driver, PATIENCE + 0.2))] == [member("node-0-0")]
 
 
 def test_a_node_that_still_loads_is_given_its_time():
@@ -72,7 +73,7 @@ def test_a_node_that_still_loads_is_given_its_time():
         driver.ready(node)
     loading = member("node-0-0")
     driver.do(events.NodeStarting(loading, "here", (pid_of(loading),)))
-    assert those(KillNode, pass_time(driver, 2 * SETTLE)) == []
+    assert those(KillNode, pass_time(driver, 2 * PATIENCE)) == []
     assert those(KillNode, pass_time(driver, TIMES.startup_timeout_s)) == [KillNode(loading, (pid_of(loading),))]
 
 

@@ -199,9 +199,45 @@ def test_a_bound_that_nobody_keeps_to_is_a_violation():
     driver = bereft()
     pipeline = driver.cluster.pipelines[0]
     driver.cluster.now = pipeline.wait_until = 99.0
+    driver.cluster.passes_deadlines = True
     with pytest.raises(Violated, match="lets its requests wait beyond the bound"):
         driver.invariants.check([])
     driver = Driver(pipelines=1).serve()
     driver.cluster.pipelines[0].wait_until = 99.0
     with pytest.raises(Violated, match="serves, and its bound runs on"):
         driver.invariants.check([])
+
+
+def test_a_controller_that_was_stopped_over_the_end_of_the_bound_reads_first_who_is_ready():
+    driver = bereft()
+    driver.tick(BOUND - 5)
+    driver.now += 10
+    assert orders(driver.report(0, running=1, epoch=2)) == []
+    assert orders(driver.do(events.Tick(pause=10))) == []
+    driver = bereft()
+    driver.tick(BOUND - 5)
+    # The first turn after a pause may find nothing to read yet.
+    assert orders(driver.pause(10)) == []
+    driver.now += 0.1
+    assert [type(order) for order in orders(driver.ready("node-0-0", 2))] == [Form]
+
+
+def test_the_time_for_which_the_controller_stood_still_is_none_of_the_bound():
+    driver = bereft()
+    driver.pause(10)
+    assert orders(driver.tick(BOUND - 1)) == []
+    (over,) = orders(driver.tick(1))
+    assert not over.waits
+
+
+def test_a_controller_that_is_started_again_after_the_bound_hears_first_who_is_ready():
+    driver = bereft()
+    driver.tick(1)
+    driver.do(events.NodeLaunched(member("node-0-0", 2), 4_242))
+    driver.now += BOUND
+    driver.restart()
+    driver.ready("node-0-1")
+    members = (member("node-0-0"), member("node-0-1"))
+    (order,) = orders(driver.attach(0, epoch=2, members=members, suspended=True))
+    assert order.waits
+    assert [type(order) for order in orders(driver.ready("node-0-0", 2))] == [Form]
