@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from typing import TYPE_CHECKING
 
 from kevlarflow.node.progress import OVERRUN_FACTOR
 from kevlarflow.recovery.forming import Standing
-from kevlarflow.recovery.members import Pipeline
+from kevlarflow.sim.connections import Connections
 from kevlarflow.sim.engine import Engine
 from kevlarflow.sim.errors import Overlooked
-from kevlarflow.sim.network import By, Cut, Process
+from kevlarflow.sim.network import By, Process
 from kevlarflow.sim.node import Node
 from kevlarflow.sim.plan import AS_IT_LOADS, FOR_GOOD, SLOW_PLACE, Fault
 from kevlarflow.types import NodeId, PipelineId
@@ -40,23 +39,8 @@ is stopped while it loads has to be gone."""
 FOUND_SECONDS = 8.0
 """The same for a node that is stopped, hangs or is deaf: a step of a size that was not seen before may sleep for 4 s,
 and a controller that was started again waits for so long for what it knows of."""
-CUT_SECONDS = 0.1
-"""Between two breaks of connections that break again and again, at most."""
-CUT_ONCE = 0.5
-"""Cuts of no more strength than this come once."""
-LINK_SECONDS = 12.0
-"""How long a link between two stays broken: beyond the end of all other faults."""
-LONG_FAULT_SECONDS = 1.2
-"""For faults that are drawn to last for longer, it does so for twice as long, and a lane goes home over it."""
-AVOIDED_SECONDS = 8.0
-"""Within which, after that end, a pipeline that could do without such a link does."""
-STILL_SECONDS = 1.0
-"""Without an answer; a step takes far less."""
-CONTROL, STEPS = frozenset({"control", "orders"}), frozenset({"steps", "answers"})
-ACTIVATIONS, COPIES = frozenset({"activations"}), frozenset({"copy", "outcome"})
 MAX_FAILED_STARTS = 2
 """Starts of one place that fail in a row: one that is given up would not heal."""
-
 JOIN_SECONDS = 0.5
 """Between two looks for places that have to be filled by hand."""
 
@@ -71,8 +55,7 @@ class Mischief:
         self._stops_as_it_loads = 0
         """How many of the nodes that begin next do not get far."""
         self.over = False
-        self._links: list[Cut] = []
-        """Broken links that outlast the other faults."""
+        self._connections = Connections(fleet)
         self._stopped: list[Engine] = []
         """Engines that go on some time."""
 
@@ -158,7 +141,7 @@ class Mischief:
                 self._fleet.controller.drain(node.member.node)
                 self._later(fault, functools.partial(self._fleet.controller.join, node.member.node))
             case "partition" | "cut" | "link":
-                self._part(fault, node)
+                self._connections.trouble(fault, node)
 
     def _freeze(self, fault: Fault, node: Node) -> None:
         if fault.detail == AS_IT_LOADS:
@@ -169,91 +152,6 @@ class Mischief:
         node.stopped = node.stopped or fault.detail == FOR_GOOD
         self._later(fault, functools.partial(self._thaw, node))
 
-    def _part(self, fault: Fault, node: Node) -> None:
-        if fault.kind == "cut":
-            self._cut(fault, node, self._fleet.timeline.now + fault.seconds)
-            return
-        if fault.kind == "link":
-            self._break_link(fault, node)
-            return
-        kinds = frozenset(fault.detail.split())
-        cut = Cut(node, kinds, inward=fault.strength < 0.7, outward=fault.strength > 0.3)
-        self._fleet.network.cuts.append(cut)
-        self._later(fault, functools.partial(self._mend, cut))
-
-    def _break_link(self, fault: Fault, node: Node) -> None:
-        """Of the node with its engine, or with the stage behind it; for long."""
-        fleet = self._fleet
-        engine = fleet.engines[fault.pipeline]
-        serving = [fleet.nodes.get(each.member) for each in engine.core.nodes]
-        following = [peer for each, peer in itertools.pairwise(serving) if each is node]
-        peer: Process | None = engine if fault.detail == "engine" else next(iter(following), None)
-        if peer is None or not peer.alive or node not in serving:
-            return
-        fleet.counts["links that stay broken"] += 1
-        fleet.tell(fault.name, f"no more between {node} and {peer}")
-        cut = Cut(node, frozenset(), inward=fault.strength < 0.7, outward=fault.strength > 0.3, peer=peer)
-        fleet.network.cuts.append(cut)
-        self._links.append(cut)
-        seconds = LINK_SECONDS * (1 if fault.seconds < LONG_FAULT_SECONDS else 2)
-        fleet.timeline.after(seconds, functools.partial(self._mend, cut))
-
-    def _expect_avoided(self, cut: Cut, life: int) -> None:
-        """Nobody's requests wait for a link for ever where other nodes could serve the stages at its ends."""
-        fleet, node, peer = self._fleet, cut.process, cut.peer
-        controller = fleet.controller
-        if cut not in fleet.network.cuts or controller.life != life or not (node.alive and peer and peer.alive):
-            return
-        if any(each.ails for each in fleet.living_nodes()):
-            # A pipeline does not stand still while a node that hangs seems to be at work.
-            return
-        for pipeline in controller.cluster.pipelines:
-            engine = fleet.engines[pipeline.id]
-            ends = [end for end in (node, peer) if isinstance(end, Node) and end.member in pipeline.members]
-            uses = len(ends) == 2 or (peer is engine and len(ends) == 1)
-            still = pipeline.relinked_in_vain > 0 or engine.core.still_seconds(fleet.timeline.now) > STILL_SECONDS
-            waits = engine.core.waits and still and not engine.frozen
-            if uses and waits and all(self._could_be_spared(pipeline, end) for end in ends):
-                raise Overlooked(f"pipeline {pipeline.id} waits for the link between {node} and {peer}")
-
-    def _could_be_spared(self, pipeline: Pipeline, node: Node) -> bool:
-        """Whether another node of the stage has room for the lane."""
-        grid = self._fleet.controller.cluster
-        others = (each for each in grid.stages[node.stage] if each.node != node.member.node)
-        lanes = self._fleet.plan.shape.lanes
-        return any(
-            each.usable and (each.pipeline == pipeline.id or grid.foreign_lanes(each, pipeline.id) < lanes - 1)
-            for each in others
-        )
-
-    def _cut(self, fault: Fault, node: Node, until: float) -> None:
-        """Break connections of a node: once, or again and again."""
-        if self.over or not node.alive:
-            return
-        fleet = self._fleet
-        everything = fault.detail == "all"
-        if everything or fault.detail == "controller":
-            self._sever(node, fleet.controller, CONTROL)
-            fleet.controller.lose_connection(node)
-            node.cut_at = fleet.timeline.now
-        if everything or fault.detail == "engine":
-            for engine in fleet.engines:
-                self._sever(engine, node, STEPS)
-        if fault.detail == "engine controller":
-            self._sever(fleet.engines[fault.pipeline], fleet.controller, CONTROL)
-            fleet.controller.lose_connection(fleet.engines[fault.pipeline])
-        sorts = ACTIVATIONS | COPIES if everything else {"activations": ACTIVATIONS, "copies": COPIES}.get(fault.detail)
-        for other in fleet.living_nodes() if sorts else ():
-            if other is not node:
-                self._sever(node, other, sorts or frozenset())
-        fleet.counts["connections cut"] += 1
-        if fault.strength > CUT_ONCE and fleet.timeline.now < until:
-            fleet.timeline.after(CUT_SECONDS * fleet.rng.random(), functools.partial(self._cut, fault, node, until))
-
-    def _sever(self, one: Process, other: Process, sorts: frozenset[str]) -> None:
-        rng = self._fleet.rng
-        self._fleet.network.sever(one, other, sorts, loses=rng.random() < 0.7, loses_back=rng.random() < 0.7)
-
     def end_all(self) -> None:
         """Heal everything; whatever would still begin does not."""
         fleet = self._fleet
@@ -262,9 +160,7 @@ class Mischief:
         self._slow_places.clear()
         self._stops_as_it_loads = 0
         fleet.network.slowness, fleet.network.echo = 1.0, 0.0
-        for cut in fleet.network.cuts:
-            self._note_mended(cut)
-        fleet.network.cuts[:] = [cut for cut in fleet.network.cuts if cut in self._links]
+        self._connections.heal()
         for node in fleet.living_nodes():
             self._speed_up(node)
             node.raises = False
@@ -281,8 +177,7 @@ class Mischief:
         self._fill_vacant_places()
         fleet.network.release()
         fleet.timeline.after(FOUND_SECONDS, self._expect_all_found)
-        for cut in fleet.network.cuts:
-            fleet.timeline.after(AVOIDED_SECONDS, functools.partial(self._expect_avoided, cut, fleet.controller.life))
+        self._connections.expect_links_avoided()
 
     def _fill_vacant_places(self) -> None:
         """Somebody starts nodes by hand where others were drained."""
@@ -311,7 +206,7 @@ class Mischief:
         if fault.kind == "cut in a phase":
             self._fleet.tell(fault.name, f"the connection breaks in {type(header).__name__} of {node}")
             self._fleet.counts["cuts in a phase"] += 1
-            self._soon(functools.partial(self._sever, engine, node, STEPS))
+            self._soon(functools.partial(self._connections.sever, engine, node))
             return False
         return self._kill_in_phase(fault, header, node, engine)
 
@@ -432,17 +327,6 @@ class Mischief:
 
     def _speed_up(self, node: Node) -> None:
         node.speed.speed_up(self._fleet.timeline.now)
-
-    def _mend(self, cut: Cut) -> None:
-        if cut in self._fleet.network.cuts:
-            self._fleet.network.cuts.remove(cut)
-            self._note_mended(cut)
-            self._fleet.network.release()
-
-    def _note_mended(self, cut: Cut) -> None:
-        for end in (cut.process, cut.peer):
-            if isinstance(end, Node):
-                end.parted_at = self._fleet.timeline.now
 
 
 def _phase_of(header: steps.AnyStepMessage) -> str:
