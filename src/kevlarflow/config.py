@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -35,6 +37,13 @@ DEFAULT_BANDWIDTH = 128 << 20
 DEFAULT_REPLACEMENT_WAIT_S = 45.0
 """Seconds. A replacement is ready after 3 to 16 s, compiled after 20 s, so there is time for a second one if the first
 dies; and the error comes before common proxies (nginx, load balancers) cut a connection that is silent for 60 s."""
+
+
+SECRET_FLAGS = ("--api-key", "--hf-token", "--watermark-config")
+"""Flags of vLLM's whose values it shows to nobody either. Some take several."""
+WITHHELD = "(withheld)"
+OPTION = re.compile(r"--?[A-Za-z][^ ]*$")
+"""What vLLM's parser takes for a flag, not for a value."""
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,6 +222,25 @@ def run_folder_of(port: int) -> Path:
 def save(config: ServeConfig) -> None:
     """Write the configuration into its run folder."""
     Path(config.path("config.json")).write_bytes(msgspec.json.encode(config))
+
+
+def without_secrets(config: ServeConfig) -> ServeConfig:
+    """The configuration as others may see it, who read a journal that somebody has copied."""
+    return msgspec.structs.replace(config, vllm_args=tuple(_without_secrets(config.vllm_args)))
+
+
+def _without_secrets(words: Iterable[str]) -> Iterator[str]:
+    is_secret = False
+    for word in words:
+        if OPTION.match(word) is None:
+            yield WITHHELD if is_secret else word
+            continue
+        name, equals, _ = word.partition("=")
+        # vLLM's parser takes underscores for dashes, the beginning of a name for the name, and a key behind a dot.
+        # In doubt (--watermark is a flag as well) a value is withheld.
+        flag = name.partition(".")[0].replace("_", "-")
+        is_secret = any(secret.startswith(flag) for secret in SECRET_FLAGS)
+        yield f"{name}={WITHHELD}" if equals and is_secret else word
 
 
 def load(run_folder: str | None = None) -> ServeConfig:

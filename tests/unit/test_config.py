@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from kevlarflow.config import Timeouts, check, check_timeouts
+from kevlarflow.config import WITHHELD, Timeouts, check, check_timeouts, without_secrets
 from kevlarflow.errors import UsageError
 from toy_world import make_config
 
@@ -54,3 +54,25 @@ def test_a_ratio_that_can_only_come_from_a_slow_node_is_taken(ratio):
 def test_a_ratio_that_work_alone_could_explain_is_refused(ratio):
     with pytest.raises(UsageError, match=r"--slow-node-ratio .* use more than that, or 0"):
         check(msgspec.structs.replace(make_config(), slow_ratio=ratio))
+
+
+@pytest.mark.parametrize(
+    ("typed", "left"),
+    [
+        ("--seed 0 --api-key sk-1 --dtype float32", "--seed 0 --api-key * --dtype float32"),
+        ("--api-key sk-1 sk-2 -5 --hf-token hf_x", "--api-key * * * --hf-token *"),
+        ("--api-key=sk-1 --hf_token=hf_x --seed=0", "--api-key=* --hf_token=* --seed=0"),
+        ("--api_key sk-1 -cc.mode=0 -O3", "--api_key * -cc.mode=0 -O3"),
+        ("--api-k sk-1", "--api-k *"),
+        ("--hf-token --enforce-eager --watermark-config.key 7", "--hf-token --enforce-eager --watermark-config.key *"),
+    ],
+)
+def test_what_nobody_else_should_know_is_withheld_and_the_rest_is_told(typed, left):
+    config = msgspec.structs.replace(make_config(), vllm_args=tuple(typed.split()))
+    assert without_secrets(config).vllm_args == tuple(left.replace("*", WITHHELD).split())
+    assert config.vllm_args == tuple(typed.split())
+
+
+def test_a_value_with_spaces_is_a_value_whatever_it_begins_with():
+    config = msgspec.structs.replace(make_config(), vllm_args=("--api-key", "-my key"))
+    assert without_secrets(config).vllm_args == ("--api-key", WITHHELD)

@@ -26,7 +26,7 @@ import msgspec
 import zmq
 
 from kevlarflow import config as configuration
-from kevlarflow.config import ServeConfig
+from kevlarflow.config import ServeConfig, without_secrets
 from kevlarflow.control.journal import Records, Remembered, unix_offset
 from kevlarflow.control.launcher import LauncherClient
 from kevlarflow.control.metrics import Metrics
@@ -101,7 +101,8 @@ class Controller:
         """Begin a cluster, or take up one that an earlier life of the controller began."""
         now = self.clock()
         remembered = self._recall()
-        facts = {"unix_offset": self.cluster.unix_offset, "config": self.config}
+        # People hand journals on.
+        facts = {"unix_offset": self.cluster.unix_offset, "config": without_secrets(self.config)}
         self.records.journal.start(now, resumed=remembered is not None, **facts)
         if remembered is None:
             self.handle(events.ClusterBegun(), now)

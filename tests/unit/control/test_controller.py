@@ -37,12 +37,10 @@ ADVICE = "serving goes on, logs and journal do not; make room there"
 class Shell:
     """A controller of nodes and engines that are all this process; one of each unless more are asked for."""
 
-    def __init__(self, folder, pipelines: int = 1) -> None:
+    def __init__(self, folder, pipelines: int = 1, vllm_args: tuple[str, ...] = ()) -> None:
         config = make_config(stages=1, pipelines=pipelines)
         self.hub = MemoryHub()
-        self.config = type(config)(
-            **{name: getattr(config, name) for name in config.__struct_fields__} | {"run_folder": str(folder)}
-        )
+        self.config = msgspec.structs.replace(config, run_folder=str(folder), vllm_args=vllm_args)
         self.now = 100.0
         self.controller = Controller(self.config, self.hub, main_pid=1, clock=lambda: self.now)
         self.controller.start()
@@ -103,6 +101,15 @@ def test_a_subscriber_hears_of_changes_once(shell):
     shell.turn(1.0)
     assert heard(observer) == []
     assert shell.say(observer, messages.Subscribe()) == [messages.Availability(True, True, "", 0)]
+
+
+def test_a_journal_that_is_handed_on_gives_no_key_away(tmp_path):
+    shell = Shell(tmp_path, vllm_args=("--api-key", "sk-first", "sk-second", "--hf-token=hf-x", "--dtype", "float32"))
+    shell.serve()
+    journal = (tmp_path / "journal.jsonl").read_text()
+    assert "float32" in journal
+    assert not [key for key in ("sk-first", "sk-second", "hf-x") if key in journal]
+    assert "sk-first" in shell.config.vllm_args
 
 
 def test_those_who_watch_are_told_of_a_full_disk_and_so_is_who_asks(tmp_path):
