@@ -274,7 +274,43 @@ def test_what_a_containers_limit_leaves_is_without_what_the_kernel_keeps_of_file
     (tmp_path / "memory").mkdir()
     for name, content in files.items():
         (tmp_path / name).write_text(content + "\n")
-    assert preflight.left_in_container(tmp_path) == left
+    assert preflight.left_in_groups(tmp_path, "4:memory:/\n0::/\n") == left
+
+
+def limit(folder: Path, most: str, used: int, version: int = 2) -> None:
+    """Make a cgroup of which nothing is files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}[version]
+    for name, content in zip((*names, "memory.stat"), (most, str(used), "anon 1"), strict=True):
+        (folder / name).write_text(f"{content}\n")
+
+
+def test_the_limit_of_a_unit_is_seen_and_those_of_all_around_it(tmp_path: Path) -> None:
+    """As under ``systemd-run -p MemoryMax=...``; the machine's root has no limit."""
+    ours = "0::/user.slice/run-1.service\n"
+    limit(tmp_path / "user.slice" / "run-1.service", "9000", 1000)
+    assert preflight.left_in_groups(tmp_path, ours) == 8000
+    limit(tmp_path / "user.slice", "9500", 4000)
+    assert preflight.left_in_groups(tmp_path, ours) == 5500
+    limit(tmp_path / "user.slice" / "run-1.service", "max", 1000)
+    assert preflight.left_in_groups(tmp_path, ours) == 5500
+    limit(tmp_path / "other.slice", "10", 0)
+    assert preflight.left_in_groups(tmp_path, ours) == 5500
+
+
+def test_the_limit_of_a_unit_is_seen_in_cgroups_of_version_1(tmp_path: Path) -> None:
+    limit(tmp_path / "memory", str(2**63 - 4096), 0, version=1)
+    limit(tmp_path / "memory" / "docker" / "a:b", "9000", 1000, version=1)
+    limit(tmp_path / "unified" / "docker", "7000", 1000)
+    limit(tmp_path / "cpu" / "elsewhere", "10", 0, version=1)
+    ours = "5:cpu,cpuacct:/elsewhere\n4:memory:/docker/a:b\n1:name=systemd:/\n"
+    assert preflight.left_in_groups(tmp_path, ours) == 8000
+    assert preflight.left_in_groups(tmp_path, ours + "0::/docker/c\n") == 6000
+
+
+def test_a_container_that_sees_its_own_cgroups_only_under_the_hosts_names(tmp_path: Path) -> None:
+    limit(tmp_path / "memory", "9000", 1000, version=1)
+    assert preflight.left_in_groups(tmp_path, "4:memory:/docker/a\n0::/../b\n") == 8000
 
 
 def test_available_memory_is_plausible() -> None:

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -19,6 +20,7 @@ from kevlarflow.command_line import LAST_PORT
 from kevlarflow.errors import NotEnoughMemory, UsageError
 
 CGROUPS = Path("/sys/fs/cgroup")
+OUR_CGROUPS = Path("/proc/self/cgroup")
 MIB = 2**20
 GIB = 2**30
 
@@ -113,30 +115,56 @@ def _too_little(size: Size, needed: int, available: int, flags: Sequence[str] = 
 
 
 def available_memory() -> int:
-    """Bytes that can be had without swapping: of the machine, or of the container if that is less."""
+    """Bytes that can be had without swapping: of the machine, or of the container or unit if that is less."""
     meminfo = Path("/proc/meminfo").read_text()
     machine = next(int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable"))
-    container = left_in_container(CGROUPS)
+    container = left_in_groups(CGROUPS, OUR_CGROUPS.read_text() if OUR_CGROUPS.exists() else "")
     return machine if container is None else min(machine, container)
 
 
-def left_in_container(groups: Path) -> int | None:
-    """Bytes that the container's limit leaves, by cgroups of version 2 or 1; None when there is no limit.
+class _Accounts(NamedTuple):
+    """What the files of a cgroup are called."""
 
-    What the kernel keeps of files, and would give back, is not used.
+    limit: str
+    used: str
+    files: str
+    """The row of memory.stat that the kernel would give back."""
+
+
+_VERSION_2 = _Accounts("memory.max", "memory.current", "inactive_file")
+_VERSION_1 = _Accounts("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def left_in_groups(mount: Path, ours: str) -> int | None:
+    """Bytes that the limits of cgroups leave, of version 2 or 1; None when there is no limit.
+
+    `ours` is /proc/self/cgroup. A limit holds for all that is below it, and is shared by all of that.
     """
-    for folder, limit, used, files in (
-        (groups, "memory.max", "memory.current", "inactive_file"),
-        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        try:
-            most, now = int((folder / limit).read_text()), int((folder / used).read_text())
-            rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            idle = sum(int(value) for name, value in rows if name == files)
-        except (OSError, ValueError):
+    left = [_left_in(mount, _VERSION_2), _left_in(mount / "memory", _VERSION_1)]
+    for line in ours.splitlines():
+        _, controllers, place = line.split(":", 2)
+        if not controllers:
+            # On its own, or beside those of version 1.
+            roots, accounts = [mount, mount / "unified"], _VERSION_2
+        elif "memory" in controllers.split(","):
+            roots, accounts = [mount / "memory", mount / controllers], _VERSION_1
+        else:
             continue
-        return max(0, most - now + idle)
-    return None
+        # Where only a part of the hierarchy is mounted, as in many containers, that part's root is ours.
+        for folder in (root / place.lstrip("/") for root in roots):
+            left += [_left_in(each, accounts) for each in (folder, *folder.parents) if each.is_relative_to(mount)]
+    return min((each for each in left if each is not None), default=None)
+
+
+def _left_in(folder: Path, accounts: _Accounts) -> int | None:
+    """What the kernel keeps of files, and would give back, is not used."""
+    try:
+        most, now = int((folder / accounts.limit).read_text()), int((folder / accounts.used).read_text())
+        rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        idle = sum(int(value) for name, value in rows if name == accounts.files)
+    except (OSError, ValueError):
+        return None
+    return max(0, most - now + idle)
 
 
 def check_port(host: str, port: int) -> None:
