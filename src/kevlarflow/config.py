@@ -219,6 +219,15 @@ def run_folder_of(port: int) -> Path:
     return Path(base) / f"kevlarflow-{os.getuid()}" / str(port)
 
 
+def default_cache_dir() -> Path:
+    """The folder under which KevlarFlow keeps what it can make again."""
+    if chosen := os.environ.get("KEVLARFLOW_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base).expanduser().absolute() / "kevlarflow"
+    return Path.home() / ".cache" / "kevlarflow"
+
+
 def save(config: ServeConfig) -> None:
     """Write the configuration into its run folder."""
     Path(config.path("config.json")).write_bytes(msgspec.json.encode(config))

@@ -34,6 +34,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from kevlarflow.config import default_cache_dir
 from kevlarflow.errors import ModelUnavailable
 from kevlarflow.kinship import die_with_parent
 
@@ -61,15 +62,6 @@ REQUIRED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-
-
-def default_cache_dir() -> Path:
-    """Return the folder under which KevlarFlow keeps what it can make again."""
-    if chosen := os.environ.get("KEVLARFLOW_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base).expanduser().absolute() / "kevlarflow"
-    return Path.home() / ".cache" / "kevlarflow"
 
 
 def ensure_default_model(cache_dir: Path | None = None) -> Path:

@@ -11,7 +11,6 @@ import os
 import re
 import resource
 import sys
-import tempfile
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -41,6 +40,8 @@ if TYPE_CHECKING:
 
 OPEN_FILES = 65_535
 """As many as vLLM asks for."""
+COMPILED_CODE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+"""torch's. vLLM has a folder of its own for the stages that it compiles; this one is for what else is compiled."""
 
 USAGE = f"""\
 usage: kevlarflow serve [MODEL] [-pp S] [-dp R] [--port P] [any flag of vllm serve]
@@ -302,7 +303,6 @@ def child_environment(config: ServeConfig) -> dict[str, str]:
     # What it said is in the configuration now, and vLLM would let it win over the flag.
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     scratch = config.scratch_folder
-    inductor = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.environ.get('USER') or os.getuid()}")
     defaults = {
         # Nodes share the cores as the kernel sees fit, with one computing thread each.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -310,16 +310,30 @@ def child_environment(config: ServeConfig) -> dict[str, str]:
         "VLLM_USE_V2_MODEL_RUNNER": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        # Compiled code outlives the run; other temporary files do not.
-        "TORCHINDUCTOR_CACHE_DIR": inductor,
         # Process titles must not overwrite the environment by which the guardian knows its own.
         "SPT_NOENV": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if COMPILED_CODE_VARIABLE not in environment:
+        # Compiled code outlives the run; other temporary files do not.
+        defaults[COMPILED_CODE_VARIABLE] = _folder_of_compiled_code(scratch)
     if not any(value_given(list(config.vllm_args), flag) for flag in ("--tokenizer", "--hf-config-path")):
         defaults["HF_HUB_OFFLINE"] = "1"
     temporary = {"TMPDIR": scratch, "VLLM_RPC_BASE_PATH": scratch}
     return defaults | environment | temporary | {"SPT_NOENV": "1"}
+
+
+def _folder_of_compiled_code(scratch: str) -> str:
+    """Ours alone, since what lies there is executed; where we have no such folder, one that goes with the cluster."""
+    try:
+        folder = configuration.default_cache_dir() / "inductor"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except (OSError, RuntimeError):
+        # It cannot be made, or nobody knows a home of ours.
+        return os.path.join(scratch, "inductor")
+    is_ours = status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK | os.X_OK)
+    return str(folder) if is_ours else os.path.join(scratch, "inductor")
 
 
 def say(line: str) -> None:

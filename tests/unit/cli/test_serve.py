@@ -158,6 +158,57 @@ def test_the_users_environment_wins(model: Path, served: list[ServeConfig], monk
     assert "HF_HUB_OFFLINE" not in serve.child_environment(served[1])
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where KevlarFlow keeps things, which is not there yet."""
+    monkeypatch.delenv(serve.COMPILED_CODE_VARIABLE, raising=False)
+    monkeypatch.delenv("KEVLARFLOW_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "kevlarflow"
+
+
+def place_of_compiled_code(config: ServeConfig) -> str:
+    return serve.child_environment(config)[serve.COMPILED_CODE_VARIABLE]
+
+
+def test_compiled_code_is_kept_where_nobody_else_can_put_any(
+    model: Path, served: list[ServeConfig], cache: Path
+) -> None:
+    serve.run([str(model)])
+    assert place_of_compiled_code(served[0]) == str(cache / "inductor")
+    assert (cache / "inductor").stat().st_mode & 0o077 == 0
+    assert place_of_compiled_code(served[0]) == str(cache / "inductor"), "the next start finds it"
+
+
+@pytest.mark.parametrize("obstacle", ["open to all", "a file", "no home"])
+def test_without_a_folder_of_our_own_compiled_code_goes_with_the_cluster(
+    model: Path, served: list[ServeConfig], cache: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str
+) -> None:
+    cache.mkdir(parents=True)
+    if obstacle == "open to all":
+        (cache / "inductor").mkdir()
+        (cache / "inductor").chmod(0o777)
+    elif obstacle == "a file":
+        (cache / "inductor").touch()
+    else:
+
+        def unknown() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(configuration, "default_cache_dir", unknown)
+    serve.run([str(model)])
+    assert place_of_compiled_code(served[0]) == f"{served[0].scratch_folder}/inductor"
+
+
+def test_compiled_code_is_kept_where_the_environment_says(
+    model: Path, served: list[ServeConfig], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(serve.COMPILED_CODE_VARIABLE, "/elsewhere")
+    serve.run([str(model)])
+    assert place_of_compiled_code(served[0]) == "/elsewhere"
+    assert not cache.exists()
+
+
 @pytest.mark.parametrize(
     ("topic", "named", "not_named"),
     [
