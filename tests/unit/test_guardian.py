@@ -157,6 +157,19 @@ def test_a_run_folder_is_private_and_locked(folder: Path) -> None:
     assert not folder.exists()
 
 
+def test_nothing_below_the_folder_ages_while_a_cluster_lives(folder: Path) -> None:
+    """systemd-tmpfiles passes by a folder that it cannot lock, with all that is below."""
+    runs = [RunFolder(folder), RunFolder(folder.with_name("8001"))]
+    ageing = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY)
+    for run in runs:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(ageing, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for descriptor in (run.lock, run._base):
+            os.close(descriptor)
+    fcntl.flock(ageing, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(ageing)
+
+
 def test_what_a_dead_run_left_is_swept(folder: Path, sleepers: Sleepers) -> None:
     first = RunFolder(folder)
     (folder / "old.sock").touch()

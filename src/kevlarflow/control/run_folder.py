@@ -42,6 +42,7 @@ class RunFolder:
         if len(os.fsencode(folder)) + 1 + LONGEST_SOCKET_NAME > LONGEST_SOCKET_PATH:
             raise UsageError(f"{folder} is too long for Unix sockets: set XDG_RUNTIME_DIR to a shorter folder")
         make_private(folder.parent)
+        self._base = _kept_from_ageing(folder.parent)
         self.lock = self._take_lock()
         self._remove_predecessor()
         self.run_id = uuid.uuid4().hex
@@ -145,6 +146,19 @@ def _named_owner(folder: Path) -> str | None:
 def _runs(pid: str) -> bool:
     """Whether a process is there and has not ended, reaped or not."""
     return pid.isdecimal() and bool(guardian.birth(int(pid)))
+
+
+def _kept_from_ageing(folder: Path) -> int:
+    """Keep a folder and all below it from ageing while the descriptor that is returned is open.
+
+    Where the folder is in /tmp, systemd-tmpfiles removes what nobody has used for days, such as the configuration,
+    which only restarts read; but nothing below a locked folder. Whoever else has it locked is just going through it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    # Not every file system has locks.
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
 
 
 def _modified_at(path: Path) -> float:
