@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -58,7 +59,7 @@ def test_the_names_of_the_variables_agree() -> None:
 
 
 def test_it_imports_the_standard_library_only() -> None:
-    command = [sys.executable, "-I", "-S", "-X", "importtime", guardian.__file__, "x", "x", "0", "x"]
+    command = [sys.executable, "-I", "-S", "-X", "importtime", guardian.__file__, "x", "x", "0", "x", "1"]
     outcome = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     imported = {
         line.rpartition("|")[2].strip().partition(".")[0] for line in outcome.stderr.splitlines() if "|" in line
@@ -122,25 +123,80 @@ def test_shared_memory_goes_unless_others_use_it(sleepers: Sleepers, folder: Pat
             Path(name).unlink(missing_ok=True)
 
 
-def test_it_waits_for_the_end_of_the_lifeline_and_gives_the_lock_back_last(sleepers: Sleepers, folder: Path) -> None:
+SUPERVISE = """
+import os, subprocess, sys
+from pathlib import Path
+from kevlarflow.control import guardian
+from kevlarflow.control.run_folder import RunFolder
+run = RunFolder(Path(sys.argv[1]))
+end, beginning = os.pipe()
+command = [sys.executable, "-I", "-S", guardian.__file__, *run.guard_arguments(end)]
+process = subprocess.Popen(command, pass_fds=(end, run.lock))
+print(run.run_id, process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_it_waits_for_the_end_of_a_supervisor_and_gives_the_lock_back_last(sleepers: Sleepers, folder: Path) -> None:
+    supervisor = [sys.executable, "-c", SUPERVISE, str(folder)]
+    with subprocess.Popen(supervisor, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        run_id, its_guardian = process.stdout.readline().split()
+        child = sleepers.start(folder, run_id)
+        wait_until(lambda: child.pid in members(folder))
+        os.kill(int(its_guardian), signal.SIGSTOP)
+        process.kill()
+    # The supervisor is gone, and the port is still taken: its guardian has not finished.
+    with open(folder.with_suffix(".lock")) as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert child.poll() is None
+    os.kill(int(its_guardian), signal.SIGCONT)
+    assert child.wait(30) == -9
+    wait_until(lambda: not folder.with_suffix(".lock").exists())
+    assert not folder.exists()
+
+
+def test_while_its_supervisor_lives_it_leaves_the_lock_and_nobody_else_gets_the_port(
+    sleepers: Sleepers, folder: Path
+) -> None:
     run = RunFolder(folder)
     child = sleepers.start(folder, run.run_id)
     end, beginning = os.pipe()
     command = [sys.executable, "-I", "-S", guardian.__file__, *run.guard_arguments(end)]
     with subprocess.Popen(command, pass_fds=(end, run.lock)) as process:
         os.close(end)
-        os.close(run.lock)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.3)
         assert child.poll() is None
-        # The supervisor is gone, and the port is still taken: its guardian has not finished.
-        with open(run.lock_path) as lock, pytest.raises(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(beginning)
         assert process.wait(60) == 0
     assert child.wait(30) == -9
     assert not folder.exists()
-    assert not run.lock_path.exists()
+    with pytest.raises(UsageError, match="is taken by another kevlarflow"):
+        RunFolder(folder)
+    run.remove_logs()
+    run.give_back()
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_what_another_run_has_on_the_port_is_left_alone(folder: Path) -> None:
+    """As it may be when somebody has removed the lock of a cluster that was still there."""
+    first = RunFolder(folder)
+    end, beginning = os.pipe()
+    command = [sys.executable, "-I", "-S", guardian.__file__, *first.guard_arguments(end)]
+    with subprocess.Popen(command, pass_fds=(end, first.lock)) as process:
+        first.give_back()
+        second = RunFolder(folder)
+        second.lock_path.write_text("1")  # It is another process.
+        for descriptor in (end, beginning):
+            os.close(descriptor)
+        assert process.wait(60) == 0
+    first.sweep()
+    first.remove_logs()
+    first.give_back()
+    assert (folder / "run-id").read_text() == second.run_id
+    assert second.log_path.exists()
+    assert second.lock_path.exists()
 
 
 # ---- the run folder
@@ -153,8 +209,9 @@ def test_a_run_folder_is_private_and_locked(folder: Path) -> None:
     with pytest.raises(UsageError, match=f"port 8000 is taken by another kevlarflow \\(main process {os.getpid()}\\)"):
         RunFolder(folder)
     run.sweep()
-    os.close(run.lock)
+    run.give_back()
     assert not folder.exists()
+    assert not run.lock_path.exists()
 
 
 def test_nothing_below_the_folder_ages_while_a_cluster_lives(folder: Path) -> None:
@@ -189,7 +246,7 @@ def test_logs_of_a_run_that_failed_outlive_the_next_start(folder: Path) -> None:
         run = RunFolder(folder)
         (run.log_path / "exits.log").write_text(text)
         run.sweep()
-        os.close(run.lock)
+        run.give_back()
     before = folder.parent / "8000-before.logs"
     assert (before / "exits.log").read_text() == "first"
     run = RunFolder(folder)

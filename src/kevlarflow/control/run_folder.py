@@ -3,8 +3,9 @@
 Next to the run folder ``<base>/<port>`` (sockets, configuration: gone when the cluster is gone) stand
 ``<base>/<port>.lock`` and ``<base>/<port>.logs``. Logs of a run in which something went wrong stay, until the next
 run on the port or until there are many of them; a run without incident takes its logs along. Supervisor and guardian
-hold the lock through one shared open file, so it is free only when the last trace of a cluster is removed. A
-folder whose lock is free belongs to a cluster that died together with its guardian: it is swept here.
+hold the lock through one shared open file, so it is free only when the last trace of a cluster is removed: the file
+itself is the last thing that goes. A folder whose lock is free belongs to a cluster that died together with its
+guardian: it is swept here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from kevlarflow.control import guardian
 from kevlarflow.errors import UsageError
 
-RUN_ID_FILE = "run-id"
+RUN_ID_FILE = guardian.RUN_ID_FILE
 LONGEST_SOCKET_PATH = 107
 """Bytes of a Unix socket's path, a limit of the kernel."""
 LONGEST_SOCKET_NAME = 40
@@ -55,16 +56,20 @@ class RunFolder:
 
     def guard_arguments(self, lifeline: int) -> list[str]:
         """Arguments with which the guardian watches over this folder."""
-        return [str(self.path), self.run_id, str(lifeline), str(self.lock_path)]
+        return [str(self.path), self.run_id, str(lifeline), str(self.lock_path), str(os.getpid())]
 
     def sweep(self) -> None:
         """Do the guardian's work, when there is none."""
         guardian.sweep(str(self.path), self.run_id)
-        guardian.remove_file(str(self.lock_path))
 
     def remove_logs(self) -> None:
-        """Remove this port's logs."""
-        shutil.rmtree(self.log_path, ignore_errors=True)
+        """Remove this run's logs."""
+        if guardian.is_of_run(str(self.path), self.run_id):
+            shutil.rmtree(self.log_path, ignore_errors=True)
+
+    def give_back(self) -> None:
+        """Let the next cluster have the port, with its folder and its logs. Nothing of ours may be left to do."""
+        guardian.remove_lock(str(self.lock_path), os.getpid())
 
     def _keep_former_logs(self) -> None:
         """Logs that are still there are of a run that failed: who starts it again at once wants to read them later."""

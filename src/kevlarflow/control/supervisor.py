@@ -180,6 +180,7 @@ class Supervisor:
             self._sweep()
             if not keeps_logs:
                 self.run_folder.remove_logs()
+            self.run_folder.give_back()
         if keeps_logs:
             self.say(f"logs are kept in {self.run_folder.log_path}, because a process has failed")
         return 0 if self.ready else INTERRUPTED
