@@ -15,6 +15,8 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import msgspec
+
 from kevlarflow import config as configuration
 from kevlarflow.config import RUN_FOLDER_VARIABLE, ServeConfig, Timeouts
 from kevlarflow.kinship import forks_die_with_us
@@ -43,11 +45,15 @@ def start_cluster(
     zygote: str = "works",
     controller: str = "works",
     terminal: str = "open",
+    patience_ms: int = Timeouts().controller_lost_after_ms,
     output: int = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
-    """Start a supervisor over stand-ins. `zygote` and `controller` say how those behave; `terminal` may be "nohup"."""
+    """Start a supervisor over stand-ins. `zygote` and `controller` say how those behave; `terminal` may be "nohup".
+
+    A controller that says nothing is borne with for `patience_ms`.
+    """
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(base)}
-    command = [sys.executable, HERE, "supervisor", str(port), zygote, controller, terminal]
+    command = [sys.executable, HERE, "supervisor", str(port), zygote, controller, terminal, str(patience_ms)]
     return subprocess.Popen(command, stdout=output, stderr=output, text=True, env=environment, process_group=0)
 
 
@@ -76,7 +82,7 @@ def wait_until(condition: object, seconds: float = 30.0) -> None:
 # ---- the parts
 
 
-def _supervisor(port: int, zygote: str, controller: str, terminal: str) -> int:
+def _supervisor(port: int, zygote: str, controller: str, terminal: str, patience_ms: int) -> int:
     from kevlarflow.cli.main import complain
     from kevlarflow.cli.serve import child_environment, say
     from kevlarflow.control import supervisor
@@ -91,6 +97,8 @@ def _supervisor(port: int, zygote: str, controller: str, terminal: str) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN if terminal == "nohup" else signal.SIG_DFL)
     folder = configuration.run_folder_of(port)
     config = make_config(folder, port)
+    timeouts = msgspec.structs.replace(config.timeouts, controller_lost_after_ms=patience_ms)
+    config = msgspec.structs.replace(config, timeouts=timeouts)
     programs = Programs(
         zygote=(sys.executable, HERE, "zygote", zygote), controller=(sys.executable, HERE, "controller", controller)
     )
@@ -168,43 +176,32 @@ def _dying_api_server(_: ServeConfig) -> None:
 
 
 def _controller(behaviour: str) -> int:
-    if behaviour == "deaf":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if behaviour == "starting":
-        _tell_status()
-    if behaviour == "gives-up":
-        import zmq
-
-        from kevlarflow.wire.messages import Fatal, encode
-
-        router = zmq.Context.instance().socket(zmq.ROUTER)
-        router.bind(configuration.load().controller_address)
-        peer, _ = router.recv_multipart()
-        router.send_multipart([peer, encode(Fatal("node-0-1 died during start-up"))])
-    time.sleep(1000)
-    return 0
-
-
-def _tell_status() -> None:
-    """Answer every question with a cluster of which one node is ready."""
+    """Answer who subscribes, and, when "starting", who asks, with a cluster of which one node is ready."""
     import zmq
 
-    from kevlarflow.wire.messages import AskStatus, Status, decode, encode
+    from kevlarflow.wire.messages import AskStatus, Availability, Fatal, Status, Subscribe, decode, encode
 
+    if behaviour == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     nodes = [{"state": state} for state in ("ready", "starting", "starting", "starting")]
     document = {"nodes": nodes, "engines": [{"state": "starting"}], "pipelines": [{"state": "serving"}]}
     router = zmq.Context.instance().socket(zmq.ROUTER)
     router.bind(configuration.load().controller_address)
     while True:
         peer, frame = router.recv_multipart()
-        if isinstance(decode(frame), AskStatus):
-            router.send_multipart([peer, encode(Status(json.dumps(document).encode()))])
+        match decode(frame):
+            case Subscribe() if behaviour == "gives-up":
+                router.send_multipart([peer, encode(Fatal("node-0-1 died during start-up"))])
+            case Subscribe():
+                router.send_multipart([peer, encode(Availability(True, True, "", 0))])
+            case AskStatus() if behaviour == "starting":
+                router.send_multipart([peer, encode(Status(json.dumps(document).encode()))])
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["supervisor", port, zygote, controller, terminal]:
-            sys.exit(_supervisor(int(port), zygote, controller, terminal))
+        case ["supervisor", port, zygote, controller, terminal, patience_ms]:
+            sys.exit(_supervisor(int(port), zygote, controller, terminal, int(patience_ms)))
         case ["zygote", behaviour, "--report-fd", report_fd]:
             sys.exit(_zygote(behaviour, int(report_fd)))
         case ["controller", behaviour]:

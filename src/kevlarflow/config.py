@@ -79,6 +79,9 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     settle_ms: int = 4_000
     """How long a restarted controller waits for nodes and engines that serve to introduce themselves before it says
     that nothing serves, fills places of which it knows nothing, or ends requests that have waited long enough."""
+    controller_lost_after_ms: int = 10_000
+    """A controller that has answered nothing for this long is killed by the supervisor, so that it is started again.
+    One that has not spoken yet gets three times as long."""
     move_patience_ms: int = 8_000
     """How long a lane that moves though nobody died waits for its new node to hold (nearly) all of its KV. After that
     it moves all the same, and more is recomputed."""
@@ -203,6 +206,7 @@ def check_timeouts(times: Timeouts) -> None:
         ("step_floor_ms < still_after_ms", times.step_floor_ms, times.still_after_ms),
         ("engine_silent_after_ms < engine_lost_after_ms", times.engine_silent_after_ms, times.engine_lost_after_ms),
         ("settle_ms < engine_lost_after_ms", times.settle_ms, times.engine_lost_after_ms),
+        ("settle_ms < controller_lost_after_ms", times.settle_ms, times.controller_lost_after_ms),
         ("heartbeat_interval_ms < pace_interval_ms", times.heartbeat_interval_ms, times.pace_interval_ms),
         (f"{PACE_REPORTS} x pace_interval_ms < slow_after_ms", times.pace_window_ms, times.slow_after_ms),
         ("confirm_after_ms < slow_after_ms", times.confirm_after_ms, times.slow_after_ms),

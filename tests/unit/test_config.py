@@ -32,6 +32,7 @@ def test_the_defaults_agree():
         (Timeouts(step_floor_ms=1_000), "step_floor_ms < still_after_ms"),
         (Timeouts(engine_silent_after_ms=10_000), "engine_silent_after_ms < engine_lost_after_ms"),
         (Timeouts(settle_ms=10_000), "settle_ms < engine_lost_after_ms"),
+        (Timeouts(controller_lost_after_ms=4_000), "settle_ms < controller_lost_after_ms"),
         (Timeouts(pace_interval_ms=100), "heartbeat_interval_ms < pace_interval_ms"),
         (Timeouts(slow_after_ms=5_000), "5 x pace_interval_ms < slow_after_ms"),
         (Timeouts(slow_after_ms=3_000, pace_interval_ms=500), "confirm_after_ms < slow_after_ms"),

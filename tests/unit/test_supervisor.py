@@ -15,6 +15,7 @@ import ssl
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -37,7 +38,7 @@ from standins import make_config, members, start_cluster, wait_until
 class Cluster:
     """A running supervisor over stand-ins."""
 
-    def __init__(self, base: Path, **behaviour: str) -> None:
+    def __init__(self, base: Path, **behaviour: Any) -> None:
         self.port = free_port()
         self.folder = base / f"kevlarflow-{os.getuid()}" / str(self.port)
         self.supervisor = start_cluster(base, self.port, **behaviour)
@@ -177,6 +178,18 @@ def test_a_unit_that_dies_is_started_again_alone(cluster: Cluster, word: str) ->
     cluster.wait_for(rf"\(process {victim}\) died: starting it again")
     wait_until(lambda: len(members(cluster.folder)) == len(before))
     assert set(before) - set(members(cluster.folder)) == {victim}
+
+
+def test_a_controller_that_stays_stopped_is_ended_and_started_again(base: Path) -> None:
+    cluster = Cluster(base, patience_ms=3_000)
+    cluster.wait_for("^ready")
+    victim = cluster.the("standins.py controller")
+    os.kill(victim, signal.SIGSTOP)
+    cluster.wait_for(rf"the controller \(process {victim}\) has not answered for 3 s: ending it$")
+    cluster.wait_for(rf"the controller \(process {victim}\) died: starting it again$")
+    wait_until(lambda: cluster.pids("standins.py controller") - {victim})
+    cluster.supervisor.terminate()
+    assert cluster.end() == 0
 
 
 def test_a_zygote_that_cannot_start_again_at_once_is_given_time(base: Path) -> None:

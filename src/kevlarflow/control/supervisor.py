@@ -6,7 +6,7 @@ of `_start_missing`, and start-up is no special case of it. Nodes are the contro
 
 Before the cluster is ready, the death of a unit ends everything, with one line that says why. Afterwards only that
 unit is started again; one that dies again and again is waited for longer each time, and in the end given up, which
-ends the cluster.
+ends the cluster. A controller that answers nothing any more is made to die (`kevlarflow.control.silence`).
 
 It stays light: no vLLM, no torch, no thread. Everything it waits for is a file descriptor in one poll.
 """
@@ -34,6 +34,8 @@ from kevlarflow.control import guardian
 from kevlarflow.control.awaited import awaited
 from kevlarflow.control.process import Process, last_words, reap, reap_all, spawn
 from kevlarflow.control.run_folder import RunFolder
+from kevlarflow.control.silence import Silence
+from kevlarflow.control.watcher import starved_seconds
 from kevlarflow.errors import INTERRUPTED, StartupFailed, UsageError
 from kevlarflow.kinship import adopt_orphans
 from kevlarflow.wire.messages import (
@@ -155,6 +157,7 @@ class Supervisor:
         self.observer.setsockopt(zmq.IMMEDIATE, 1)
         self.observer.connect(config.controller_address)
         self.subscribe_at = 0.0
+        self.silence = Silence(config.timeouts.controller_lost_after_ms / 1_000)
 
     def run(self) -> int:
         """Serve until a signal comes; return the exit status. Raises one of our errors, with nothing left behind."""
@@ -168,6 +171,7 @@ class Supervisor:
                     self._ensure(unit, now)
                 self._subscribe(now)
                 self._wait()
+                self._judge_silence()
                 if not self.ready:
                     self._look_whether_ready()
             self.say("stopping")
@@ -308,6 +312,7 @@ class Supervisor:
                 message = decode(self.observer.recv())
             except msgspec.MsgspecError:
                 continue
+            self.silence.heard(time.monotonic())
             match message:
                 case Narration(time=moment, text=text) if self.ready:
                     self.say(f"{time.strftime('%H:%M:%S', time.localtime(moment))} {text}")
@@ -319,6 +324,20 @@ class Supervisor:
                     self.status = msgspec.json.decode(document)
                 case Fatal(reason=reason):
                     raise StartupFailed(f"{reason}; logs in {self.run_folder.log_path}")
+
+    def _judge_silence(self) -> None:
+        """Kill a controller that hangs or stays stopped, since it misses what dies; its end is seen as any other."""
+        process, now = self.controller.process, time.monotonic()
+        if process is None or not self.ready:
+            # A start has a limit of its own.
+            self.silence.begin(now)
+        elif self.silence.is_too_long(now, lambda: starved_seconds(process.pid)):
+            limit = self.config.timeouts.controller_lost_after_ms / 1_000
+            self.say(
+                f"{time.strftime('%H:%M:%S')} the controller (process {process.pid}) has not answered for {limit:g} s: "
+                "ending it"
+            )
+            process.send(signal.SIGKILL)
 
     def _mourn(self, unit: Unit) -> None:
         assert unit.process is not None
@@ -386,7 +405,7 @@ class Supervisor:
             poller = zmq.Poller()
             poller.register(process.exit_fd, zmq.POLLIN)
             while time.monotonic() < deadline and len(self.signals) < 2 and not poller.poll(TICK_MS):
-                pass
+                self._judge_silence()
 
     def _sweep(self) -> None:
         """Have the guardian do what it is for, while we watch; without it, do it ourselves."""

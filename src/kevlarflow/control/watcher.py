@@ -92,15 +92,7 @@ class Process:
 
     def starved_seconds(self) -> float | None:
         """How long its threads together have waited for a CPU, ever; None when the kernel does not say."""
-        folder = f"/proc/{self.pid}/task"
-        waited = 0
-        try:
-            for thread in os.listdir(folder):
-                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                    waited += int(Path(f"{folder}/{thread}/schedstat").read_bytes().split()[WAITED])
-        except (OSError, ValueError, IndexError):
-            return None
-        return waited / 1e9 if os.path.exists(f"{folder}/{self.pid}/schedstat") else None
+        return starved_seconds(self.pid)
 
     def kill(self) -> None:
         """SIGKILL, which a stopped process obeys too."""
@@ -111,6 +103,19 @@ class Process:
         """Let go of the descriptors."""
         os.close(self._stat)
         os.close(self.pidfd)
+
+
+def starved_seconds(pid: int) -> float | None:
+    """How long the threads of a process together have waited for a CPU, ever; None when the kernel does not say."""
+    folder = f"/proc/{pid}/task"
+    waited = 0
+    try:
+        for thread in os.listdir(folder):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                waited += int(Path(f"{folder}/{thread}/schedstat").read_bytes().split()[WAITED])
+    except (OSError, ValueError, IndexError):
+        return None
+    return waited / 1e9 if os.path.exists(f"{folder}/{pid}/schedstat") else None
 
 
 class Death(NamedTuple, Generic[Key]):
