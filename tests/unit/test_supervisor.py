@@ -286,7 +286,8 @@ def test_who_was_killed_and_is_not_reaped_yet_does_not_own_its_port(base: Path) 
     os.waitid(os.P_PID, cluster.supervisor.pid, os.WEXITED | os.WNOWAIT)
     assert owner_of(cluster.folder) is None
     await_predecessor(cluster.folder)
-    assert not members(cluster.folder), "the guardian was done"
+    # The guardian itself, which was done, may be on its way out.
+    assert not [command for command in members(cluster.folder).values() if "guardian.py" not in command]
     second = start_cluster(base, cluster.port)
     try:
         assert second.stdout is not None
