@@ -24,14 +24,8 @@ from kevlarflow.bench.systems import free_port
 from kevlarflow.control.awaited import awaited
 from kevlarflow.control.process import Process, last_words
 from kevlarflow.control.run_folder import await_predecessor, owner_of
-from kevlarflow.control.supervisor import (
-    FAILURES_IN_A_ROW,
-    LONG_LIFE_SECONDS,
-    LONGEST_PAUSE_SECONDS,
-    Unit,
-    health_scheme,
-    ready_line,
-)
+from kevlarflow.control.supervisor import health_scheme, ready_line
+from kevlarflow.control.unit import FAILURES_IN_A_ROW, LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Unit
 from standins import make_config, members, start_cluster, wait_until
 
 

@@ -35,6 +35,7 @@ from kevlarflow.control.awaited import awaited
 from kevlarflow.control.process import Process, last_words, reap, reap_all, spawn
 from kevlarflow.control.run_folder import RunFolder
 from kevlarflow.control.silence import Silence
+from kevlarflow.control.unit import FAILURES_IN_A_ROW, Unit
 from kevlarflow.control.watcher import starved_seconds
 from kevlarflow.errors import INTERRUPTED, StartupFailed, UsageError
 from kevlarflow.kinship import adopt_orphans
@@ -56,11 +57,6 @@ TICK_MS = 100
 SUBSCRIBE_SECONDS = 1.0
 QUIET_SECONDS = 15.0
 """After so long without a line, a start-up says what it is waiting for."""
-LONG_LIFE_SECONDS = 60.0
-"""The death of a unit that lived longer than this is the first of a row."""
-FAILURES_IN_A_ROW = 6
-FIRST_PAUSE_SECONDS = 1.0
-LONGEST_PAUSE_SECONDS = 10.0
 LAUNCH_TIMEOUT_SECONDS = 2.0
 GUARDIAN_TIMEOUT_MS = 15_000
 LAST_CHILD_SECONDS = 5.0
@@ -76,43 +72,6 @@ class Programs(NamedTuple):
 
 
 DEFAULT_PROGRAMS = Programs()
-
-
-class Unit:
-    """One of the processes that the supervisor keeps alive."""
-
-    def __init__(self, name: str, start: Callable[[], Process | None]) -> None:
-        self.name = name
-        self.start = start
-        """Starts it, or returns None while something that it needs is missing."""
-        self.process: Process | None = None
-        self.started_at = 0.0
-        self.due_at = 0.0
-        self.failures = 0
-
-    def ensure(self, now: float) -> None:
-        """Start the unit if it is missing and its time has come. Raises `OSError` when no process is to be had."""
-        if self.process is None and now >= self.due_at:
-            try:
-                self.process = self.start()
-            except OSError:
-                self._put_off(now)
-                raise
-            self.started_at = now
-
-    def bury(self, now: float) -> None:
-        """Take note of its death, and decide when it is started again."""
-        assert self.process is not None
-        self.process.close()
-        self.process = None
-        if now - self.started_at > LONG_LIFE_SECONDS:
-            self.failures = 0
-        self._put_off(now)
-
-    def _put_off(self, now: float) -> None:
-        self.failures += 1
-        pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (self.failures - 2)) if self.failures > 1 else 0.0
-        self.due_at = now + pause
 
 
 class Supervisor:
