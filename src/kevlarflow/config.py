@@ -127,7 +127,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     slow_ratio: float = DEFAULT_SLOW_RATIO
     """A node is slow when its steps take so many times as long as those of its peers; 0: none ever is."""
     replacement_wait_s: float = DEFAULT_REPLACEMENT_WAIT_S
-    """How long requests wait for a replacement when a stage has no node left; 0: they end at once."""
+    """How long requests wait for a replacement when a stage has no node left, and for more KV memory when they need
+    more than their share; 0: they end at once."""
     vllm_args: tuple[str, ...] = ()
     """Flags passed through to vLLM as they were typed; without model, -pp, -dp, -tp, host and port."""
     timeouts: Timeouts = Timeouts()

@@ -64,7 +64,8 @@ Runs in the foreground until Ctrl-C or SIGTERM; the exit status is 0 then, or 13
                                ({DEFAULT_REPLICATION_INTERVAL_TOKENS})
   --replication-bandwidth N    bytes a second that a node may send as copies ({DEFAULT_BANDWIDTH // MIB}M); catching up
                                takes longer with less
-  --replacement-wait SECONDS   how long requests wait for a replacement when a stage has no node left, before they end
+  --replacement-wait SECONDS   how long requests wait for a replacement when a stage has no node left, or when they need
+                               more KV memory than their share of a node that serves two pipelines, before they end
                                with an error ({DEFAULT_REPLACEMENT_WAIT_S:g}); 0: they end at once
   --slow-node-ratio X          a node is slow when its steps take X times as long as those of its peers
                                ({DEFAULT_SLOW_RATIO:g}): its lanes move to another node, and it is replaced; 0: never

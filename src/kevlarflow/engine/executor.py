@@ -55,6 +55,7 @@ class KevlarExecutor(Executor):
         self.session = Session(pipeline, limits)
         self._attendant = Attendant(config, self.session)
         self._attendant.start()
+        self.replacement_wait_seconds = config.replacement_wait_s
         self._descriptions = self.session.wait_formed(config.timeouts.startup_timeout_s)
         # Numbers of steps name the content of KV blocks, on standbys too, which outlive an engine. Counting on from
         # the time of day in microseconds, no engine of this pipeline uses a number of an earlier one again.

@@ -2,8 +2,8 @@
 
 Only a scheduler can do these things. Cached prefix blocks that a new node does not hold are evicted before anything can
 hit them. Blocks are withheld while the nodes share their memory with another pipeline, and requests that have no room
-are preempted, or wait until there is more. And requests that cannot be saved end through the scheduler, with an error
-for the client, so that the engine goes on.
+are preempted, or wait until there is more, up to a bound. And requests that cannot be saved end through the scheduler,
+with an error for the client, so that the engine goes on.
 
 Non-public names of vLLM, used in this module only: `Scheduler.kv_cache_manager.block_pool`, its `free_block_queue`, and
 of a block `block_id`, `block_hash`, `ref_cnt`, `is_null`; `Scheduler._preempt_request`, `prev_step_scheduled_req_ids`,
@@ -70,6 +70,9 @@ class KevlarScheduler(Scheduler):
         """Blocks that may not be given out for now."""
         self._held: list[Request] = []
         """Requests that are longer than all blocks that may be given out, oldest first."""
+        self._held_since: dict[Request, float] = {}
+        """Since when they have been so. Orders that change nothing for them do not begin it anew."""
+        self._longest_hold_seconds = self._executor.replacement_wait_seconds
         self._executor.scheduler_ready(self._load)
 
     def _load(self) -> tuple[int, int, int]:
@@ -195,14 +198,31 @@ class KevlarScheduler(Scheduler):
         self._held.clear()
 
     def _hold_back(self) -> None:
-        """Take requests out of the queue that no preemption can make room for."""
+        """Take requests out of the queue that no preemption can make room for, and end those that wait for too long."""
         if not self._withheld:
+            self._held_since.clear()
             return
-        room = (self.kv_cache_config.num_blocks - 1 - len(self._withheld)) * self.cache_config.block_size
+        blocks = self.kv_cache_config.num_blocks - 1
+        left = blocks - len(self._withheld)
+        room = left * self.cache_config.block_size
         too_long = [request for request in self.waiting if request.num_tokens >= room]
         if too_long:
             self.waiting.remove_requests(too_long)
             self._held += too_long
+        now = time.monotonic()
+        self._held_since = {request: self._held_since.get(request, now) for request in self._held}
+        for request, since in self._held_since.items():
+            # What is in flight of one that was preempted is still delivered, and may be all that it lacked.
+            if now - since >= self._longest_hold_seconds and not request.num_in_flight_tokens:
+                # Each of k pipelines has 1/k of the blocks.
+                self._end([request.request_id], self._about_room(request, room, blocks // max(1, left)))
+
+    def _about_room(self, request: Request, room: int, pipelines: int) -> str:
+        return (
+            f"this request needs {request.num_tokens + 1} tokens of KV memory, and only {room} are left while a node "
+            f"serves {pipelines} pipelines; no more came within {self._longest_hold_seconds:g} s (--replacement-wait): "
+            "start a node with kevlarflow node --join, or raise --kv-cache-memory-bytes"
+        )
 
     def _evict_unheld_blocks(self, keep: frozenset[int]) -> None:
         """Forget cached blocks that no live request holds, but `keep`, which came back from replicas."""

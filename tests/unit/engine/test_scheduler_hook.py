@@ -37,7 +37,7 @@ def hook():
     hook.kv_cache_config = SimpleNamespace(num_blocks=10)
     hook.cache_config = SimpleNamespace(block_size=4)
     hook.waiting = FCFSRequestQueue()
-    hook._withheld, hook._held = {}, []
+    hook._withheld, hook._held, hook._held_since, hook._longest_hold_seconds = {}, [], {}, 45.0
     return hook
 
 
