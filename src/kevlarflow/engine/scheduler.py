@@ -151,7 +151,9 @@ class KevlarScheduler(Scheduler):
     def _obey(self, orders: SchedulerOrders) -> None:
         if orders.end_all:
             self._end(list(self.requests), orders.end_all)
-        for aside in orders.aside:
+        # Whoever is preempted goes to the front of the queue, so the youngest is the first.
+        places = {request.request_id: place for place, request in enumerate(self.running)} if orders.aside else {}
+        for aside in sorted(orders.aside, key=lambda each: -places.get(each.request, -1)):
             self._set_aside(aside)
         pool = self.kv_cache_manager.block_pool
         if orders.spoilt:

@@ -1,4 +1,4 @@
-"""The hook in vLLM's own scheduler, with requests in it: who waits for room, and for how long."""
+"""The hook in vLLM's own scheduler, with requests in it: who waits for room, for how long, and in which order."""
 
 from __future__ import annotations
 
@@ -246,3 +246,14 @@ def test_what_is_in_flight_of_a_request_without_room_is_still_delivered(make_eng
     engine.answer()
     engine.step()
     assert "needs 66 tokens" in engine.finished["more"]
+
+
+def test_requests_that_are_set_aside_keep_their_order(engine: Engine) -> None:
+    names = ["b", "c", "a"]
+    for name in names:
+        engine.ask(name, 3)
+    engine.step()
+    # In the order of their ids, as the core names them.
+    engine.orders.add(SetAside(tuple(Aside(name, "", True) for name in sorted(names)), frozenset()))
+    engine.schedule()
+    assert [request.request_id for request in engine.scheduler.running] == names
