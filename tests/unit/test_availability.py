@@ -92,6 +92,11 @@ def test_behind_a_root_path_an_outage_is_seen_as_well(method: str, path: str) ->
         (DOWN, "GET", "/v1/models"),
         (DOWN, "GET", "/metrics"),
         (DOWN, "POST", "/tokenize"),
+        (DOWN, "POST", "/v1/responses/resp_1/cancel"),
+        (DOWN, "POST", "/inference/v1/abort_requests"),
+        (DOWN, "POST", "/v1/messages/count_tokens"),
+        (DOWN, "POST", "/v1/chat/completions/render"),
+        (DOWN, "POST", "/v1/completions/derender"),
         (STARTING, "POST", "/v1/completions"),
     ],
 )

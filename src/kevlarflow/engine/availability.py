@@ -39,6 +39,8 @@ REFRESH_SECONDS = 1.0
 RETRY_SECONDS = 0.05
 HEALTH_PATHS = ("/health", "/ping")
 GENERATION_PREFIXES = ("/v1/", "/v2/", "/inference/", "/invocations", "/generate", "/generative_scoring", "/cohere/")
+OTHER_SUFFIXES = ("/cancel", "/abort_requests", "/count_tokens", "/render", "/derender")
+"""Of routes among them that generate nothing, and need no node."""
 MAX_REASONS = 1_000
 """Of requests that were ended and whose clients have yet to be told why."""
 UNKNOWN = Availability(serving=False, started=False, reason="the cluster is starting", retry_after_seconds=1)
@@ -198,7 +200,7 @@ class AvailabilityMiddleware:
             if not now.serving and path in HEALTH_PATHS:
                 await _answer(send, now, _health_body(now))
                 return
-            if not now.serving and now.started and scope["method"] == "POST" and path.startswith(GENERATION_PREFIXES):
+            if not now.serving and now.started and scope["method"] == "POST" and _generates(path):
                 await _answer(send, now, _error_body(now))
                 return
         await self._app(scope, receive, send)
@@ -209,6 +211,10 @@ def _route(scope: Scope) -> str:
     path: str = scope["path"]
     root: str = scope.get("root_path", "").rstrip("/")
     return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+def _generates(path: str) -> bool:
+    return path.startswith(GENERATION_PREFIXES) and not path.endswith(OTHER_SUFFIXES)
 
 
 def _health_body(now: Availability) -> dict[str, Any]:
