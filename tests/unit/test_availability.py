@@ -169,12 +169,17 @@ def test_each_failed_request_has_the_reason_that_its_engine_gave() -> None:
         _Output("chatcmpl-4-5eed", "error", "2 nodes were lost"),
         _Output("cmpl-5-0-5eed", "error", None),
         _Output("cmpl-60-0-5eed", "error", "step 7 failed"),
+        _Output("resp_7_0-5eed", "error", "no room is left"),
+        _Output("chatcmpl-8_12-5eed", "error", "step 9 failed"),
     ]
     assert processor.process_outputs(outputs, 2.5) == 2.5
     assert processor.seen == outputs
     told = [reasons.of(f"cmpl-{number}") for number in (1, 2, 3, 5, 6)]
     assert told == ["", "", "stage 1 has no node", "", ""]
     assert reasons.of("chatcmpl-4") == "2 nodes were lost"
+    # A turn of a response, and a conversation of a batch.
+    assert (reasons.of("resp_7"), reasons.of("chatcmpl-8")) == ("no room is left", "step 9 failed")
+    assert reasons.of("resp_") == reasons.of("resp.7") == ""
 
 
 def test_only_the_last_reasons_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,3 +210,41 @@ def test_an_error_that_is_not_ours_is_vllms_to_explain(monkeypatch: pytest.Monke
     assert not isinstance(told.value, RetryableRequestError), "to try it again would cost two more nodes"
     with pytest.raises(GenerationError, match="Internal server error"):
         GenerateBaseServing._raise_if_error(None, "error", "cmpl-2")
+
+
+def test_a_scoring_that_an_engine_has_ended_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import SamplingParams
+    from vllm.entrypoints.generate import label_reads
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+    from vllm.exceptions import RetryableRequestError
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+    monkeypatch.setattr(GenerateBaseServing, "_raise_if_error", GenerateBaseServing._raise_if_error)
+    monkeypatch.setattr(label_reads, "merge_async_iterators", label_reads.merge_async_iterators)
+    monkeypatch.setattr(availability, "_reasons", Reasons())
+    processor = _OutputProcessor()
+    availability.learn_reasons(processor)
+    availability.explain_failed_requests()
+    processor.process_outputs([_Output("scoring-1-1-5eed", "error", "stage 1 has no node")], 0.0)
+    let_go: list[str] = []
+
+    class Engines:
+        async def generate(self, _: Any, __: Any, name: str, **___: Any) -> Any:
+            try:
+                if name in hanging:
+                    await asyncio.Event().wait()
+                failed = CompletionOutput(0, "", [], None, None, finish_reason="error")
+                yield RequestOutput(name, None, [1], None, [failed], finished=True)
+            finally:
+                let_go.append(name)
+
+    def read(name: str) -> None:
+        prompts, params = [{}, {}], [SamplingParams(max_tokens=1)] * 2
+        asyncio.run(asyncio.wait_for(label_reads.next_token_label_reads(Engines(), prompts, params, name), 60))
+
+    hanging = {"scoring-1-0"}
+    with pytest.raises(RetryableRequestError, match="stage 1 has no node"):
+        read("scoring-1")
+    assert sorted(let_go) == ["scoring-1-0", "scoring-1-1"], "nobody would read the other one"
+    with pytest.raises(ValueError, match="Generation error for item 0"):
+        read("scoring-2")

@@ -53,6 +53,7 @@ SEAMS = {
         "finish_reason",
         "request_id",
     ),
+    "vllm.entrypoints.generate.label_reads:merge_async_iterators": ("iterators",),
     "vllm.distributed.utils:create_tcp_store": ("host", "port"),
     "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": ("self", "engine_core_outputs"),
     "vllm.v1.executor.abstract:Executor.execute_model": ("self", "scheduler_output", "non_block"),

@@ -8,18 +8,20 @@ word. From it come four things that vLLM cannot say:
 * a request that had to be ended says why, where vLLM says "Internal server error";
 * ``GET /metrics`` has the controller's metrics next to vLLM's.
 
-The first two are an ASGI middleware, which vLLM adds by its public ``--middleware``. The third replaces one method of
-vLLM and wraps another, whose signatures `kevlarflow.engine.arguments.check_vllm` checks at start. The last is a
-Prometheus collector.
+The first two are an ASGI middleware, which vLLM adds by its public ``--middleware``. The third replaces a method and a
+function of vLLM and wraps another method, whose signatures `kevlarflow.engine.arguments.check_vllm` checks at start.
+The last is a Prometheus collector.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 
 import msgspec
@@ -129,7 +131,8 @@ class Reasons:
     """Why the engines have ended requests. The scheduler hook sends the reason along as the stop reason.
 
     An engine's name for a request has the server's in it: what tells its choices and prompts apart stands before that
-    with ``_``, and behind it with ``-``.
+    with ``_``, and behind it with ``-``; what tells the turns of a response or the chats of a batch apart stands behind
+    it with ``_``.
     """
 
     def __init__(self) -> None:
@@ -151,7 +154,8 @@ class Reasons:
 
     def of(self, request: str) -> str:
         """Why a request of the server was ended; empty if not by us."""
-        return next((reason for name, reason in self._of.items() if f"_{request}-" in f"_{name}-"), "")
+        wanted = re.compile(rf"_{re.escape(request)}(_\d+)?-")
+        return next((reason for name, reason in self._of.items() if wanted.search(f"_{name}-")), "")
 
 
 _reasons = Reasons()
@@ -164,22 +168,37 @@ def learn_reasons(output_processor: Any) -> None:
 
 def explain_failed_requests() -> None:
     """Let a request that ends in an error say why, where vLLM says "Internal server error"."""
+    from vllm.entrypoints.generate import label_reads
     from vllm.entrypoints.generate.base.serving import GenerateBaseServing
-    from vllm.exceptions import GenerationError, RetryableRequestError
 
-    original = GenerateBaseServing._raise_if_error
+    original, merge = GenerateBaseServing._raise_if_error, label_reads.merge_async_iterators
 
     def raise_if_error(serving: Any, finish_reason: str | None, request_id: str) -> None:
-        reason = _reasons.of(request_id) if finish_reason == "error" else ""
-        if not reason:
-            # It is well, or has failed of what vLLM knows.
-            original(serving, finish_reason, request_id)
-            return
+        _raise_our_error(finish_reason, request_id)
+        # It is well, or has failed of what vLLM knows.
+        original(serving, finish_reason, request_id)
+
+    async def merge_async_iterators(*iterators: Any) -> AsyncIterator[tuple[int, Any]]:
+        """The outputs of the requests of a scoring, which takes one that has failed for a mistake of its client."""
+        async with contextlib.aclosing(merge(*iterators)) as merged:
+            async for index, output in merged:
+                for completion in output.outputs:
+                    _raise_our_error(completion.finish_reason, output.request_id)
+                yield index, output
+
+    GenerateBaseServing._raise_if_error = raise_if_error
+    label_reads.merge_async_iterators = merge_async_iterators
+
+
+def _raise_our_error(finish_reason: str | None, request_id: str) -> None:
+    """Raise vLLM's exception for a request that an engine of ours has ended, with the reason."""
+    from vllm.exceptions import GenerationError, RetryableRequestError
+
+    reason = _reasons.of(request_id) if finish_reason == "error" else ""
+    if reason:
         log.error("request %s was ended with an error: %s", request_id, reason)
         # The second is HTTP 503, which clients and proxies take for "try again".
         raise GenerationError(reason) if reason.endswith(NOT_AGAIN) else RetryableRequestError(reason)
-
-    GenerateBaseServing._raise_if_error = raise_if_error
 
 
 class AvailabilityMiddleware:
