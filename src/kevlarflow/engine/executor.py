@@ -8,6 +8,7 @@ start-up is answered from the descriptions that the nodes gave: the nodes have l
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -29,6 +30,8 @@ from kevlarflow.kinship import TITLE
 from kevlarflow.recovery.recompute import Limits
 from kevlarflow.types import PipelineId
 from kevlarflow.wire.messages import EngineReady
+
+log = logging.getLogger("kevlarflow.engine")
 
 RECOMPUTE_TOKENS = 128
 """Tokens that are recomputed in one forward pass. Short passes let the donor serve its own pipeline in between, and let
@@ -128,6 +131,10 @@ class KevlarExecutor(Executor):
             case "get_supported_tasks":
                 return [stage.supported_tasks for stage in stages]
             case "set_kv_cache_layout" | "reset_mm_cache" | "reset_encoder_cache" | "synchronize_device" | "shutdown":
+                return [None] * len(stages)
+            case "sleep" | "wake_up":
+                # As vLLM's CPU worker does: its engine pauses before it asks, and would stay so if this raised.
+                log.warning("%s frees and loads nothing: nodes keep their memory, and only scheduling stops", method)
                 return [None] * len(stages)
         raise NotImplementedError(f"KevlarFlow's nodes do not offer {method!r} while they serve")
 
