@@ -89,12 +89,54 @@ def test_the_namespace_plugs_kevlarflow_in(configured: Any) -> None:
         (["--chat-template", "/nowhere"], "/nowhere"),
         (["--enforce-eager", "stray"], "'stray' stands alone: a model comes first"),
         (["--pipeline-parallel", "3"], "--pipeline-parallel-size has to be written in full"),
+        (
+            ["--enable-auto-tool-choice", "--tool-call-parser", "hermse"],
+            "^vLLM refuses these flags: invalid tool call parser: hermse",
+        ),
+        (["--reasoning-parser", "qwen9"], "^vLLM refuses these flags: invalid reasoning parser: qwen9"),
+        (["--tool-parser-plugin", "/nowhere.py"], "^--tool-parser-plugin /nowhere.py cannot be imported: FileNotFound"),
+        (["--reasoning-parser-plugin", "no_module"], "^--reasoning-parser-plugin no_module cannot be imported"),
     ],
 )
 def test_what_vllm_refuses_is_one_line(configured: Any, words: list[str], line: str) -> None:
     with pytest.raises(UsageError, match=line) as error:
         inspect(configured(*words))
     assert "\n" not in str(error.value)
+
+
+def test_a_plugin_with_a_mistake_is_one_line(configured: Any, tmp_path: Path) -> None:
+    plugin = tmp_path / "mistaken.py"
+    plugin.write_text("raise RuntimeError('two\\nlines')")
+    with pytest.raises(UsageError) as error:
+        inspect(configured("--tool-parser-plugin", str(plugin)))
+    assert str(error.value) == f"--tool-parser-plugin {plugin} cannot be imported: RuntimeError: two lines"
+
+
+def test_parsers_of_plugins_are_found(configured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    from kevlarflow.engine.arguments import stage_config
+
+    for manager, parsers in ((ToolParserManager, "tool_parsers"), (ReasoningParserManager, "reasoning_parsers")):
+        monkeypatch.setattr(manager, parsers, dict(getattr(manager, parsers)))
+    tools, thoughts = tmp_path / "own_tools.py", tmp_path / "own_thoughts.py"
+    tools.write_text(
+        "from vllm.tool_parsers import ToolParser, ToolParserManager\n"
+        "ToolParserManager.register_module('own-tools', module=type('Tools', (ToolParser,), {}))\n"
+    )
+    thoughts.write_text(
+        "from vllm.reasoning import ReasoningParser, ReasoningParserManager\n"
+        "ReasoningParserManager.register_module('own-thoughts', module=type('Thoughts', (ReasoningParser,), {}))\n"
+    )
+    use_tools = ["--enable-auto-tool-choice", "--tool-call-parser", "own-tools"]
+    with pytest.raises(UsageError, match="invalid tool call parser: own-tools"):
+        inspect(configured(*use_tools))
+    assert inspect(configured(*use_tools, "--tool-parser-plugin", str(tools))).layers == 4
+    # A node that was started by hand does not come from a process that has inspected the flags.
+    own = configured("--reasoning-parser", "own-thoughts", "--reasoning-parser-plugin", str(thoughts))
+    assert stage_config(own).structured_outputs_config.reasoning_parser == "own-thoughts"
+    assert inspect(own).layers == 4
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ with flags or model comes to light here, as one line.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect as inspection
 import json
@@ -23,11 +24,13 @@ from pydantic import ValidationError
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import validate_api_server_args
 from vllm.exceptions import VLLMError
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.import_utils import import_from_path
 from yaml import YAMLError
 
 from kevlarflow.config import ServeConfig
@@ -42,6 +45,8 @@ SEAMS = {
     "vllm.engine.arg_utils:AsyncEngineArgs.create_engine_config": ("usage_context",),
     "vllm.v1.engine.async_llm:AsyncLLM.from_vllm_config": ("vllm_config", "usage_context"),
     "vllm.entrypoints.launchers.launcher:setup_server": ("args", "reuse_port"),
+    "vllm.entrypoints.launchers.launcher:validate_api_server_args": ("args",),
+    "vllm.utils.import_utils:import_from_path": ("module_name", "file_path"),
     "vllm.entrypoints.launchers.api_server.entry:build_and_serve": (
         "engine_client",
         "listen_address",
@@ -98,6 +103,7 @@ def inspect(config: ServeConfig) -> ModelFacts:
     """Check vLLM, flags and model; raise one of our errors, with one line, for whatever cannot work."""
     check_vllm()
     args = namespace(config)
+    _check_parsers(args)
     _import_model_class(config.model)
     try:
         vllm_config = vllm_config_of(args)
@@ -109,6 +115,7 @@ def inspect(config: ServeConfig) -> ModelFacts:
 
 def vllm_config_of(args: Namespace) -> VllmConfig:
     """vLLM's configuration of all engines. Its defaults depend on who asks: it is always the server."""
+    _import_plugins(args)
     return AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
 
@@ -134,6 +141,44 @@ def _import_model_class(folder: str) -> None:
         for architecture in described.get("architectures") or []:
             if known := ModelRegistry.models.get(architecture):
                 ModelRegistry.register_model(architecture, known.load_model_cls())
+
+
+def _check_parsers(args: Namespace) -> None:
+    """Look for the parsers of tool calls and of reasoning: vLLM's server does so late, and ends over it."""
+    _import_plugins(args)
+    # Where vLLM's check looks, --reasoning-parser is put only when the configuration is made.
+    reasoning = args.reasoning_parser or args.structured_outputs_config.reasoning_parser
+    checked = {**vars(args), "structured_outputs_config": Namespace(reasoning_parser=reasoning)}
+    try:
+        validate_api_server_args(Namespace(**checked))
+    except KeyError as error:
+        raise UsageError(f"vLLM refuses these flags: {one_line(error.args[0])}") from error
+
+
+def _import_plugins(args: Namespace) -> None:
+    """Import what has parsers in it, as `setup_server` does; vLLM looks one of reasoning up in each process."""
+    for flag, plugin in (
+        ("--tool-parser-plugin", args.tool_parser_plugin),
+        ("--reasoning-parser-plugin", args.reasoning_parser_plugin),
+    ):
+        # To vLLM a shorter one is none.
+        if plugin and len(plugin) > 3:
+            _import_plugin(flag, plugin)
+
+
+@functools.cache
+def _import_plugin(flag: str, plugin: str) -> None:
+    """Import a module or a file, once for all forks. vLLM would do the same, but only log what is wrong with a file."""
+    try:
+        try:
+            importlib.import_module(plugin)
+        except ModuleNotFoundError:
+            if Path(plugin).suffix != ".py":
+                raise  # It may be a module that lacks another one.
+            import_from_path(Path(plugin).stem, plugin)
+    except Exception as error:
+        # It is the user's code, and may raise anything.
+        raise UsageError(f"{flag} {plugin} cannot be imported: {type(error).__name__}: {one_line(error)}") from error
 
 
 def check_vllm() -> None:
