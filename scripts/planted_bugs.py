@@ -886,4 +886,11 @@ MUTANTS = (
         "ahead, blamed = self._plans.waiting, self._behind(event.sequence)",
         "ahead, blamed = self._plans.waiting, self._in_flight.requests",
     ),
+    Mutant(
+        "orders that bring no more room begin the wait for it anew",
+        "engine/scheduler.py",
+        "self._held_since.get(request, now)",
+        "now",
+        "tests/unit/engine/test_scheduler_in_vllm.py",
+    ),
 )
