@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 HUGE_PAGE_BYTES = 2 << 20
@@ -15,5 +16,7 @@ def map_memory(size: int) -> memoryview:
     # Private, which is not Python's default: what is shared, even with nobody, gets no huge pages on most machines.
     mapped = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= HUGE_PAGE_BYTES:
-        mapped.madvise(mmap.MADV_HUGEPAGE)
+        # It is advice: a kernel that is built without huge pages (EINVAL) gives small ones, which only take longer.
+        with contextlib.suppress(OSError):
+            mapped.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(mapped)[:size]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,18 @@ def test_large_memory_is_in_huge_pages() -> None:
 
 def test_small_memory_has_the_size_that_was_asked_for() -> None:
     assert [len(map_memory(size)) for size in (0, 1, 5_000)] == [0, 1, 5_000]
+
+
+def test_a_kernel_without_huge_pages_gives_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Mapping(mmap.mmap):
+        def madvise(self, option: int, *_: object) -> None:
+            asked.append(option)
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Mapping)
+    memory = map_memory(4 << 20)
+    assert asked == [mmap.MADV_HUGEPAGE]
+    memory[-3:] = b"abc"
+    assert bytes(memory[-4:]) == b"\0abc"
