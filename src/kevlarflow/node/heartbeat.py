@@ -30,6 +30,9 @@ from kevlarflow.wire.messages import (
     encode,
 )
 
+LINGER_MS = 1_000
+"""How long last words may take to leave the process, if the controller is not there at once."""
+
 
 class HeartbeatThread(threading.Thread):
     """See the module's text. `epochs` is asked for the newest epoch of each lane."""
@@ -64,20 +67,25 @@ class HeartbeatThread(threading.Thread):
         self._post(NodeReady(info, dict(self._epochs())))
 
     def say_failed(self, reason: str) -> None:
-        """Called by the main thread when the node cannot start; give it a moment to be sent before exiting."""
+        """Called by the main thread when the node cannot start, and is about to exit.
+
+        Returns when that is on its way, or nobody came to hear it: an exit ends ZeroMQ's thread, which sends it.
+        """
         self._post(NodeFailed(self._member, reason))
-        self.join(timeout=2.0)
+        self.join(timeout=2 * LINGER_MS / 1_000)
 
     def _post(self, message: AnyMessage) -> None:
         bell: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         bell.connect(self._bell_address())
         bell.send(encode(message))
-        bell.close(linger=1_000)
+        bell.close(linger=LINGER_MS)
 
     def run(self) -> None:
         """Beat until the process ends."""
-        controller: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        controller.setsockopt(zmq.LINGER, 1_000)
+        # Of its own, because only the end of a context tells that what was sent is out.
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        controller = context.socket(zmq.DEALER)
+        controller.setsockopt(zmq.LINGER, LINGER_MS)
         controller.setsockopt(zmq.SNDHWM, 1_000)
         controller.connect(self._config.controller_address)
         controller.send(encode(self._introduction))
@@ -94,6 +102,7 @@ class HeartbeatThread(threading.Thread):
                 controller.send(encode(self._introduction))
                 if isinstance(self._introduction, NodeFailed):
                     controller.close()
+                    context.term()
                     return
             if controller in ready:
                 self._answer(controller)
