@@ -59,7 +59,8 @@ def run(config: ServeConfig, member: Member, stage: Stage, configure: Callable[[
 
     `configure` makes vLLM's configuration of a pipeline, the same that the engines have.
 
-    A failure to load is reported to the controller in one line, and the process exits with status 1.
+    A failure to load, or to get the memory for replicas, is reported to the controller in one line, and the process
+    exits with status 1.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     progress = Progress(config.timeouts.step_floor_ms / 1_000)
@@ -71,11 +72,11 @@ def run(config: ServeConfig, member: Member, stage: Stage, configure: Callable[[
     try:
         device = stage_device(config, stage, configure(config))
         device.load()
+        heartbeat.say_ready(server.attach(device))
     except Exception as error:
         log.exception("%s cannot load stage %d", member, stage)
         heartbeat.say_failed(_for_people(error))
         raise SystemExit(1) from error
-    heartbeat.say_ready(server.attach(device))
     server.serve()
 
 

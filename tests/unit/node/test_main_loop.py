@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 import time
 from collections.abc import Callable
@@ -14,12 +15,14 @@ import msgspec
 import pytest
 import zmq
 
+from kevlarflow.node import main, replicator
 from kevlarflow.node.lanes import Lane, Lanes, Work
 from kevlarflow.node.main import NodeServer
 from kevlarflow.node.pace import PaceMeter
 from kevlarflow.node.progress import UNSEEN_FACTOR, Progress, Step
 from kevlarflow.node.sockets import Sockets
 from kevlarflow.types import Epoch, Member, NodeId, PipelineId, Stage
+from kevlarflow.wire.messages import NodeFailed, NodeStarting, decode
 from kevlarflow.wire.steps import Execute, Flushed
 from toy_world import make_config
 
@@ -147,3 +150,43 @@ def test_what_is_said_of_a_flush_in_an_earlier_epoch_does_not_end_the_one_of_thi
         monkeypatch.setattr(server, "_replicas", SimpleNamespace(outcomes=lambda said=outcomes: said))
         server._pass_on_outcomes()
         assert lane.flush_until == awaited
+
+
+class Device:
+    """Loaded at once."""
+
+    def load(self) -> None:
+        pass
+
+    def description(self) -> object:
+        return SimpleNamespace(num_blocks=4, block_size=16)
+
+    def runners(self) -> list[Any]:
+        return [Runner()]
+
+    def kv_blocks(self) -> object:
+        return SimpleNamespace(block_bytes=64, token_bytes=4)
+
+
+def test_a_node_that_gets_no_memory_for_replicas_says_why_it_cannot_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def store(*_: object) -> object:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(replicator, "StandbyStore", store)
+    monkeypatch.setattr(main, "stage_device", lambda *_: Device())
+    monkeypatch.setattr(NodeServer, "serve", lambda _: pytest.fail("it serves"))
+    config = msgspec.structs.replace(make_config(), run_folder=str(tmp_path), standby_memory_bytes=1 << 20)
+    controller: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+    controller.bind(config.controller_address)
+    with pytest.raises(SystemExit) as leaving:
+        main.run(config, MEMBER, Stage(0), lambda _: None)
+    assert leaving.value.code == 1
+    heard: list[object] = []
+    while not any(isinstance(each, NodeFailed) for each in heard):
+        assert controller.poll(1_000 * DEADLINE_SECONDS), heard
+        heard.append(decode(controller.recv_multipart()[1]))
+    controller.close(linger=0)
+    assert isinstance(heard[0], NodeStarting)
+    assert heard[-1] == NodeFailed(MEMBER, "OSError: [Errno 12] Cannot allocate memory")
