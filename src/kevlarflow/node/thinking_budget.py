@@ -7,7 +7,8 @@ step, as happens all the time with more than one stage. So here what is known of
 that was rebuilt it is found out again from one token after another. Then it follows from the tokens alone.
 
 Non-public names of vLLM, used in this module only: `InputBatch.thinking_budget_state_holder`, and of that `_state`,
-with the fields `output_tok_ids` and `prev_output_length`, `_update_think_state` and `_find_last_sequence_index`.
+with the fields `output_tok_ids`, `prev_output_length`, `spec_token_ids`, `force_index` and `scan_offset`,
+`_update_think_state` and `_find_last_sequence_index`.
 """
 
 from __future__ import annotations
@@ -74,11 +75,28 @@ class ThinkingBudget(ThinkingBudgetStateHolder):
         # The last token may have been withdrawn; more than that is another story.
         if known is not None and known["prev_output_length"] <= len(tokens):
             return known
-        # What it would have learnt before each token; before the next one it is asked anyway.
-        for count in range(len(tokens)):
-            new |= {"output_tok_ids": tokens[:count], "spec_token_ids": [], "force_index": []}
+        return self._found_out(new)
+
+    def _found_out(self, new: dict[str, Any]) -> dict[str, Any]:
+        """What it would have learnt before each token; before the next one it is asked anyway.
+
+        vLLM looks for the beginning and the end of a thought in all tokens since the last one (`scan_offset`). Here it
+        is let see only the last few: it was asked before each token, so what lies further back it has found already.
+        Otherwise the time for a row would grow with the square of its tokens, and its node be taken for stuck.
+        """
+        tokens: list[int] = new["output_tok_ids"]
+        so_far: list[int] = []
+        new |= {"output_tok_ids": so_far, "spec_token_ids": []}
+        longest = max(len(self.think_start_token_ids), len(self.think_end_token_ids))
+        last_thought: int = new["scan_offset"]
+        for token in tokens:
+            seen_from = max(last_thought, len(so_far) - longest)
+            new["scan_offset"], new["force_index"] = seen_from, []
             self._update_think_state(new)
-        return new | {"output_tok_ids": tokens}
+            if new["scan_offset"] != seen_from:
+                last_thought = new["scan_offset"]
+            so_far.append(token)
+        return new | {"output_tok_ids": tokens, "scan_offset": last_thought}
 
     @staticmethod
     def _find_last_sequence_index(target_list: Sequence[int], token_ids: Sequence[int]) -> int:

@@ -5,8 +5,8 @@ The reference is a row that was never away, which vLLM's holder follows token by
 
 from __future__ import annotations
 
+import dataclasses
 import random
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,12 +104,80 @@ def test_a_token_that_was_withdrawn_is_asked_for_again() -> None:
         outputs.append(token)
 
 
-def test_a_long_thought_is_found_out_again_in_less_than_a_step() -> None:
-    tokens = [*START, *(3 + each % 3 for each in range(4_000))]
-    holder = ThinkingBudget(vllms([11, 12, 13]))
-    began = time.thread_time()
-    enter(holder, row(0, 100_000, tokens))
-    assert time.thread_time() - began < 2.0
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A request with all that vLLM's holder is made of, drawn so that beginnings and ends overlap and are cut off."""
+
+    start: list[int]
+    end: list[int]
+    prompt: list[int] | None
+    budget: int
+    tokens: list[int]
+
+    @classmethod
+    def drawn(cls, seed: int) -> Case:
+        chance = random.Random(seed)
+        words = range(1, chance.choice([3, 4, 7]))
+
+        def some(most: int) -> list[int]:
+            return [chance.choice(words) for _ in range(chance.randint(0, most))]
+
+        start, end, prompt = some(3), some(4), some(8)
+        tokens = [token for _ in range(chance.randrange(12)) for token in chance.choice([start, end, some(6)])]
+        return cls(start, end, chance.choice([prompt, prompt + start, None]), chance.randrange(12), tokens)
+
+    def holder(self) -> ThinkingBudgetStateHolder:
+        config: Any = SimpleNamespace(reasoning_start_token_ids=self.start, reasoning_end_token_ids=self.end)
+        return ThinkingBudgetStateHolder(config, 4, 0, torch.device("cpu"), False)
+
+    def enter(self, holder: ThinkingBudgetStateHolder, tokens: list[int]) -> None:
+        enter(holder, (0, SimpleNamespace(thinking_token_budget=self.budget), self.prompt, tokens))
+
+
+def test_what_is_found_out_again_is_all_that_vllm_would_know() -> None:
+    thoughts = 0
+    for seed in range(3_000):
+        case, outputs = Case.drawn(seed), list[int]()
+        vllm, ours = case.holder(), ThinkingBudget(case.holder())
+        case.enter(vllm, outputs)
+        for token in case.tokens:
+            vllm.update_state([outputs], None)
+            outputs.append(token)
+        case.enter(ours, outputs)
+        if outputs:
+            assert ours._state == vllm._state, f"seed {seed}: {case}"
+        for _ in range(2):
+            for holder in (vllm, ours):
+                holder.update_state([outputs], None)
+            assert ours._state == vllm._state, f"seed {seed}: {case}"
+            outputs.extend(case.end[:1])
+        thoughts += vllm._state[0]["scan_offset"] > 0
+    assert thoughts > 300, "they are to think, and to be done with it"
+
+
+class Counted(int):
+    """A token that counts how often it is looked at."""
+
+    looks = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.looks += 1
+        return int(self) == other
+
+    __hash__ = int.__hash__
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_twice_the_tokens_are_found_out_again_with_twice_the_work(
+    monkeypatch: pytest.MonkeyPatch, *, begins: bool
+) -> None:
+    def looks(count: int) -> int:
+        Counted.looks = 0
+        tokens = [Counted(each) for each in [*(START if begins else [3]), *(11 + each % 2 for each in range(count))]]
+        enter(ThinkingBudget(vllms([11, 12, 13])), row(0, 100_000, tokens))
+        return Counted.looks
+
+    assert 0 < looks(2_000) < 3 * looks(1_000)
 
 
 def test_rows_that_have_ended_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
