@@ -297,5 +297,5 @@ class CpuStage:
             runners.append(runner)
         if self._stage == self._stages - 1:
             for runner in runners:
-                follow_thinking(runner.input_batch)
+                follow_thinking(runner)
         self._runners = [V1LaneRunner(runner) for runner in runners]

@@ -6,14 +6,14 @@ That is what a row has that is put into the batch with tokens, because its reque
 step, as happens all the time with more than one stage. So here what is known of a row outlives its absence, and of one
 that was rebuilt it is found out again from one token after another. Then it follows from the tokens alone.
 
-Non-public names of vLLM, used in this module only: `InputBatch.thinking_budget_state_holder`, and of that `_state`,
-with the fields `output_tok_ids`, `prev_output_length`, `spec_token_ids`, `force_index` and `scan_offset`,
-`_update_think_state` and `_find_last_sequence_index`.
+Non-public names of vLLM: a runner's `requests` with their `output_token_ids`, and, used in this module only,
+`InputBatch.thinking_budget_state_holder`, of that `_state`, with the fields `output_tok_ids`, `prev_output_length`,
+`spec_token_ids`, `force_index` and `scan_offset`, `_update_think_state` and `_find_last_sequence_index`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm.v1.sample.logits_processor.interface import BatchUpdate
@@ -22,14 +22,17 @@ from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 from kevlarflow.errors import IncompatibleVllm
 
 USED_NAMES = ("sync_batch", "_update_think_state", "_find_last_sequence_index", "_init_state_entry")
-MOST_AWAY = 1_024
-"""Rows that are remembered while they are not in the batch. A row that is forgotten is found out again."""
+KEPT = "kevlarflow_thinking"
+"""Attribute of a request in vLLM's runner: what is known of its row while that is not in the batch. So it is gone with
+the request."""
 
 
-def check_thinking_budget(batch: Any) -> None:
-    """Raise `IncompatibleVllm` when vLLM's batch or its thinking budget lacks a name that this module uses."""
+def check_thinking_budget(runner: Any) -> None:
+    """Raise `IncompatibleVllm` when vLLM's runner or its thinking budget lacks a name that this module uses."""
     missing = [name for name in USED_NAMES if not hasattr(ThinkingBudgetStateHolder, name)]
-    if not hasattr(batch, "thinking_budget_state_holder"):
+    if not hasattr(runner, "requests"):
+        missing.append("GPUModelRunner.requests")
+    if not hasattr(runner.input_batch, "thinking_budget_state_holder"):
         missing.append("InputBatch.thinking_budget_state_holder")
     if missing:
         raise IncompatibleVllm(
@@ -37,44 +40,47 @@ def check_thinking_budget(batch: Any) -> None:
         )
 
 
-def follow_thinking(batch: Any) -> None:
-    """Replace the state holder of an `InputBatch` whose stage samples, if it has one: without reasoning it has none."""
-    check_thinking_budget(batch)
-    holder = batch.thinking_budget_state_holder
+def follow_thinking(runner: Any) -> None:
+    """Replace the state holder of a runner whose stage samples, if it has one: without reasoning it has none."""
+    check_thinking_budget(runner)
+    holder = runner.input_batch.thinking_budget_state_holder
     if holder is not None:
-        batch.thinking_budget_state_holder = ThinkingBudget(holder)
+        runner.input_batch.thinking_budget_state_holder = ThinkingBudget(holder, runner.requests)
 
 
 class ThinkingBudget(ThinkingBudgetStateHolder):
     """See the module's text."""
 
-    def __init__(self, original: ThinkingBudgetStateHolder) -> None:
+    def __init__(self, original: ThinkingBudgetStateHolder, requests: Mapping[str, Any]) -> None:
         self.__dict__.update(original.__dict__)
-        self._away: dict[int, dict[str, Any]] = {}
-        """What is known of rows that are not in the batch, by the identity of their list of output tokens."""
+        self._requests = requests
+        """The runner's own, by name: those that have not ended, whether or not they are in the batch."""
 
     def sync_batch(self, batch_update: BatchUpdate | None) -> None:
         """Take note of rows that come, go and move."""
         before = list(self._state.values())
         super().sync_batch(batch_update)
+        if not before and not self._state:
+            return
+        # They share the list of output tokens with their rows.
+        requests = {id(request.output_token_ids): request for request in self._requests.values()}
         now = {id(state) for state in self._state.values()}
         for state in before:
-            if id(state) not in now:
-                # It holds the list, so no other can get its identity.
-                self._away[id(state["output_tok_ids"])] = state
-        added = {id(tokens) for _, _, _, tokens in batch_update.added} if batch_update else set()
+            request = requests.get(id(state["output_tok_ids"]))
+            # vLLM forgets a request that has ended before its row.
+            if id(state) not in now and request is not None:
+                vars(request)[KEPT] = state
+        known = {id(state) for state in before}
         for index, state in self._state.items():
-            if id(state) in now and id(state["output_tok_ids"]) in added and not state["prev_output_length"]:
-                self._state[index] = self._as_before(state)
-        for forgotten in list(self._away)[:-MOST_AWAY]:
-            del self._away[forgotten]
+            if id(state) not in known:
+                self._state[index] = self._as_before(state, requests.get(id(state["output_tok_ids"])))
 
-    def _as_before(self, new: dict[str, Any]) -> dict[str, Any]:
+    def _as_before(self, new: dict[str, Any], request: Any) -> dict[str, Any]:
         tokens: list[int] = new["output_tok_ids"]
-        known = self._away.pop(id(tokens), None)
+        kept: dict[str, Any] | None = vars(request).pop(KEPT, None) if request is not None else None
         # The last token may have been withdrawn; more than that is another story.
-        if known is not None and known["prev_output_length"] <= len(tokens):
-            return known
+        if kept is not None and kept["output_tok_ids"] is tokens and kept["prev_output_length"] <= len(tokens):
+            return kept
         return self._found_out(new)
 
     def _found_out(self, new: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +18,7 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirection
 from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
 from kevlarflow.errors import IncompatibleVllm
-from kevlarflow.node import thinking_budget
-from kevlarflow.node.thinking_budget import ThinkingBudget, follow_thinking
+from kevlarflow.node.thinking_budget import KEPT, ThinkingBudget, follow_thinking
 
 PROMPT, START = [1, 2], [7]
 VOCABULARY = 20
@@ -27,6 +27,15 @@ VOCABULARY = 20
 def vllms(end: list[int]) -> ThinkingBudgetStateHolder:
     config: Any = SimpleNamespace(reasoning_start_token_ids=START, reasoning_end_token_ids=end)
     return ThinkingBudgetStateHolder(config, 4, 0, torch.device("cpu"), False)
+
+
+def ours(end: list[int], *outputs: list[int]) -> ThinkingBudget:
+    """In a runner that has requests with these tokens."""
+    return ThinkingBudget(vllms(end), {str(index): request(tokens) for index, tokens in enumerate(outputs)})
+
+
+def request(tokens: list[int]) -> SimpleNamespace:
+    return SimpleNamespace(output_token_ids=tokens)
 
 
 def row(index: int, budget: int, tokens: list[int]) -> Any:
@@ -62,14 +71,16 @@ def test_a_row_that_comes_back_goes_on_as_if_it_had_never_been_away(end: list[in
         chance = random.Random(seed)
         budget = chance.randrange(6)
         tokens, told = drawn(chance, budget, end, 25)
-        holder = ThinkingBudget(vllms(end))
         outputs: list[int] = []
+        requests = {"r": request(outputs)}
+        holder = ThinkingBudget(vllms(end), requests)
         enter(holder, row(0, budget, outputs))
         for token, expected in zip(tokens, told, strict=True):
             if chance.random() < 0.3:
                 enter(holder, removed=(0,))
                 if rebuilt:
                     outputs = list(outputs)
+                    requests["r"] = request(outputs)
                 enter(holder, row(0, budget, outputs))
             assert forced(holder, outputs) == [expected], f"seed {seed}, behind {outputs}"
             outputs.append(token)
@@ -78,7 +89,8 @@ def test_a_row_that_comes_back_goes_on_as_if_it_had_never_been_away(end: list[in
 def test_a_row_that_takes_the_place_of_another_and_one_that_moves_keep_their_own() -> None:
     end = [11, 12, 13]
     tokens, told = drawn(random.Random(5), 2, end, 20)
-    holder, here, there = ThinkingBudget(vllms(end)), list[int](), list[int]()
+    here, there = list[int](), list[int]()
+    holder = ours(end, here, there)
     enter(holder, row(0, 2, here))
     for token, expected in zip(tokens, told, strict=True):
         assert forced(holder, here) == [expected]
@@ -93,7 +105,8 @@ def test_a_row_that_takes_the_place_of_another_and_one_that_moves_keep_their_own
 def test_a_token_that_was_withdrawn_is_asked_for_again() -> None:
     end = [11, 12, 13]
     tokens, told = drawn(random.Random(3), 1, end, 20)
-    holder, outputs = ThinkingBudget(vllms(end)), list[int]()
+    outputs = list[int]()
+    holder = ours(end, outputs)
     enter(holder, row(0, 1, outputs))
     for token, expected in zip(tokens, told, strict=True):
         assert forced(holder, outputs) == [expected]
@@ -138,18 +151,18 @@ def test_what_is_found_out_again_is_all_that_vllm_would_know() -> None:
     thoughts = 0
     for seed in range(3_000):
         case, outputs = Case.drawn(seed), list[int]()
-        vllm, ours = case.holder(), ThinkingBudget(case.holder())
+        vllm, again = case.holder(), ThinkingBudget(case.holder(), {})
         case.enter(vllm, outputs)
         for token in case.tokens:
             vllm.update_state([outputs], None)
             outputs.append(token)
-        case.enter(ours, outputs)
+        case.enter(again, outputs)
         if outputs:
-            assert ours._state == vllm._state, f"seed {seed}: {case}"
+            assert again._state == vllm._state, f"seed {seed}: {case}"
         for _ in range(2):
-            for holder in (vllm, ours):
+            for holder in (vllm, again):
                 holder.update_state([outputs], None)
-            assert ours._state == vllm._state, f"seed {seed}: {case}"
+            assert again._state == vllm._state, f"seed {seed}: {case}"
             outputs.extend(case.end[:1])
         thoughts += vllm._state[0]["scan_offset"] > 0
     assert thoughts > 300, "they are to think, and to be done with it"
@@ -174,27 +187,43 @@ def test_twice_the_tokens_are_found_out_again_with_twice_the_work(
     def looks(count: int) -> int:
         Counted.looks = 0
         tokens = [Counted(each) for each in [*(START if begins else [3]), *(11 + each % 2 for each in range(count))]]
-        enter(ThinkingBudget(vllms([11, 12, 13])), row(0, 100_000, tokens))
+        enter(ours([11, 12, 13]), row(0, 100_000, tokens))
         return Counted.looks
 
     assert 0 < looks(2_000) < 3 * looks(1_000)
 
 
-def test_rows_that_have_ended_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thinking_budget, "MOST_AWAY", 3)
-    holder = ThinkingBudget(vllms([11]))
-    for _ in range(10):
-        enter(holder, row(0, 2, [5]))
-        enter(holder, removed=(0,))
-    assert len(holder._away) == 3
+class Tokens(list[int]):
+    """Tokens of which is seen whether anybody keeps them."""
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_nothing_is_kept_of_a_request_that_has_ended(*, away: bool) -> None:
+    tokens = Tokens([*START, 3, 4])
+    requests = {"ends": request(tokens), "stays": request([*START, 5])}
+    holder = ThinkingBudget(vllms([11]), requests)
+    enter(holder, row(0, 9, tokens), row(1, 9, requests["stays"].output_token_ids))
+    assert forced(holder, tokens, requests["stays"].output_token_ids) == [None, None]
+    kept = weakref.ref(tokens)
+    del tokens
+    if away:
+        enter(holder, removed=(0, 1))
+        assert kept() is not None
+    del requests["ends"]
+    if not away:
+        enter(holder, removed=(0, 1))
+    assert kept() is None
+    known = vars(requests["stays"])[KEPT]
+    enter(holder, row(0, 9, requests["stays"].output_token_ids))
+    assert holder._state[0] is known
 
 
 def test_the_batch_gets_it_where_it_has_reasoning() -> None:
-    batch: Any = SimpleNamespace(thinking_budget_state_holder=None)
-    follow_thinking(batch)
-    assert batch.thinking_budget_state_holder is None
-    batch.thinking_budget_state_holder = vllms([11])
-    follow_thinking(batch)
-    assert isinstance(batch.thinking_budget_state_holder, ThinkingBudget)
-    with pytest.raises(IncompatibleVllm, match=r"InputBatch\.thinking_budget_state_holder"):
-        follow_thinking(SimpleNamespace())
+    runner: Any = SimpleNamespace(input_batch=SimpleNamespace(thinking_budget_state_holder=None), requests={})
+    follow_thinking(runner)
+    assert runner.input_batch.thinking_budget_state_holder is None
+    runner.input_batch.thinking_budget_state_holder = vllms([11])
+    follow_thinking(runner)
+    assert isinstance(runner.input_batch.thinking_budget_state_holder, ThinkingBudget)
+    with pytest.raises(IncompatibleVllm, match=r"requests, InputBatch\.thinking_budget_state_holder"):
+        follow_thinking(SimpleNamespace(input_batch=SimpleNamespace()))
