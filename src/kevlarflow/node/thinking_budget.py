@@ -48,6 +48,16 @@ def follow_thinking(runner: Any) -> None:
         runner.input_batch.thinking_budget_state_holder = ThinkingBudget(holder, runner.requests)
 
 
+def catch_up(batch: Any, request: Any) -> None:
+    """Find out what is to be known of a request that was rebuilt, before it is in the batch.
+
+    With long answers that takes as long as some steps do, and the step that first has them would be taken for stuck.
+    """
+    holder = getattr(batch, "thinking_budget_state_holder", None)
+    if isinstance(holder, ThinkingBudget):
+        holder.catch_up(request)
+
+
 class ThinkingBudget(ThinkingBudgetStateHolder):
     """See the module's text."""
 
@@ -74,6 +84,13 @@ class ThinkingBudget(ThinkingBudgetStateHolder):
         for index, state in self._state.items():
             if id(state) not in known:
                 self._state[index] = self._as_before(state, requests.get(id(state["output_tok_ids"])))
+
+    def catch_up(self, request: Any) -> None:
+        """See the function of that name."""
+        budget = request.sampling_params.thinking_token_budget
+        if budget is not None:
+            new = self._init_state_entry(request.prompt_token_ids, budget)
+            vars(request)[KEPT] = self._found_out(new | {"output_tok_ids": request.output_token_ids})
 
     def _as_before(self, new: dict[str, Any], request: Any) -> dict[str, Any]:
         tokens: list[int] = new["output_tok_ids"]

@@ -26,6 +26,7 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from kevlarflow.errors import IncompatibleVllm
 from kevlarflow.node.stage import Activations, Sampled
+from kevlarflow.node.thinking_budget import catch_up
 from kevlarflow.recovery.ledger import LedgerEntry
 from kevlarflow.recovery.recompute import Chunk, Span
 
@@ -216,7 +217,7 @@ class V1LaneRunner:
     def restore(self, entries: Sequence[LedgerEntry]) -> None:
         """See `LaneRunner.restore`."""
         for entry in entries:
-            self._runner.requests[entry.request] = CachedRequestState(
+            request = CachedRequestState(
                 req_id=entry.request,
                 prompt_token_ids=list(entry.prompt),
                 mm_features=[],
@@ -227,6 +228,8 @@ class V1LaneRunner:
                 output_token_ids=list(entry.output),
                 in_progress_prompt_logprobs_cpu=self._gathered.pop(entry.request, None),
             )
+            self._runner.requests[entry.request] = request
+            catch_up(self._runner.input_batch, request)
             if entry.prompt_logprobs:
                 self._runner.num_prompt_logprobs[entry.request] = self._num_prompt_logprobs(entry.sampling)
 

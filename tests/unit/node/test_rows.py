@@ -1,7 +1,8 @@
-"""The order of a batch's rows, with vLLM's own batch: nothing but the order says whose the rows of activations are."""
+"""What depends on the rows of vLLM's own batch: whose activations are whose (told by their order), and thoughts."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
@@ -11,9 +12,11 @@ from vllm.sampling_params import SamplingParams
 from vllm.sequence import IntermediateTensors
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu_input_batch import InputBatch
 
+from kevlarflow.node.thinking_budget import ThinkingBudget, follow_thinking
 from kevlarflow.node.v1_runner import V1LaneRunner
 from kevlarflow.recovery.ledger import LedgerEntry
 from kevlarflow.recovery.recompute import Chunk, Span
@@ -106,3 +109,28 @@ def test_a_chunk_that_only_the_first_stages_run_leaves_their_order_as_it_was() -
         lane.execute(step(new="p", going_on="bcn"), None, None, lambda: None)
     assert set(lanes[0].batch) == set("bcnp")
     assert lanes[0].batch == lanes[1].batch
+
+
+def test_a_thought_is_known_from_when_its_request_is_restored_until_that_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lane = lane_with("")
+    runner, reasoning = lane._runner, SimpleNamespace(reasoning_start_token_ids=[7], reasoning_end_token_ids=[11])
+    vllms = ThinkingBudgetStateHolder(reasoning, 8, 0, torch.device("cpu"), False)
+    runner.input_batch.thinking_budget_state_holder = vllms
+    follow_thinking(runner)
+    thoughts = runner.input_batch.thinking_budget_state_holder._state
+    lane.restore([LedgerEntry(r, [1, 2], [7], [1], 2, SamplingParams(thinking_token_budget=9)) for r in "abc"])
+    monkeypatch.setattr(ThinkingBudget, "_found_out", lambda *_: pytest.fail("it is known"))
+    lane.execute(step(going_on="abc"), None, None, lambda: None)
+    known = dict(zip(lane.batch, (thoughts[row] for row in range(3)), strict=True))
+    lane.execute(step(going_on="b"), None, None, lambda: None)
+    lane.execute(step(going_on="ab"), None, None, lambda: None)
+    assert all(thoughts[row] is known[request] for row, request in enumerate(lane.batch))
+    known.clear()
+    requests = [weakref.ref(request) for request in runner.requests.values()]
+    lane.execute(step(going_on="b", finished="ac"), None, None, lambda: None)
+    assert [request() is None for request in requests] == [True, False, True]
+    lane.reset()
+    assert requests[1]() is None
+    assert not thoughts

@@ -18,7 +18,7 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirection
 from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
 from kevlarflow.errors import IncompatibleVllm
-from kevlarflow.node.thinking_budget import KEPT, ThinkingBudget, follow_thinking
+from kevlarflow.node.thinking_budget import KEPT, ThinkingBudget, catch_up, follow_thinking
 
 PROMPT, START = [1, 2], [7]
 VOCABULARY = 20
@@ -191,6 +191,43 @@ def test_twice_the_tokens_are_found_out_again_with_twice_the_work(
         return Counted.looks
 
     assert 0 < looks(2_000) < 3 * looks(1_000)
+
+
+@pytest.mark.parametrize("withdrawn", [0, 1])
+def test_a_request_that_was_rebuilt_is_found_out_before_it_is_in_a_step(
+    monkeypatch: pytest.MonkeyPatch, withdrawn: int
+) -> None:
+    for seed in range(500):
+        case, outputs = Case.drawn(seed), list[int]()
+        vllm = case.holder()
+        case.enter(vllm, outputs)
+        for token in case.tokens:
+            vllm.update_state([outputs], None)
+            outputs.append(token)
+        sampling = SimpleNamespace(thinking_token_budget=case.budget)
+        rebuilt = request(outputs)
+        vars(rebuilt).update(prompt_token_ids=case.prompt, sampling_params=sampling)
+        runner: Any = SimpleNamespace(input_batch=SimpleNamespace(thinking_budget_state_holder=case.holder()))
+        runner.requests = {"r": rebuilt}
+        follow_thinking(runner)
+        catch_up(runner.input_batch, rebuilt)
+        # The scheduler may not count the last token, which was sampled just before the failure.
+        del outputs[len(outputs) - withdrawn :]
+        again = runner.input_batch.thinking_budget_state_holder
+        with monkeypatch.context() as patch:
+            patch.setattr(again, "_found_out", lambda _, seed=seed: pytest.fail(f"seed {seed}: not yet"))
+            case.enter(again, outputs)
+        for holder in (vllm, again):
+            holder.update_state([outputs], None)
+        assert again._state == vllm._state, f"seed {seed}: {case}"
+
+
+def test_without_a_budget_or_without_reasoning_there_is_nothing_to_catch_up_with() -> None:
+    free = SimpleNamespace(sampling_params=SamplingParams())
+    for batch in (SimpleNamespace(), SimpleNamespace(thinking_budget_state_holder=None)):
+        catch_up(batch, free)
+    catch_up(SimpleNamespace(thinking_budget_state_holder=ours([11])), free)
+    assert KEPT not in vars(free)
 
 
 class Tokens(list[int]):

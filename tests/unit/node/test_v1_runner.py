@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
+from kevlarflow.node import v1_runner
 from kevlarflow.node.v1_runner import USED_NAMES, V1LaneRunner
 from kevlarflow.recovery.ledger import LedgerEntry
 
@@ -69,3 +71,12 @@ def test_a_step_that_was_run_before_changes_the_state_and_neither_computes_nor_e
     assert runner.step.num_scheduled_tokens == {"r": 1}
     assert runner.step.total_num_scheduled_tokens == 0, "so the runner returns before it computes"
     assert runner.step.new_block_ids_to_zero is None
+
+
+def test_a_thought_is_found_out_while_requests_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, caught = Runner(), list[tuple[object, list[int]]]()
+    monkeypatch.setattr(v1_runner, "catch_up", lambda batch, request: caught.append((batch, request.output_token_ids)))
+    lane = V1LaneRunner(runner)
+    lane.use_blocks(range(10))
+    lane.restore([LedgerEntry("r", [1, 2], [3, 4], [1], 3, SamplingParams())])
+    assert caught == [(runner.input_batch, [3, 4])]
