@@ -196,6 +196,9 @@ class NodeServer:
                 self._answer(engine, steps.Description(self._stage), self._description)
             case steps.Join() | steps.Leave() | steps.AssignStandby() | steps.Hasten():
                 self._progress.begin(header.pipeline)
+                # What raises here ends the node, and is not answered as in `_run`. There the lane is broken until it is
+                # emptied; if that fails nobody knows what its runner holds, and only a new process is sure to be clean.
+                # The loss is noticed within a moment and held against no request, since nothing was being computed.
                 try:
                     self._take_about_lane(engine, header, payload)
                 finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from kevlarflow.node.progress import UNSEEN_FACTOR, Progress, Step
 from kevlarflow.node.sockets import Sockets
 from kevlarflow.types import Epoch, Member, NodeId, PipelineId, Stage
 from kevlarflow.wire.messages import NodeFailed, NodeStarting, decode
-from kevlarflow.wire.steps import Execute, Flushed
+from kevlarflow.wire.steps import Execute, Flushed, Join, encode
 from toy_world import make_config
 
 MEMBER = Member(NodeId("node-0-0"), 1)
@@ -150,6 +151,27 @@ def test_what_is_said_of_a_flush_in_an_earlier_epoch_does_not_end_the_one_of_thi
         monkeypatch.setattr(server, "_replicas", SimpleNamespace(outcomes=lambda said=outcomes: said))
         server._pass_on_outcomes()
         assert lane.flush_until == awaited
+
+
+def test_a_node_that_cannot_empty_a_lane_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Spoilt(Runner):
+        def reset(self) -> None:
+            raise KeyError("request-7")
+
+    config = msgspec.structs.replace(make_config(), run_folder=str(tmp_path))
+    server = NodeServer(config, MEMBER, Stage(0), Progress(60.0), PaceMeter())
+    runners: list[Any] = [Spoilt()]
+    server._lanes = Lanes(runners, 4, is_first_stage=True)
+    said: list[object] = []
+    monkeypatch.setattr(server, "_answer", lambda _, header, *payload: said.append(header))
+    engine: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    engine.connect(f"ipc://{Sockets.of(tmp_path, MEMBER).steps}")
+    join = Join(PipelineId(0), Epoch(1), Stage(0), next_address="")
+    engine.send_multipart([encode(join), pickle.dumps(None)])
+    with pytest.raises(KeyError, match="request-7"):
+        server.serve()
+    engine.close(linger=0)
+    assert said == [], "an engine that heard it had joined would send requests"
 
 
 class Device:
