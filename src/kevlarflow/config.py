@@ -133,6 +133,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Flags passed through to vLLM as they were typed; without model, -pp, -dp, -tp, host and port."""
     timeouts: Timeouts = Timeouts()
     run_folder: str
+    directory: str = ""
+    """Where `serve` was started: relative paths among vLLM's flags begin there."""
 
     def path(self, name: str) -> str:
         """Path of a file or socket in the run folder."""

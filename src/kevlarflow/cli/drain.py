@@ -19,7 +19,7 @@ def run(arguments: list[str]) -> int:
     """Ask for it, and wait until the node has gone."""
     parser = Parser(
         prog="kevlarflow drain",
-        description="Move all work of a node to others of its stage, without an error; then the node exits with status 0.",
+        description="Move all work of a node to others of its stage, without an error; then it exits with status 0.",
     )
     parser.add_argument("node", help="its name, such as node-0-1: see `kevlarflow status`")
     add_port(parser)

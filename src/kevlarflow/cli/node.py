@@ -7,6 +7,7 @@ run folder may do so, and nobody else.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -56,5 +57,8 @@ def run(arguments: list[str]) -> int:
         configuration.RUN_FOLDER_VARIABLE: config.run_folder,
         configuration.RUN_ID_VARIABLE: run_id,
     }
+    with contextlib.suppress(OSError):
+        # Where it cannot be reached only what is named relative to it is not found, which will be said.
+        os.chdir(config.directory)
     program = [sys.executable, "-m", "kevlarflow.cli.by_hand"]
     os.execve(sys.executable, [*program, member.node, str(member.incarnation), str(answer.stage)], environment)

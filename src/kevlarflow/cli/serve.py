@@ -71,7 +71,7 @@ Runs in the foreground until Ctrl-C or SIGTERM; the exit status is 0 then, or 13
                                need more KV memory than their share of a node that serves two pipelines, before they
                                end with an error ({DEFAULT_REPLACEMENT_WAIT_S:g}); 0: they end at once
   --slow-node-ratio X          a node is slow when its steps take X times as long as those of its peers
-                               ({DEFAULT_SLOW_RATIO:g}; above 2): its lanes move to another one, and it is replaced; 0: never
+                               ({DEFAULT_SLOW_RATIO:g}; above 2): its lanes move away, and it is replaced; 0: never
   --slow-node-seconds N        for how long it has to be that slow ({Timeouts().slow_after_ms / 1_000:g})
 
 All other flags are vLLM's, such as --max-model-len, --dtype or --enforce-eager, and go to it as they are.
@@ -143,6 +143,7 @@ def _as_typed(flags: ServeFlags) -> ServeConfig:
         vllm_args=tuple(flags.vllm_args),
         timeouts=_timeouts(flags),
         run_folder=str(configuration.run_folder_of(flags.port)),
+        directory=os.getcwd(),
         **{field: value for field, value in typed.items() if value is not None},
     )
 

@@ -115,7 +115,8 @@ def inspect(config: ServeConfig) -> ModelFacts:
 
 def vllm_config_of(args: Namespace) -> VllmConfig:
     """vLLM's configuration of all engines. Its defaults depend on who asks: it is always the server."""
-    _import_plugins(args)
+    # vLLM looks a parser of reasoning up in each process.
+    _import_plugin("--reasoning-parser-plugin", args.reasoning_parser_plugin)
     return AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
 
 
@@ -145,7 +146,8 @@ def _import_model_class(folder: str) -> None:
 
 def _check_parsers(args: Namespace) -> None:
     """Look for the parsers of tool calls and of reasoning: vLLM's server does so late, and ends over it."""
-    _import_plugins(args)
+    _import_plugin("--tool-parser-plugin", args.tool_parser_plugin)
+    _import_plugin("--reasoning-parser-plugin", args.reasoning_parser_plugin)
     # Where vLLM's check looks, --reasoning-parser is put only when the configuration is made.
     reasoning = args.reasoning_parser or args.structured_outputs_config.reasoning_parser
     checked = {**vars(args), "structured_outputs_config": Namespace(reasoning_parser=reasoning)}
@@ -155,20 +157,15 @@ def _check_parsers(args: Namespace) -> None:
         raise UsageError(f"vLLM refuses these flags: {one_line(error.args[0])}") from error
 
 
-def _import_plugins(args: Namespace) -> None:
-    """Import what has parsers in it, as `setup_server` does; vLLM looks one of reasoning up in each process."""
-    for flag, plugin in (
-        ("--tool-parser-plugin", args.tool_parser_plugin),
-        ("--reasoning-parser-plugin", args.reasoning_parser_plugin),
-    ):
-        # To vLLM a shorter one is none.
-        if plugin and len(plugin) > 3:
-            _import_plugin(flag, plugin)
-
-
 @functools.cache
-def _import_plugin(flag: str, plugin: str) -> None:
-    """Import a module or a file, once for all forks. vLLM would do the same, but only log what is wrong with a file."""
+def _import_plugin(flag: str, plugin: str | None) -> None:
+    """Import a module or a file that has parsers in it, once for all forks, as `setup_server` does.
+
+    vLLM only logs what is wrong with a file.
+    """
+    if not plugin or len(plugin) <= 3:
+        # To vLLM a shorter one is none.
+        return
     try:
         try:
             importlib.import_module(plugin)

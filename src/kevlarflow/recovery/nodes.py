@@ -46,7 +46,7 @@ def known(slot: Slot) -> KnownNode:
         nobody = Member(slot.node, slot.incarnation_floor)
         return KnownNode(nobody, (), False, slot.failed_starts, vacant=slot.vacant)
     # One that is being killed has been ready all the same: the next life must not wait for it as if it still loaded.
-    ready, fenced = slot.state in LIVING, slot.fenced_by is not None or slot.was_fenced
+    ready, fenced = slot.state in LIVING or slot.was_ready, slot.fenced_by is not None or slot.was_fenced
     by_hand = slot.filled_by_hand
     return KnownNode(
         slot.member, slot.pids, ready, slot.failed_starts, slot.emptied_for, fenced=fenced, filled_by_hand=by_hand
@@ -100,6 +100,7 @@ def on_starting(grid: Grid, event: events.NodeStarting) -> None:
         slot.pids = event.pids
         slot.host = event.host
         # A controller without memory has taken it for one that has started already.
+        slot.was_ready = False
         slot.ready_by = slot.started_at + grid.config.timeouts.startup_timeout_s
 
 
@@ -303,7 +304,7 @@ def _back_off(grid: Grid, slot: Slot) -> None:
         slot.early_deaths = 0
     elif slot.emptied_for is None and not slot.hurt_from_outside:
         slot.early_deaths += 1
-    if slot.dies_early:
+    if slot.dies_early and _has_another(grid, slot):
         doublings = min(slot.early_deaths - EARLY_DEATHS, 10)
         pause = min(LONGEST_RETRY_SECONDS, 2 * GIVES_WAY_SECONDS * 2**doublings)
         slot.start_at = grid.now + pause
@@ -319,9 +320,15 @@ def start_replacements(grid: Grid) -> None:
     if any(each.forming and each.state is PipelineState.RECOVERING for each in grid.pipelines):
         return
     for slot in grid.slots.values():
-        waits = slot.dies_early and slot.state is NodeState.DEAD and slot.start_at is not None
-        if slot.gives_way or (waits and not any(each.living for each in grid.stages[slot.stage])):
+        # One that does not even start is tried later and later, whoever needs it.
+        waits = slot.dies_early and slot.start_at is not None and not slot.failed_starts
+        if slot.gives_way or (waits and not _has_another(grid, slot)):
             start(grid, slot)
+
+
+def _has_another(grid: Grid, slot: Slot) -> bool:
+    """Whether another node of the stage serves."""
+    return any(each.living for each in grid.stages[slot.stage] if each is not slot)
 
 
 def _lose_silent(grid: Grid, slot: Slot) -> None:

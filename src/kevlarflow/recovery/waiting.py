@@ -25,17 +25,19 @@ def suspend(grid: Grid, pipeline: Pipeline, lacking: list[Stage]) -> None:
     bound = grid.config.replacement_wait_s
     if pipeline.wait_until is None:
         pipeline.wait_until = grid.now + bound
-    left = pipeline.wait_until - grid.now
+    left = max(0.0, pipeline.wait_until - grid.now)
+    # A tick decides that it is over: the controller may have stood still.
+    waits = left > 0 or (bound > 0 and not grid.passes_deadlines)
     stage = lacking[0]
     nodes = [node_id(each.id, stage) for each in grid.pipelines]
     reason = f"no node with room is left for stage {stage} of {subject(pipeline.id)} (of {', '.join(nodes)}); "
-    if bound > 0 >= left:
+    if bound > 0 and not waits:
         reason += f"no replacement was ready within {bound:g} s (--replacement-wait)"
     elif any(not grid.slots[node].hopeless for node in nodes):
         reason += "a replacement is being started"
     else:
         reason += "none could be started again"
-    consequence = f"; its requests wait for up to {left:.0f} s" if left > 0 else ": its requests end with an error"
+    consequence = f"; its requests wait for up to {left:.0f} s" if waits else ": its requests end with an error"
     grid.step_pipeline(pipeline, PipelineStep.SUSPEND)
     pipeline.forming = pipeline.formed = pipeline.reform = False
     pipeline.relink_at = None
@@ -44,7 +46,7 @@ def suspend(grid: Grid, pipeline: Pipeline, lacking: list[Stage]) -> None:
     lost = tuple(pipeline.holes)
     _give_back_loans(grid, pipeline)
     epoch, losses = grid.raise_epoch(pipeline), tuple(pipeline.losses)
-    pipeline.order = Suspend(pipeline.id, epoch, stage, reason, left > 0, lost, losses)
+    pipeline.order = Suspend(pipeline.id, epoch, stage, reason, waits, lost, losses)
     line = f"{reason}{consequence}"
     grid.narrate(f"{pipeline.news}: {line}" if pipeline.news else line)
     pipeline.news = ""

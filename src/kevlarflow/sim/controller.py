@@ -282,6 +282,8 @@ class Controller(Process):
         self._members[member] = node
         self._known.add(node)
         self.handle(event_of(message))
+        if isinstance(message, messages.NodeStarting):
+            self.detector.forget(member)
         if not isinstance(message, messages.NodeFailed):
             self._watch_member(node, member)
         if isinstance(message, messages.NodeReady) and self.cluster.member_is_current(member):

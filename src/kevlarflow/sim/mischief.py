@@ -38,7 +38,7 @@ NOTICED_SECONDS = 3.0
 is stopped while it loads has to be gone."""
 FOUND_SECONDS = 8.0
 """The same for a node that is stopped, hangs or is deaf: a step of a size that was not seen before may sleep for 4 s,
-and a controller that was started again waits for so long for what it knows of."""
+and a controller that was started again waits for a while for what it knows of."""
 MAX_FAILED_STARTS = 2
 """Starts of one place that fail in a row: one that is given up would not heal."""
 JOIN_SECONDS = 0.5

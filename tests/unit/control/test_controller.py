@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import msgspec
 import pytest
@@ -284,6 +284,9 @@ def test_a_number_is_written_down_before_it_is_given_out(shell, monkeypatch):
     assert written == given
 
 
+NODE = Member(NodeId("node-0-0"), 1)
+
+
 def second_life(shell):
     """Another controller for the same cluster; the node is this very process, so nothing is killed in earnest."""
     second = Shell.__new__(Shell)
@@ -306,7 +309,7 @@ def test_a_second_life_does_not_miss_a_node_that_gets_no_cpu(shell):
     assert second.controller.cluster.slots[NodeId("node-0-0")].state is NodeState.READY
 
 
-def test_a_second_life_misses_a_node_that_is_silent_and_one_that_only_beats(shell):
+def test_a_second_life_misses_a_node_that_is_silent(shell):
     shell.serve()
     second = second_life(shell)
     second.controller.watcher.starved_seconds = lambda _: 0.0
@@ -315,15 +318,18 @@ def test_a_second_life_misses_a_node_that_is_silent_and_one_that_only_beats(shel
     second.controller.watcher.kill.assert_not_called()
     for _ in range(3):
         second.turn(0.1)
-    second.controller.watcher.kill.assert_called()
-    # One that beats lives, but has to say who it is as well.
+    second.controller.watcher.kill.assert_any_call(NODE, (os.getpid(),))
+
+
+def test_a_second_life_misses_a_node_that_beats_and_does_not_say_who_it_is(shell):
+    shell.serve()
     second = second_life(shell)
     node = shell.hub.connect()
     for _ in range(99):
-        node.send(encode(messages.Heartbeat(Member(NodeId("node-0-0"), 1), 0.0)))
+        node.send(encode(messages.Heartbeat(NODE, 0.0)))
         second.turn(0.1)
-    second.controller.watcher.kill.assert_not_called()
+    assert call(NODE, (os.getpid(),)) not in second.controller.watcher.kill.call_args_list
     for _ in range(2):
-        node.send(encode(messages.Heartbeat(Member(NodeId("node-0-0"), 1), 0.0)))
+        node.send(encode(messages.Heartbeat(NODE, 0.0)))
         second.turn(0.1)
-    second.controller.watcher.kill.assert_called()
+    second.controller.watcher.kill.assert_any_call(NODE, (os.getpid(),))

@@ -81,3 +81,13 @@ def test_one_that_is_kept_waiting_is_started_when_the_other_node_of_its_stage_di
     assert not any(isinstance(command, StartNode) for command in driver.tick(2.0))
     driver.exited("node-1-1")
     assert next_start(driver, 7) <= GIVES_WAY_SECONDS
+
+
+def test_one_that_does_not_start_any_more_is_tried_later_and_later_all_the_same():
+    driver = Driver(pipelines=1).serve()
+    for incarnation in (1, 2, 3):
+        live_and_die(driver, incarnation, 0.5)
+        next_start(driver, incarnation + 1)
+    for incarnation, pause in ((4, 0.5), (5, 1.0), (6, 2.0)):
+        driver.do(events.NodeFailed(member(NODE, incarnation), "no memory"))
+        assert next_start(driver, incarnation + 1) == pytest.approx(pause, abs=0.15)

@@ -91,7 +91,9 @@ def test_nobody_is_ended_while_a_replacement_takes_over():
     driver.ready("node-0-0", 2)
     assert orders(driver.tick(5)) == []
     # It dies as well, and nothing is left of the bound.
-    (over,) = orders(driver.exited("node-0-0", 2))
+    (order,) = orders(driver.exited("node-0-0", 2))
+    assert order.waits
+    (over,) = orders(driver.tick(0.1))
     assert not over.waits
 
 
@@ -241,3 +243,16 @@ def test_a_controller_that_is_started_again_after_the_bound_hears_first_who_is_r
     (order,) = orders(driver.attach(0, epoch=2, members=members, suspended=True))
     assert order.waits
     assert [type(order) for order in orders(driver.ready("node-0-0", 2))] == [Form]
+
+
+def test_a_replacement_that_dies_while_the_controller_stands_still_leaves_the_rest_of_the_bound():
+    driver = bereft()
+    driver.tick(BOUND - 5)
+    driver.ready("node-0-0", 2)
+    driver.now += 8
+    (order,) = orders(driver.exited("node-0-0", 2))
+    assert order.waits
+    assert orders(driver.do(events.Tick(pause=8))) == []
+    assert orders(driver.tick(4)) == []
+    (over,) = orders(driver.tick(1))
+    assert not over.waits

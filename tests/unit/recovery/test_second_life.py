@@ -109,3 +109,16 @@ def test_a_node_that_had_started_and_does_not_appear_is_said_to_be_silent():
     said = lines(driver.tick(driver.config.timeouts.engine_lost_after_ms / 1_000))
     assert any(line.startswith("node-0-1 did not introduce itself for ") for line in said)
     assert not any("was not ready" in line for line in said)
+
+
+def test_a_third_life_knows_as_well_which_nodes_had_started():
+    driver = Driver().serve(start_seconds=30.0)
+    driver.restart()
+    driver.now += 1.0
+    driver.restart()
+    assert all(driver.cluster.awaits_introduction(slot.member) for slot in driver.cluster.slots.values())
+    for node in ("node-0-0", "node-1-0", "node-1-1"):
+        driver.ready(node)
+    assert driver.cluster.retry_after_seconds(driver.now) == 30
+    said = lines(driver.tick(driver.config.timeouts.engine_lost_after_ms / 1_000))
+    assert any(line.startswith("node-0-1 did not introduce itself for ") for line in said)
