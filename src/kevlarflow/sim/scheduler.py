@@ -297,7 +297,9 @@ class ToyScheduler:
     def set_aside(self, aside: Iterable[Aside], spoilt: frozenset[int]) -> None:
         """Preempt or end requests, as the hook in vLLM's scheduler does."""
         self.blocks.forget(spoilt)
-        for each in aside:
+        # Each that is preempted goes to the front of the queue.
+        places = {request.name: place for place, request in enumerate(self.running)}
+        for each in sorted(aside, key=lambda each: -places.get(each.request, -1)):
             request = self._find(each.request)
             if request is None:
                 continue
