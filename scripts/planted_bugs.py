@@ -613,6 +613,13 @@ MUTANTS = (
         "tests/unit/control/test_controller.py",
     ),
     Mutant(
+        "a lane moves to a node that is still catching up",
+        "recovery/moves.py",
+        "move.fewest_missing, move.nearer_at = missing, grid.now",
+        "move.fewest_missing = missing",
+        "tests/unit/recovery/test_moves.py",
+    ),
+    Mutant(
         "nodes that die as soon as they compute are replaced at once for ever",
         "recovery/members.py",
         "return self.early_deaths >= EARLY_DEATHS",

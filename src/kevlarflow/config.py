@@ -83,8 +83,8 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """A controller that has answered nothing for this long is killed by the supervisor, so that it is started again.
     One that has not spoken yet gets three times as long."""
     move_patience_ms: int = 8_000
-    """How long a lane that moves though nobody died waits for its new node to hold (nearly) all of its KV. After that
-    it moves all the same, and more is recomputed."""
+    """How long a lane that moves though nobody died waits for its new node to hold (nearly) all of its KV, or at least
+    to come nearer to it. After that it moves all the same, and more is recomputed."""
     pace_interval_ms: int = 1_000
     """How often a node says how long its steps have taken."""
     slow_after_ms: int = 10_000

@@ -14,7 +14,7 @@ from integration.cluster import BLOCK_SIZE, BYTES_PER_TOKEN_AND_LAYER, FLAGS, LA
 from integration.failover import Shot, assert_identical, run
 from integration.test_parity_under_failure import FAST, SLOW, Scenario, check_record, check_rejoined
 from integration.watching import Seen, lane, watching
-from kevlarflow.faults import WhilePreempting
+from kevlarflow.faults import SeveralInFlight
 from parity.reference import Reference
 
 pytestmark = pytest.mark.timeout(900)
@@ -47,7 +47,7 @@ def late_cluster() -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.mark.parametrize("scenario", scenarios(WhilePreempting))
+@pytest.mark.parametrize("scenario", scenarios(SeveralInFlight))
 def test_with_a_standby_too_small_for_everything(
     scenario: Scenario, scarce_cluster: Cluster, stock_reference: Reference
 ) -> None:

@@ -106,6 +106,7 @@ def _excuse(grid: Grid, pause: float) -> None:
     for pipeline in grid.pipelines:
         for move in pipeline.moves.values():
             move.since += pause
+            move.nearer_at += pause
 
 
 _HANDLERS: dict[type, Callable[[Grid, Any], None]] = {

@@ -180,6 +180,10 @@ class Move:
     cause: Cause
     since: float
     """When it became possible."""
+    nearer_at: float
+    """When it did, or its new node last came a good deal nearer to having all KV."""
+    fewest_missing: int | None = None
+    """The fewest tokens that the new node was a good deal nearer with; None: nobody has said yet."""
     hastened: bool = False
     """Whether the engine was told that it is near."""
 

@@ -8,8 +8,9 @@ is recomputed while the streams wait. So a lane is moved in three strides:
     wanted ── little is missing ──► hastened: every token is copied at once ── next to nothing is missing ──► moved
 
 A quiet engine skips both strides, since it has nothing to copy; and `move_patience_ms` after it became possible a
-lane moves in any case: without replication that is the only way under load. Stages of one pipeline that want to move
-wait for one another within that time, because each move is a pause.
+lane moves in any case: without replication that is the only way under load. Where the new node comes nearer all the
+time, over a slow link, it is waited for longer, since to compute what it lacks is a pause for all streams. Stages of
+one pipeline that want to move wait for one another within that time, because each move is a pause.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from kevlarflow.types import Cause, LaneCoverage, NodeInfo, PipelineState, Stage
 
 HASTEN_LAG_TOKENS = 512
 """With no more than this many tokens missing a lane is hastened: the standby then catches up within a second."""
+NEARER_SHARE = 0.1
+"""A new node that lacks less than before by at least this share has come nearer."""
+MOST_PATIENCE = 8
+"""So many times as long it is waited for that, at most."""
 MOVE_LAG_TOKENS = 2
 """For each running request so many tokens may be missing when the lane moves: about one step."""
 
@@ -36,6 +41,7 @@ def reconcile(grid: Grid, pipeline: Pipeline) -> None:
     _note_wishes(grid, pipeline)
     if not pipeline.moves:
         return
+    _note_progress(grid, pipeline)
     _hasten(grid, pipeline)
     if _is_the_moment(grid, pipeline):
         _move(grid, pipeline)
@@ -50,7 +56,7 @@ def _note_wishes(grid: Grid, pipeline: Pipeline) -> None:
         target, cause = wish
         move = pipeline.moves.get(Stage(stage))
         if move is None or move.target != target:
-            pipeline.moves[Stage(stage)] = Move(target, cause, since=grid.now)
+            pipeline.moves[Stage(stage)] = Move(target, cause, since=grid.now, nearer_at=grid.now)
 
 
 def _wish(grid: Grid, pipeline: Pipeline, stage: Stage) -> tuple[NodeInfo, Cause] | None:
@@ -73,6 +79,17 @@ def _wish(grid: Grid, pipeline: Pipeline, stage: Stage) -> tuple[NodeInfo, Cause
     return (target, slot.emptied_for) if slot.emptied_for is not None else None
 
 
+def _note_progress(grid: Grid, pipeline: Pipeline) -> None:
+    for stage, move in pipeline.moves.items():
+        missing = _missing_tokens(pipeline, stage, move)
+        if missing is None:
+            continue
+        if move.fewest_missing is None:
+            move.fewest_missing = missing
+        elif missing < move.fewest_missing and missing <= (1 - NEARER_SHARE) * move.fewest_missing:
+            move.fewest_missing, move.nearer_at = missing, grid.now
+
+
 def _hasten(grid: Grid, pipeline: Pipeline) -> None:
     """Tell the engine of stages whose standbys have nearly caught up."""
     near = []
@@ -90,8 +107,9 @@ def _is_the_moment(grid: Grid, pipeline: Pipeline) -> bool:
     if pipeline.engine.quiet:
         return True
     patience = grid.config.timeouts.move_patience_ms / 1_000
-    if any(grid.now - move.since >= patience for move in pipeline.moves.values()):
-        return True
+    for move in pipeline.moves.values():
+        if grid.now - move.nearer_at >= patience or grid.now - move.since >= MOST_PATIENCE * patience:
+            return True
     report = pipeline.engine.report
     tolerable = MOVE_LAG_TOKENS * report.running if report is not None else 0
     lags = [_missing_tokens(pipeline, stage, move) for stage, move in pipeline.moves.items()]

@@ -30,10 +30,13 @@ def choose(candidates: Iterable[Candidate], pipeline: PipelineId, pipelines: int
     the fewest foreign lanes, so that load spreads; of these the nearest in the ring after `pipeline`, because it
     is the standby that keeps the replicated KV.
     """
-    able = [each for each in candidates if each.home == pipeline or each.foreign_lanes < each.info.lanes - 1]
-
-    def preference(candidate: Candidate) -> tuple[bool, int, int]:
-        distance = (candidate.home - pipeline) % pipelines
-        return (candidate.home != pipeline, candidate.foreign_lanes, distance)
-
-    return min(able, key=preference).info if able else None
+    best: NodeInfo | None = None
+    best_rank = (0, 0)
+    for each in candidates:
+        if each.home == pipeline:
+            return each.info
+        if each.foreign_lanes < each.info.lanes - 1:
+            rank = (each.foreign_lanes, (each.home - pipeline) % pipelines)
+            if best is None or rank < best_rank:
+                best, best_rank = each.info, rank
+    return best

@@ -237,7 +237,7 @@ def _demands(seed: int, shape: Shape) -> tuple[list[int], tuple[Demand, ...]]:
     rng = random.Random(f"{seed} demands")
     longest = (shape.blocks - 1) * shape.block_size - 1
     common = [rng.randrange(VOCABULARY) for _ in range(longest)]
-    names = [f"r{index}" for index in range(rng.choice([2, 4, 8]) + shape.pipelines)]
+    names = [f"r{index}" for index in range(rng.choice([1, 2, 4, 8]) + shape.pipelines)]
     burst = rng.random() < 0.5
     return common, tuple(_demand(random.Random(f"{seed} {name}"), name, shape, common, burst) for name in names)
 

@@ -213,7 +213,11 @@ def test_compiled_code_is_kept_where_the_environment_says(
     ("topic", "named", "not_named"),
     [
         ("standby", ["--standby-memory-bytes"], ["--slow-node-ratio"]),
-        ("slow_node", ["--slow-node-ratio", "its lanes move to another node", "--slow-node-seconds"], ["--port"]),
+        (
+            "slow_node",
+            ["--slow-node-ratio", "its lanes move away", "--slow-node-seconds"],
+            ["--port"],
+        ),
         ("all", ["--standby-memory-bytes", "--slow-node-ratio", "--port"], []),
     ],
 )

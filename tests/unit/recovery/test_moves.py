@@ -6,7 +6,7 @@ import pytest
 
 from cluster_driver import Driver, lines, member, orders
 from kevlarflow.recovery.events import AssignStandbys, Hasten
-from kevlarflow.recovery.moves import HASTEN_LAG_TOKENS, MOVE_LAG_TOKENS
+from kevlarflow.recovery.moves import HASTEN_LAG_TOKENS, MOST_PATIENCE, MOVE_LAG_TOKENS
 from kevlarflow.types import Cause, Epoch, PipelineId, Stage
 
 PATIENCE_SECONDS = Driver().config.timeouts.move_patience_ms / 1_000
@@ -139,3 +139,42 @@ def test_a_donor_that_dies_while_the_lane_goes_home_does_not_hold_it_up():
     again = orders(driver.exited("node-1-0"))[0]
     assert (again.pipeline, again.cause, again.lost_stages) == (0, Cause.CRASH, (0,))
     assert again.epoch > home.epoch
+
+
+def lacking(driver: Driver, missing: int):
+    return orders(driver.report(0, 8, coverage=[(1, "node-0-1#2", 9_000, 9_000 - missing)], epoch=2))
+
+
+def test_a_new_node_that_comes_nearer_all_the_time_is_waited_for():
+    driver = borrowing()
+    missing, waited = 8_000, 0.0
+    while missing > 8 * MOVE_LAG_TOKENS:
+        assert lacking(driver, missing) == []
+        driver.now += PATIENCE_SECONDS / 2
+        waited += PATIENCE_SECONDS / 2
+        missing = int(missing * 0.6)
+    assert waited > 3 * PATIENCE_SECONDS
+    assert lacking(driver, missing) == [home(driver)]
+
+
+def test_one_that_does_not_come_nearer_any_more_is_waited_for_no_longer():
+    driver = borrowing()
+    lacking(driver, 8_000)
+    driver.now += PATIENCE_SECONDS - 1
+    assert lacking(driver, 4_000) == []
+    # Requests grow, and what is missing with them.
+    for missing in (5_000, 3_900, 3_700):
+        driver.now += PATIENCE_SECONDS / 4
+        assert lacking(driver, missing) == []
+    driver.now += PATIENCE_SECONDS / 4
+    assert lacking(driver, 3_700) == [home(driver)]
+
+
+def test_even_one_that_comes_nearer_is_not_waited_for_for_ever():
+    driver = borrowing()
+    begun, missing = driver.now, 1_000_000
+    while not orders(driver.report(0, 8, coverage=[(1, "node-0-1#2", missing, 0)], epoch=2)):
+        driver.now += PATIENCE_SECONDS / 2
+        missing = int(missing * 0.89)
+        assert driver.now - begun <= MOST_PATIENCE * PATIENCE_SECONDS
+    assert driver.now - begun == pytest.approx(MOST_PATIENCE * PATIENCE_SECONDS)

@@ -16,15 +16,15 @@ TITLES = 6
 """Two engines and their workers."""
 
 
-@pytest.fixture
-def stock_dp(tmp_path):
+@pytest.fixture(scope="module")
+def stock_dp(tmp_path_factory):
     """One server with two engines; pipeline 1 was started first, so its processes have the lower ids."""
     script = "; ".join(f"bash -c '{ENGINE.format(rank)}' & sleep 0.2" for rank in (1, 0))
 
     def command(port):
         return ["bash", "-c", f"{script}; wait"]
 
-    server = ServerProcess("stock-dp", "m", command, {}, tmp_path / "log")
+    server = ServerProcess("stock-dp", "m", command, {}, tmp_path_factory.mktemp("stock") / "log")
     server.start()
     deadline = time.monotonic() + 30
     while sum("_" in command_line(each.pid).split()[0] for each in server.processes()) < TITLES:
