@@ -74,7 +74,7 @@ def _detach(grid: Grid, pipeline: Pipeline) -> None:
     pipeline.moves.clear()
     engine = pipeline.engine
     engine.attached = False
-    engine.claim = engine.report = None
+    engine.claim = engine.report = engine.pressed_since = None
     engine.report_is_new = False
     engine.state = EngineState.DEAD
 
@@ -93,6 +93,10 @@ def on_report(grid: Grid, event: events.EngineReport) -> None:
     if pipeline is None or not pipeline.engine.attached:
         return
     pipeline.engine.report = event
+    if event.waiting == 0:
+        pipeline.engine.pressed_since = None
+    elif pipeline.engine.pressed_since is None:
+        pipeline.engine.pressed_since = grid.now
     # It may have been under way when the last order left.
     ordered = pipeline.order.epoch if pipeline.order is not None else event.epoch
     pipeline.engine.report_is_new = event.epoch in (NO_EPOCH, ordered)

@@ -159,6 +159,8 @@ class Engine:
     heard_at: float = 0.0
     """When it last attached or reported, or since when somebody listened."""
     kv_blocks: int = 0
+    pressed_since: float | None = None
+    """Since when each of its reports tells of requests that wait for room; None: the last one does not."""
 
     @property
     def living(self) -> bool:

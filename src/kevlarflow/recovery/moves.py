@@ -9,8 +9,9 @@ is recomputed while the streams wait. So a lane is moved in three strides:
 
 A quiet engine skips both strides, since it has nothing to copy; and `move_patience_ms` after it became possible a
 lane moves in any case: without replication that is the only way under load. Where the new node comes nearer all the
-time, over a slow link, it is waited for longer, since to compute what it lacks is a pause for all streams. Stages of
-one pipeline that want to move wait for one another within that time, because each move is a pause.
+time, over a slow link, it is waited for longer, since to compute what it lacks is a pause for all streams; but not if
+requests wait for room, which two pipelines that share a node lack more of. Stages of one pipeline that want to move
+wait for one another within that time, because each move is a pause.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ NEARER_SHARE = 0.1
 """A new node that lacks less than before by at least this share has come nearer."""
 MOST_PATIENCE = 8
 """So many times as long it is waited for that, at most."""
+PRESSED_SECONDS = 1.0
+"""After which it is more than a moment that requests wait for room."""
 MOVE_LAG_TOKENS = 2
 """For each running request so many tokens may be missing when the lane moves: about one step."""
 
@@ -107,13 +110,21 @@ def _is_the_moment(grid: Grid, pipeline: Pipeline) -> bool:
     if pipeline.engine.quiet:
         return True
     patience = grid.config.timeouts.move_patience_ms / 1_000
+    longest = patience if _is_pressed(grid, pipeline) else MOST_PATIENCE * patience
     for move in pipeline.moves.values():
-        if grid.now - move.nearer_at >= patience or grid.now - move.since >= MOST_PATIENCE * patience:
+        if grid.now - move.nearer_at >= patience or grid.now - move.since >= longest:
             return True
     report = pipeline.engine.report
     tolerable = MOVE_LAG_TOKENS * report.running if report is not None else 0
     lags = [_missing_tokens(pipeline, stage, move) for stage, move in pipeline.moves.items()]
     return all(lag is not None and lag <= tolerable for lag in lags)
+
+
+def _is_pressed(grid: Grid, pipeline: Pipeline) -> bool:
+    """Whether requests wait for room, in this pipeline or in one that it shares a node with."""
+    sharing = [each for each in grid.pipelines if each is pipeline or any(map(each.has_lane_on, pipeline.lanes))]
+    since = [each.engine.pressed_since for each in sharing]
+    return any(each is not None and grid.now - each >= PRESSED_SECONDS for each in since)
 
 
 def _missing_tokens(pipeline: Pipeline, stage: Stage, move: Move) -> int | None:

@@ -6,7 +6,7 @@ import pytest
 
 from cluster_driver import Driver, lines, member, orders
 from kevlarflow.recovery.events import AssignStandbys, Hasten
-from kevlarflow.recovery.moves import HASTEN_LAG_TOKENS, MOST_PATIENCE, MOVE_LAG_TOKENS
+from kevlarflow.recovery.moves import HASTEN_LAG_TOKENS, MOST_PATIENCE, MOVE_LAG_TOKENS, PRESSED_SECONDS
 from kevlarflow.types import Cause, Epoch, PipelineId, Stage
 
 PATIENCE_SECONDS = Driver().config.timeouts.move_patience_ms / 1_000
@@ -155,6 +155,27 @@ def test_a_new_node_that_comes_nearer_all_the_time_is_waited_for():
         missing = int(missing * 0.6)
     assert waited > 3 * PATIENCE_SECONDS
     assert lacking(driver, missing) == [home(driver)]
+
+
+@pytest.mark.parametrize("pipeline", [0, 1])
+def test_where_requests_wait_for_room_it_is_not_waited_for_any_longer(pipeline):
+    driver = borrowing()
+    missing = 8_000
+    lacking(driver, missing)
+    for _ in range(3):
+        driver.now += PATIENCE_SECONDS / 4
+        missing = int(missing * 0.8)
+        assert lacking(driver, missing) == []
+    # One that has just come waits for a moment.
+    driver.now += PATIENCE_SECONDS / 4
+    assert orders(driver.report(1, 8, waiting=1, epoch=driver.cluster.pipelines[1].epoch)) == []
+    assert orders(driver.report(1, 8, epoch=driver.cluster.pipelines[1].epoch)) == []
+    waiting = {"running": 8, "waiting": 3, "epoch": driver.cluster.pipelines[pipeline].epoch}
+    if pipeline == 0:
+        waiting["coverage"] = [(1, "node-0-1#2", 9_000, 6_000)]
+    assert orders(driver.report(pipeline, **waiting)) == []
+    driver.now += PRESSED_SECONDS
+    assert orders(driver.report(pipeline, **waiting)) == [home(driver)]
 
 
 def test_one_that_does_not_come_nearer_any_more_is_waited_for_no_longer():
