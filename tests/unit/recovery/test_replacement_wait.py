@@ -242,6 +242,7 @@ def test_a_controller_that_is_started_again_after_the_bound_hears_first_who_is_r
     members = (member("node-0-0"), member("node-0-1"))
     (order,) = orders(driver.attach(0, epoch=2, members=members, suspended=True))
     assert order.waits
+    assert orders(driver.tick(0.5)) == []
     assert [type(order) for order in orders(driver.ready("node-0-0", 2))] == [Form]
 
 
