@@ -302,8 +302,10 @@ def _back_off(grid: Grid, slot: Slot) -> None:
     """Where members load and then die again and again each costs clients a pause, so the lane stays away for longer."""
     if grid.now - slot.ready_at >= EARLY_SECONDS:
         slot.early_deaths = 0
-    elif slot.emptied_for is None and not slot.hurt_from_outside:
-        slot.early_deaths += 1
+        return
+    if slot.emptied_for is not None or slot.hurt_from_outside:
+        return
+    slot.early_deaths += 1
     if slot.dies_early and _has_another(grid, slot):
         doublings = min(slot.early_deaths - EARLY_DEATHS, 10)
         pause = min(LONGEST_RETRY_SECONDS, 2 * GIVES_WAY_SECONDS * 2**doublings)

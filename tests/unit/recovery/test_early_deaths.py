@@ -91,3 +91,13 @@ def test_one_that_does_not_start_any_more_is_tried_later_and_later_all_the_same(
     for incarnation, pause in ((4, 0.5), (5, 1.0), (6, 2.0)):
         driver.do(events.NodeFailed(member(NODE, incarnation), "no memory"))
         assert next_start(driver, incarnation + 1) == pytest.approx(pause, abs=0.15)
+
+
+def test_somebody_who_kills_one_that_has_died_early_before_does_not_keep_it_away():
+    driver = Driver().serve()
+    for incarnation in (1, 2, 3):
+        live_and_die(driver, incarnation, 0.5)
+        next_start(driver, incarnation + 1)
+    said = lines(live_and_die(driver, 4, 0.5, from_outside=True))
+    assert not any("by itself" in line for line in said)
+    assert next_start(driver, 5) <= GIVES_WAY_SECONDS
