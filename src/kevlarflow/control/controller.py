@@ -316,8 +316,9 @@ class Controller:
         self.peers.add_member(member, peer)
         self.handle(event_of(message), now)
         if isinstance(message, messages.NodeStarting):
-            # Before it is ready it may be busy for long.
-            self.detector.forget(member)
+            # Before it is ready it may be busy for long. What was on its way for long may say so of one that is.
+            if self.cluster.loads(member):
+                self.detector.forget(member)
             self._watch_member(member, message.pids, now)
         elif info is not None:
             self._watch_member(member, info.pids, now)

@@ -191,6 +191,11 @@ class Cluster(Grid):
         slot = self.slot_of(member)
         return slot is not None and slot.was_ready and slot.state is NodeState.STARTING
 
+    def loads(self, member: Member) -> bool:
+        """Whether `member` has yet to say that it is ready."""
+        slot = self.slot_of(member)
+        return slot is not None and slot.state is NodeState.STARTING
+
     # ---- what observers ask
 
     @property

@@ -282,7 +282,7 @@ class Controller(Process):
         self._members[member] = node
         self._known.add(node)
         self.handle(event_of(message))
-        if isinstance(message, messages.NodeStarting):
+        if isinstance(message, messages.NodeStarting) and self.cluster.loads(member):
             self.detector.forget(member)
         if not isinstance(message, messages.NodeFailed):
             self._watch_member(node, member)

@@ -105,10 +105,15 @@ class Engine(Process):
         running, waiting = len(scheduler.running), len(scheduler.waiting) + len(scheduler.held) + len(self._inputs)
         blocks = self.fleet.plan.shape.blocks if self.started else 0
         load = (running, waiting, blocks, len(self.core.in_flight))
-        forming, still = self.core.standing is Standing.FORMING, self.core.still_seconds(self.timeline.now)
+        forming, still = self.core.standing is Standing.FORMING, self.core.still_seconds(self._read_all_at)
         epoch, replication = Epoch(self.core.epoch), self._replication()
         awaited = self.core.awaited
         self._tell(messages.EngineReport(self.pipeline, *load, replication, epoch, forming, still, awaited))
+
+    @property
+    def _read_all_at(self) -> float:
+        """When it had read all that had arrived: what came while it was stopped it reads a moment after it goes on."""
+        return self.frozen_since if self.thawed_at == self.timeline.now else self.timeline.now
 
     def _replication(self) -> tuple[LaneCoverage, ...]:
         reports = []

@@ -318,6 +318,7 @@ class Node(Process):
 
     def hurry(self) -> None:
         """End the work that runs now, and begin the next: another thread of the node is in the middle of something."""
+        self.speed.cut_short()
         self._end(self._works)
 
     def _check_rows(self, lane: Lane, header: Header, activations: Any) -> None:

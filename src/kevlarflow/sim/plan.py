@@ -18,7 +18,7 @@ STEADY_SHARE = 0.006
 """Of the seeds: fleets that are busy for longer."""
 STEADY_KINDS = ("slow", "slow place", "well", "slow and more")
 SLOW_NODE, SLOW_PLACE = "the node, which has to be noticed", "the place, whatever node is in it"
-STEADY_SECONDS, STEADY_REQUESTS = 5.0, 25
+STEADY_SECONDS, STEADY_REQUESTS = 5.0, 40
 """How long faults last in them, and how many requests each pipeline has to serve."""
 SLOW_PLACE_SECONDS, SLOW_PLACE_REQUESTS = 9.0, 80
 """The same where a place is slow: a second judgement on it has to be possible."""

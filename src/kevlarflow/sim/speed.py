@@ -18,7 +18,7 @@ class Speed:
         """Times as long as it should take for everything."""
         self.slow_until = float("-inf")
         """When it was last slower than it should be; in the future while it is."""
-        self._began = 0.0
+        self._began: float | None = None
         self._steps: dict[Size, list[float]] = {}
 
     def slow_down(self, factor: float) -> None:
@@ -34,9 +34,13 @@ class Speed:
         """A piece of work begins."""
         self._began = now
 
+    def cut_short(self) -> None:
+        """It ends before its time, which says nothing of this node."""
+        self._began = None
+
     def end(self, size: Size | None, now: float) -> None:
         """It has ended; None is the size of all that is no decode step."""
-        if size is not None:
+        if size is not None and self._began is not None:
             self._steps.setdefault(size, []).append(now - self._began)
 
     def report(self) -> tuple[Pace, ...]:

@@ -187,6 +187,16 @@ def test_beats_are_answered_and_a_step_that_hangs_is_fenced(shell):
     assert len(said) == 1
 
 
+def test_a_node_that_is_ready_is_watched_though_it_is_said_to_start_once_more(shell):
+    node, _ = shell.serve()
+    shell.controller.watcher.starved_seconds = lambda key: 0.0
+    # It comes late, over a connection that has broken.
+    shell.say(node, messages.NodeStarting(Member(NodeId("node-0-0"), 1), Stage(0), "here", (os.getpid(),)))
+    for _ in range(15):
+        shell.turn(0.1)
+    assert shell.controller.cluster.slots[NodeId("node-0-0")].state == "suspect"
+
+
 def test_a_loss_is_never_dated_before_it_happened(shell, monkeypatch):
     shell.serve()
     member = Member(NodeId("node-0-0"), 1)
