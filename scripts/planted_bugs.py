@@ -23,6 +23,43 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     Mutant(
+        "a late step of a request that was set aside is taken to fill nothing",
+        "recovery/giving_way.py",
+        "tables = self._books.tables.tables | self._former",
+        "tables = self._books.tables.tables",
+        "tests/unit/recovery/test_late_steps.py",
+    ),
+    Mutant(
+        "who hits a cached block behind one that the same late step fills is not set aside",
+        "recovery/pipeline.py",
+        "commands += self._set_aside_unreachable([step], lost=True)",
+        "pass",
+        "tests/unit/recovery/test_raced_hits.py",
+    ),
+    Mutant(
+        "a hit that a later step has taken is read again where no stage is lost",
+        "recovery/recompute.py",
+        "if cached and (lost or not given_away.isdisjoint(cached)):",
+        "if cached and lost:",
+        "tests/unit/recovery/test_raced_hits.py",
+    ),
+    Mutant(
+        "blocks of a step that is given up keep the generation that they had",
+        "recovery/pipeline.py",
+        "        # Blocks of a request that is set aside, or whose step is given up, change hands all the same.\n"
+        "        self._books.generations.allocate(scheduled, self._books.block_size)\n",
+        "        if self.standing is not Standing.SUSPENDED:\n"
+        "            self._books.generations.allocate(scheduled, self._books.block_size)\n",
+        "tests/unit/recovery/test_late_steps.py",
+    ),
+    Mutant(
+        "a node that was said to start once more is watched no longer",
+        "control/controller.py",
+        "if self.cluster.loads(member):",
+        "if True:",
+        "tests/unit/control/test_controller.py",
+    ),
+    Mutant(
         "an engine believes results of an old epoch",
         "recovery/pipeline.py",
         "return self._executed(event, now) if event.epoch == self.epoch else []",

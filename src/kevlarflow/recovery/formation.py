@@ -90,11 +90,15 @@ def _serve_if_formed(grid: Grid, pipeline: Pipeline) -> None:
 def _adopt(grid: Grid, pipeline: Pipeline, claim: events.EngineAttached) -> bool:
     """Take over what an engine serves, when all its members are known to be alive or not.
 
-    Returns False as long as one of them has yet to introduce itself.
+    Returns False as long as one of them has yet to introduce itself, or a node that could take over from one that is
+    lost: should the requests have to wait for one, that costs them their KV.
     """
     if any(_awaited(grid, member) for member in claim.members):
         return False
     slots = [grid.slot_of(member) for member in claim.members]
+    gone = [Stage(stage) for stage, slot in enumerate(slots) if slot is None or not slot.living]
+    if any(_helper_is_awaited(grid, pipeline, stage) for stage in gone):
+        return False
     pipeline.engine.claim = None
     pipeline.engine.state = EngineState.READY
     pipeline.served = grid.served = True
@@ -134,6 +138,15 @@ def _awaited(grid: Grid, member: Member) -> bool:
     unheard = slot.incarnation == 0 and slot.start_at is not None
     expected = slot.incarnation == member.incarnation and slot.state is NodeState.STARTING
     return unheard or expected
+
+
+def _helper_is_awaited(grid: Grid, pipeline: Pipeline, stage: Stage) -> bool:
+    """Whether nobody that is known to be ready can serve a stage, and after a restart somebody may yet appear."""
+    if choose(candidates(grid, pipeline, stage, parted=True), pipeline.id, len(grid.pipelines)) is not None:
+        return False
+    settles_at = (grid.resumed_at or 0.0) + grid.config.timeouts.settle_ms / 1_000
+    starting = (slot for slot in grid.stages[stage] if slot.state is NodeState.STARTING)
+    return grid.now < settles_at and any(slot.was_ready for slot in starting)
 
 
 def _fill(grid: Grid, pipeline: Pipeline, holes: list[Stage]) -> None:

@@ -7,12 +7,12 @@ was said, and a step that was scheduled under a smaller count is held against th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from kevlarflow.recovery.books import Books
 from kevlarflow.recovery.capacity import Fallout, choose_usable, fallout, tables_of, without
-from kevlarflow.recovery.coverage import Replica
+from kevlarflow.recovery.coverage import Replica, advance
 from kevlarflow.recovery.ledger import Step
 from kevlarflow.recovery.pipeline_events import Aside, Command, SetAside, UseBlocks
 
@@ -33,12 +33,15 @@ class GivingWay:
         It does everything in turn: what a choice has left out must not be in use then, even if it is given back next.
         """
         self._aside: dict[str, _Told] = {}
+        self._former: dict[str, list[int]] = {}
+        """Block tables of those as they would be: a step that does not know of it yet goes on in them."""
         self._spoilt: frozenset[int] = frozenset()
         self._changed_at = 0
 
     def clear(self) -> None:
         """All requests have been ended."""
         self._aside.clear()
+        self._former.clear()
         self._spoilt = frozenset()
 
     def may_use(self, replicas: Mapping[int, Replica]) -> dict[int, Replica]:
@@ -81,7 +84,7 @@ class GivingWay:
         books = self._books
         found = fallout(tables_of(books.ledger), list(books.in_flight), self.usable, known, books.block_size)
         books.ledger.preempt(found.requests)
-        books.tables.forget(found.requests)
+        self._take_tables(found.requests)
         books.in_flight.leave_out(found.requests, books.block_size)
         return self._tell(found, reasons, count)
 
@@ -96,13 +99,22 @@ class GivingWay:
         known = Fallout(frozenset(self._aside), self._spoilt)
         choices = [each for each in (self.usable, *self._choices.values()) if each is not None]
         usable = frozenset.intersection(*choices) if choices else None
-        found = fallout(self._books.tables.tables, (step,), usable, known, self._books.block_size)
-        self._books.tables.forget(found.requests)
+        tables = self._books.tables.tables | self._former
+        found = fallout(tables, (step,), usable, known, self._books.block_size)
+        self._take_tables(found.requests)
+        advance(self._former, step)
+        self._former = {request: table for request, table in self._former.items() if request in found.requests}
         return without(step, found.requests, self._books.block_size), self._tell(found, {}, count)
+
+    def _take_tables(self, requests: Iterable[str]) -> None:
+        tables = self._books.tables
+        self._former.update((request, tables.tables[request]) for request in requests if request in tables.tables)
+        tables.forget(requests)
 
     def _acknowledge(self, formation: int) -> None:
         """The scheduler has done what it was told to until then: who was set aside may run again."""
         self._aside = {request: told for request, told in self._aside.items() if told.formation > formation}
+        self._former = {request: table for request, table in self._former.items() if request in self._aside}
         self._choices = {count: usable for count, usable in self._choices.items() if count > formation}
         if not self._aside:
             self._spoilt = frozenset()

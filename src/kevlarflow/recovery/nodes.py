@@ -105,13 +105,18 @@ def on_starting(grid: Grid, event: events.NodeStarting) -> None:
 
 
 def on_ready(grid: Grid, event: events.NodeReady) -> None:
-    """The node holds its weights. Said again, it changes nothing but the epochs that are used up."""
+    """The node holds its weights. Said again, it changes nothing but the epochs that are used up.
+
+    It is said again when a connection broke: with that, the word that a drained node may leave can have been lost.
+    """
     info = event.info
     for number, epoch in event.epochs.items():
         pipeline = grid.pipeline(PipelineId(number))
         if pipeline is not None:
             pipeline.epoch = Epoch(max(pipeline.epoch, epoch))
     slot = _admit(grid, info.member, info.pids)
+    if slot is not None and slot.leave_by is not None and slot.fenced_by is None:
+        grid.command(Retire(slot.member))
     if slot is None or slot.state is not NodeState.STARTING or slot.exit_due is not None or slot.fenced_by is not None:
         return
     slot.info = info

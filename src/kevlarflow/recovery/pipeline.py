@@ -256,7 +256,7 @@ class Pipeline:
 
     def _resume(self, forming: Forming) -> list[Command]:
         """All replicas are in place that will be: do the rest, and go on with the steps in flight."""
-        commands = self._set_aside_unreachable(forming)
+        commands = self._set_aside_unreachable(list(self._in_flight), lost=bool(forming.lost))
         self._recompute_late_hits(forming)
         self._lost_stages.await_rest(forming.placed)
         commands += self._restoring.resume(forming)
@@ -267,8 +267,8 @@ class Pipeline:
         # A step may have lost all its requests.
         return commands + self._complete_in_order()
 
-    def _set_aside_unreachable(self, forming: Forming) -> list[Command]:
-        requests = unreachable_hits(list(self._in_flight), self._books.block_size) if forming.lost else set[str]()
+    def _set_aside_unreachable(self, steps: Sequence[Step], *, lost: bool) -> list[Command]:
+        requests = unreachable_hits(steps, self._books.block_size, lost=lost)
         if not requests:
             return []
         commands = self._giving_way.set_aside(dict.fromkeys(requests, ""), self.formations + 1)
@@ -368,10 +368,10 @@ class Pipeline:
     def _issue(self, scheduled: Step) -> list[Command]:
         if scheduled.sequence in self._in_flight:
             raise IllegalTransition(f"step {scheduled.sequence}", "in flight", "StepIssued")
+        # Blocks of a request that is set aside, or whose step is given up, change hands all the same.
+        self._books.generations.allocate(scheduled, self._books.block_size)
         if self.standing is Standing.SUSPENDED or scheduled.formation <= self._abandoned_upto:
             return [Abandon(scheduled.sequence, self.reason)]
-        # Blocks of a request that is set aside change hands all the same.
-        self._books.generations.allocate(scheduled, self._books.block_size)
         step, commands = self._giving_way.leave_out(scheduled, self.formations + 1)
         self.formations += bool(commands)
         left_out = frozenset(scheduled.scheduled) - frozenset(step.scheduled)
@@ -382,6 +382,8 @@ class Pipeline:
         if self.standing is Standing.WAITING:
             return commands + self._set_aside(dict.fromkeys(step.scheduled, ""))
         if lost:
+            commands += self._set_aside_unreachable([step], lost=True)
+            step = self._in_flight[step.sequence]
             self._recompute_hits(step, plan_hits(self.ledger, before, step, lost, self._books.limits), lost)
         if self._forming is not None and self._forming.waits:
             return commands

@@ -12,7 +12,7 @@ scheduler's limits, without sampling. Five cases need more care than that:
   later step already, so the request's KV is damaged there too: it is computed from token 0 on all stages.
 * What the new node has **restored from replicas** is not computed: each request starts at its watermark.
 * A hit may **begin** with blocks that an earlier step in flight fills and **go on** with cached ones. What comes after
-  cannot be computed before what comes first, so such a request is none of this plan: see `unreachable_hits`.
+  cannot be computed before what comes first, so such a request is none of these plans: see `unreachable_hits`.
 * **Prompt log-probabilities** are gathered at the last stage while the prompt is computed. Where they are not
   complete, the request runs through all stages from token 0 and gathers them again.
 """
@@ -118,18 +118,22 @@ def plan_hits(
     return list(_pack(_without_repeats(needs, {}, lost, limits.block_size), limits))
 
 
-def unreachable_hits(in_flight: Sequence[Step], block_size: int) -> set[str]:
+def unreachable_hits(in_flight: Sequence[Step], block_size: int, *, lost: bool) -> set[str]:
     """Requests whose prefix hits in flight have a cached block behind one that a step in flight fills.
 
-    They are to be set aside when a stage is lost.
+    They are to be set aside when a stage is `lost`. With none lost, only those one of whose cached blocks a later step
+    has taken: some stage may have run that step already, and all of them run the earlier one again.
     """
     unreachable = set()
     filled: set[int] = set()
-    for step in in_flight:
+    for index, step in enumerate(in_flight):
         filled |= allocated(step, block_size)
+        given_away = _taken(in_flight[index + 1 :], block_size)
         for request, blocks, hit in tables(step):
-            in_step = [block in filled for block in blocks[: hit // block_size]]
-            if sorted(in_step) != in_step:
+            hits = blocks[: hit // block_size]
+            first = next((place for place, block in enumerate(hits) if block in filled), len(hits))
+            cached = [block for block in hits[first:] if block not in filled]
+            if cached and (lost or not given_away.isdisjoint(cached)):
                 unreachable.add(request)
     return unreachable
 
@@ -163,8 +167,12 @@ def read_again(ledger: Ledger, in_flight: Sequence[Step]) -> list[LedgerEntry]:
 
     One that ends is computed until then, and others may hit what it writes.
     """
-    over = {request for step in in_flight for request in step.finished}
-    over -= {request for step in in_flight for request in step.scheduled}
+    over: set[str] = set()
+    computed: set[str] = set()
+    for step in in_flight:
+        # What is scheduled under the same name in the same step is another request.
+        over |= step.finished - computed
+        computed |= step.scheduled.keys()
     return [
         entry
         for entry in ledger.entries()
@@ -211,11 +219,9 @@ def _taken(in_flight: Sequence[Step], block_size: int) -> set[int]:
 
 
 def _tokens(ledger: Ledger, in_flight: Sequence[Step]) -> dict[str, Sequence[int]]:
-    """Tokens of each request; one that was admitted in flight has its prompt only."""
-    tokens: dict[str, Sequence[int]] = {
-        admission.request: admission.prompt for step in in_flight for admission in step.admissions
-    }
-    tokens.update((entry.request, entry.tokens) for entry in ledger.entries())
+    """Tokens of each request; one that was admitted in flight has its prompt only, whoever had its name before."""
+    tokens: dict[str, Sequence[int]] = {entry.request: entry.tokens for entry in ledger.entries()}
+    tokens.update((admission.request, admission.prompt) for step in in_flight for admission in step.admissions)
     return tokens
 
 

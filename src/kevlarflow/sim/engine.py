@@ -64,7 +64,7 @@ class Engine(Process):
         self.started = False
         """Whether it has been formed once, and so has a scheduler."""
         self._may_end: set[str] = set()
-        """Requests that a suspension gave it a reason to end: those that it had then, or got before it was over."""
+        """Requests that a suspension gave it a reason to end: those that it had then, or got before that was done."""
         self.prepared: defaultdict[Epoch, set[Member]] = defaultdict(set)
         """Who has said in which epoch that it will run steps next."""
         self._lines: dict[Member, str] = {}
@@ -163,7 +163,7 @@ class Engine(Process):
     def add(self, request: Request) -> None:
         """A client asks."""
         self.fleet.blame.note_added(request.name, self.pipeline)
-        if self.suspended_reason:
+        if self.suspended_reason or self._abandonment:
             self._may_end.add(request.name)
         self._inputs.append(("add", request))
         self.poke()

@@ -278,8 +278,9 @@ class Fleet:
 
     def poisons(self, node: Node, header: Header, computed: Iterable[tuple[str, int]]) -> bool:
         """Whether a node dies of a request that it is about to compute. Each may cost two of them, and two more while
-        it is computed again. Where nobody may read what the node has been computing, a death does not count that the
-        engine hears of before it hears that the node was ready.
+        it is computed again. A node that the controller is ending already counts as ended by it. Where nobody may read
+        what the node has been computing, a death does not count that the engine hears of before it hears that the node
+        was ready.
         """
         if self.mischief.over or not self._has_poison:
             return False
@@ -291,7 +292,8 @@ class Fleet:
         what = "again" if isinstance(header, steps.Recompute) else "in steps"
         for name in deadly:
             self.counts[f"nodes that a request has cost {what}"] += 1
-            self._costs[name, what] += heard or self.plan.reads_records or what == "again"
+            if node.killed_at is None:
+                self._costs[name, what] += heard or self.plan.reads_records or what == "again"
             if self._costs[name, what] > MAX_COST:
                 raise Unbounded(f"{name} has cost {self._costs[name, what]} nodes {what}, the last of them {node}")
         self.tell(node, f"dies of {', '.join(deadly)}")

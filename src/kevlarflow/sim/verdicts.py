@@ -89,5 +89,8 @@ class Verdicts:
         if home == order.pipeline:
             return True
         pipelines = fleet.controller.cluster.pipelines
-        lanes = {lane.pipeline for lane in node.lanes} | {each.id for each in pipelines if node.member in each.members}
+        # A pipeline that has just given it back may not have heard of that, and open the lane yet.
+        lanes = {lane.pipeline for lane in node.lanes} | {
+            each.id for each in pipelines if each.has_lane_on(node.member)
+        }
         return len(lanes - {home, order.pipeline}) < fleet.plan.shape.lanes - 1

@@ -42,5 +42,13 @@ def test_a_block_that_was_given_to_somebody_left_out_counts_as_taken():
 def test_a_cached_block_behind_one_that_is_filled_in_flight_is_out_of_reach():
     filling = step(1, admission("a", (1, 2), 8))
     hitting = step(2, admission("b", (1, 5, 6), 12, computed=8))
-    assert unreachable_hits([filling, hitting], SIZE) == {"b"}
-    assert unreachable_hits([hitting], SIZE) == set()
+    assert unreachable_hits([filling, hitting], SIZE, lost=True) == {"b"}
+    assert unreachable_hits([hitting], SIZE, lost=True) == set()
+
+
+def test_with_no_stage_lost_it_is_so_once_a_later_step_has_taken_it():
+    filling = step(1, admission("a", (1, 2), 8))
+    hitting = step(2, admission("b", (1, 5, 6), 12, computed=8))
+    assert unreachable_hits([filling, hitting], SIZE, lost=False) == set()
+    taking = step(3, admission("c", (5,), 4))
+    assert unreachable_hits([filling, hitting, taking], SIZE, lost=False) == {"b"}

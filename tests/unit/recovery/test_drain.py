@@ -67,6 +67,15 @@ def test_a_node_that_does_not_leave_is_killed():
     assert any(isinstance(command, KillNode) for command in driver.tick(driver.config.timeouts.stop_grace_s))
 
 
+def test_a_node_that_did_not_hear_that_it_may_leave_is_told_again():
+    driver = Driver(replication=True).serve()
+    drain(driver, "node-0-1")
+    driver.report(0, 8, coverage=STANDBY_HAS_ALL, epoch=1)
+    assert Retire(member("node-0-1")) not in driver.ready("node-0-1")
+    assert driver.formed(0, 2).count(Retire(member("node-0-1"))) == 1
+    assert Retire(member("node-0-1")) in driver.ready("node-0-1"), "over another connection"
+
+
 def test_a_node_that_dies_while_it_drains_is_a_loss_and_stays_away():
     driver = Driver(replication=True).serve()
     drain(driver, "node-0-1")

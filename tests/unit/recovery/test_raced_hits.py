@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kevlarflow.recovery import pipeline_events as p
-from unit.recovery.test_pipeline import A0, B1, admit, empty, executed, node, prepared, sent, serving
+from kevlarflow.recovery.ledger import Admission, Step
+from unit.recovery.test_pipeline import A0, A1, B1, admit, empty, executed, node, prepared, sent, serving
 
 C0 = node("node-2-0", 0)
 CACHED = 5
@@ -114,3 +115,41 @@ def test_a_stage_is_not_whole_while_a_step_that_hits_what_it_lacks_waits(order):
     commands += [each for stage in (0, 1) for each in pipeline.handle(p.StageRestored(4, stage), 2.3)]
     commands += pipeline.handle(executed(4, 3, r=[8]), 2.4)
     assert CACHED in computed_on_stage_1(commands)
+
+
+def set_aside(commands):
+    return [each.request for command in commands if isinstance(command, p.SetAside) for each in command.requests]
+
+
+def behind_another(sequence, formation):
+    """One request fills block 3, the other one hits it, and the cached block behind it."""
+    filling = Admission("filling", tuple(range(9)), (3, 4, 6), 0, None)
+    hitting = Admission("hitting", tuple(range(9)), (3, CACHED, 7), 8, None)
+    scheduled = {"filling": 9, "hitting": 1}
+    return Step(sequence, (filling, hitting), (), scheduled, frozenset(), frozenset(), formation)
+
+
+def test_who_hits_a_cached_block_behind_one_that_is_filled_in_the_same_step_has_to_wait():
+    """It could be computed on the new node only when the step has run, and the step itself reads it."""
+    pipeline = with_a_prefix_and_a_step()
+    before = pipeline.formations
+    prepared(pipeline, 2, pipeline.handle(p.FormationOrdered(2, (A0, B1), lost=True), 1.5))
+    commands = pipeline.handle(p.StepIssued(behind_another(4, before)), 2.1)
+    commands += pipeline.handle(executed(2, 3, r=[8]), 2.2)
+    assert set_aside(commands) == ["hitting"]
+    (step,) = [each for each in commands if isinstance(each, p.Execute) and each.sequence == 4]
+    assert step.left_out == {"hitting"}
+
+
+def test_nor_may_it_read_the_block_after_a_later_step_has_taken_it_though_no_stage_is_lost():
+    """The first stage may have run that step, and runs the one before again if it has not kept what came of it."""
+    pipeline = with_a_prefix_and_a_step()
+    now = pipeline.formations
+    pipeline.handle(p.StepIssued(behind_another(4, now)), 1.1)
+    taking = Admission("taking", tuple(range(4)), (CACHED,), 0, None)
+    taken = Step(5, (taking,), (), {"taking": 4}, frozenset(), frozenset({"hitting"}), now)
+    pipeline.handle(p.StepIssued(taken), 1.2)
+    commands = pipeline.handle(p.FormationOrdered(2, (A0, A1), anew=True), 1.5)
+    commands += pipeline.handle(p.StageJoined(2, 1), 1.6)
+    assert set_aside(commands) == ["hitting"]
+    assert sent(commands) == [3, 4, 5]

@@ -114,3 +114,11 @@ def test_a_request_that_ends_is_computed_again_if_it_is_computed_until_then():
     # Once that step is over, nobody reads its blocks any more.
     ledger.complete(writes, NOTHING)
     assert spans(plan(ledger, [over], [0], limits)) == [[("hits", 0, 12)]]
+
+
+def test_a_name_that_is_used_again_at_once_stands_for_the_new_request():
+    ledger = ledger_of(a=(6, (1, 2, 3)))
+    again = step(9, (Admission("a", (90, 91, 92), (7, 8), 2, None),), finished=["a"], a=1)
+    (chunk,) = plan(ledger, [again], [0], LIMITS)
+    (span,) = chunk.spans
+    assert (span.tokens, span.blocks) == ((90, 91), (7,))

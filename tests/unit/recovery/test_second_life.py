@@ -1,6 +1,7 @@
 """What the next life of the controller makes of a recovery that was under way, and of nodes that had started."""
 
 from cluster_driver import Driver, lines, member, orders
+from kevlarflow.recovery.events import Suspend
 from kevlarflow.types import PipelineState, RecoveryState
 
 
@@ -122,3 +123,27 @@ def test_a_third_life_knows_as_well_which_nodes_had_started():
     assert driver.cluster.retry_after_seconds(driver.now) == 30
     said = lines(driver.tick(driver.config.timeouts.engine_lost_after_ms / 1_000))
     assert any(line.startswith("node-0-1 did not introduce itself for ") for line in said)
+
+
+def bereft_before_all_have_spoken():
+    """A node was lost while there was no controller; the only one that could help has yet to say that it lives."""
+    driver = restarted(Driver().serve())
+    driver.exited("node-0-1")
+    driver.ready("node-0-0")
+    assert not orders(driver.attach(0, 70, 1, (member("node-0-0"), member("node-0-1"))))
+    assert not orders(driver.tick(0.1))
+    return driver
+
+
+def test_requests_keep_their_kv_until_all_nodes_that_are_known_have_spoken():
+    driver = bereft_before_all_have_spoken()
+    (order,) = orders(driver.ready("node-1-1") + driver.tick(0.1))
+    assert [node.member for node in order.nodes] == [member("node-0-0"), member("node-1-1")]
+
+
+def test_nobody_waits_for_long_for_a_node_that_does_not_speak():
+    driver = bereft_before_all_have_spoken()
+    settle = driver.config.timeouts.settle_ms / 1_000
+    assert not orders(driver.tick(settle - 0.6))
+    (order,) = orders(driver.tick(0.6))
+    assert isinstance(order, Suspend)
