@@ -130,7 +130,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How long requests wait for a replacement when a stage has no node left, and for more KV memory when they need
     more than their share; 0: they end at once."""
     vllm_args: tuple[str, ...] = ()
-    """Flags passed through to vLLM as they were typed; without model, -pp, -dp, -tp, host and port."""
+    """Flags passed through to vLLM as they were typed; without model, -pp, -dp, -tp, host and port. What --config names
+    is a copy in the run folder."""
     timeouts: Timeouts = Timeouts()
     run_folder: str
     directory: str = ""

@@ -9,7 +9,7 @@ Names are read as vLLM reads them: long or short, ``--flag value`` or ``--flag=v
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -137,6 +137,15 @@ def words_of_file(vllm_args: list[str]) -> list[str]:
     # As one word, --config=FILE, vLLM takes no notice of it.
     path = _value_typed(vllm_args, CONFIG_FILE) if CONFIG_FILE in vllm_args else None
     return config_file.words(path) if path is not None else []
+
+
+def with_copied_file(vllm_args: Sequence[str], folder: str) -> tuple[str, ...]:
+    """The same flags with a copy of the file of --config, if there is one, that is in `folder`."""
+    words = list(vllm_args)
+    if CONFIG_FILE in words[:-1]:
+        place = words.index(CONFIG_FILE) + 1
+        words[place] = config_file.copy(words[place], folder)
+    return tuple(words)
 
 
 def _value_typed(words: list[str], name: str) -> str | None:

@@ -17,7 +17,7 @@ import msgspec
 
 from kevlarflow import config as configuration
 from kevlarflow.cli import compiler, preflight
-from kevlarflow.cli.flags import OURS, ServeFlags, parse, refuse_ours_in_file, value_given
+from kevlarflow.cli.flags import OURS, ServeFlags, parse, refuse_ours_in_file, value_given, with_copied_file
 from kevlarflow.cli.interrupts import treated_as_interrupt
 from kevlarflow.cli.model_files import ModelFiles, find
 from kevlarflow.cli.preflight import GIB, LARGEST_DEFAULT_KV_BYTES, MIB, Size, gib
@@ -245,6 +245,8 @@ def _supervisor(config: ServeConfig) -> Supervisor:
 
     try:
         run_folder = RunFolder(configuration.run_folder_of(config.port))
+        vllm_args = with_copied_file(config.vllm_args, config.run_folder)
+        config = msgspec.structs.replace(config, vllm_args=vllm_args)
         configuration.save(config)
     except OSError as error:
         raise UsageError(

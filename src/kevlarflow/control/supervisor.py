@@ -253,7 +253,7 @@ class Supervisor:
             return  # The zygote died; its pidfd tells.
         told = json.loads(text)
         if "model" not in told and self.ready:
-            return  # What was right at the start cannot be wrong now: its exit is seen, and it is started again.
+            return  # It may be well the next time: its exit is seen, and it is started again.
         if "model" not in told:
             if told["exit_status"] == UsageError.exit_status:
                 raise UsageError(told["error"])

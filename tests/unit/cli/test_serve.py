@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,10 @@ import pytest
 from kevlarflow import config as configuration
 from kevlarflow import default_model
 from kevlarflow.cli import serve
-from kevlarflow.cli.flags import _TAKEN
+from kevlarflow.cli.flags import _TAKEN, value_given
 from kevlarflow.cli.preflight import GIB, LARGEST_DEFAULT_KV_BYTES, MIB
 from kevlarflow.config import ServeConfig, Timeouts
+from kevlarflow.control import supervisor
 from kevlarflow.errors import INTERRUPTED, NotEnoughMemory, UsageError
 
 
@@ -397,6 +398,46 @@ def test_a_tokenizer_that_is_named_in_a_file_may_be_fetched(
     file.write_text("tokenizer: owner/other")
     serve.run([str(model), "--config", str(file)])
     assert "HF_HUB_OFFLINE" not in serve.child_environment(served[0])
+
+
+@pytest.fixture
+def kept(
+    model: Path, served: list[ServeConfig], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., ServeConfig]]:
+    """What `serve` would keep for those that start later, with the supervisor in place that does nothing."""
+    base = Path(tempfile.mkdtemp())
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
+    monkeypatch.setattr(supervisor, "Supervisor", lambda *_: None)
+    for name in ("lose_what_cannot_be_written", "_allow_many_files"):
+        monkeypatch.setattr(serve, name, lambda: None)
+
+    def keep(*flags: str) -> ServeConfig:
+        serve.run([str(model), *flags])
+        serve._supervisor(served[-1])
+        return configuration.load(served[-1].run_folder)
+
+    yield keep
+    shutil.rmtree(base)
+
+
+@pytest.mark.parametrize("fate", ["changed", "removed"])
+def test_the_file_of_flags_is_read_at_the_start_only(
+    kept: Callable[..., ServeConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fate: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "flags.yaml"
+    file.write_text("max-num-seqs: 8")
+    config = kept("--seed", "1", "--config", "flags.yaml", "--dtype", "float32")
+    if fate == "changed":
+        file.write_text("max-num-seqs: 16")
+    else:
+        file.unlink()
+    monkeypatch.chdir("/")
+    words = list(config.vllm_args)
+    assert value_given(words, "--max-num-seqs") == "8"
+    assert (words[:3], words[4:]) == (["--seed", "1", "--config"], ["--dtype", "float32"])
+    copy = Path(words[3])
+    assert (copy.parent, copy.suffix, copy.stat().st_mode & 0o077) == (Path(config.run_folder), ".yaml", 0)
 
 
 @pytest.mark.parametrize(("flags", "told"), [([], True), (["--enforce-eager"], False)])
