@@ -6,6 +6,7 @@ read by every other process of the cluster, so that all of them agree.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -21,6 +22,10 @@ RUN_FOLDER_VARIABLE = "KEVLARFLOW_RUN"
 """Environment variable that names the run folder; every process of a cluster carries it."""
 RUN_ID_VARIABLE = "KEVLARFLOW_RUN_ID"
 """Environment variable with the run's random id; together they say who belongs to a cluster."""
+
+TEMPORARY_FOLDER_VARIABLES = ("TMPDIR", "TEMP", "TMP")
+TEMPORARY_FOLDERS = ("/tmp", "/var/tmp")
+"""Where Python looks for a place for temporary files."""
 
 DEFAULT_PORT = 8000
 
@@ -222,9 +227,25 @@ def check_timeouts(times: Timeouts) -> None:
 
 
 def run_folder_of(port: int) -> Path:
-    """The private folder of the cluster on a port: sockets and configuration. Its logs and its lock stand beside it."""
-    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    """The private folder of the cluster on a port: sockets and configuration. Its logs and its lock stand beside it.
+
+    Raises `UsageError` where there is no place for it that every command finds.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR") or _temporary_folder()
     return Path(base) / f"kevlarflow-{os.getuid()}" / str(port)
+
+
+def _temporary_folder() -> str:
+    with contextlib.suppress(FileNotFoundError):
+        folder = tempfile.gettempdir()
+        named = filter(None, map(os.environ.get, TEMPORARY_FOLDER_VARIABLES))
+        # Python takes the working folder where it can write nowhere else: that is another one for the next command.
+        if folder in TEMPORARY_FOLDERS or folder in map(os.path.abspath, named) or folder != os.getcwd():
+            return folder
+    raise UsageError(
+        f"neither {' nor '.join(TEMPORARY_FOLDERS)} can be written: set XDG_RUNTIME_DIR to a private folder that can, "
+        "for all commands"
+    )
 
 
 def default_cache_dir() -> Path:

@@ -70,7 +70,7 @@ def ensure_default_model(cache_dir: Path | None = None) -> Path:
     Raises:
         ModelUnavailable: with one line that says what to do, when the folder cannot be built.
     """
-    models = (cache_dir or default_cache_dir()) / "models"
+    models = (cache_dir or _cache_dir()) / "models"
     folder = models / DEFAULT_MODEL_NAME
     if is_complete(folder):
         return folder
@@ -79,6 +79,15 @@ def ensure_default_model(cache_dir: Path | None = None) -> Path:
         if not is_complete(folder):
             _build(models, folder)
     return folder
+
+
+def _cache_dir() -> Path:
+    try:
+        return default_cache_dir()
+    except RuntimeError as error:
+        # A user that the system does not know, as in many containers.
+        reason = str(error).rstrip(".")
+        raise ModelUnavailable(f"{reason}: set KEVLARFLOW_CACHE to a folder that you may write") from error
 
 
 def is_complete(folder: Path) -> bool:

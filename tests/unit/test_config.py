@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import msgspec
 import pytest
 
-from kevlarflow.config import WITHHELD, Timeouts, check, check_timeouts, without_secrets
+from kevlarflow.config import WITHHELD, Timeouts, check, check_timeouts, run_folder_of, without_secrets
 from kevlarflow.errors import UsageError
 from toy_world import make_config
 
@@ -77,3 +79,47 @@ def test_what_nobody_else_should_know_is_withheld_and_the_rest_is_told(typed, le
 def test_a_value_with_spaces_is_a_value_whatever_it_begins_with():
     config = msgspec.structs.replace(make_config(), vllm_args=("--api-key", "-my key"))
     assert without_secrets(config).vllm_args == ("--api-key", WITHHELD)
+
+
+@pytest.fixture
+def _unset(monkeypatch, tmp_path):
+    """Nobody has said where temporary files belong, and Python has not looked yet; it has for `tmp_path`."""
+    for name in ("XDG_RUNTIME_DIR", "TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+
+def only(*folders):
+    """A candidate of `tempfile` counts when it is one of these."""
+
+    def choose():
+        for folder in tempfile._candidate_tempdir_list():
+            if folder in folders:
+                return folder
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    return choose
+
+
+@pytest.mark.usefixtures("_unset")
+@pytest.mark.parametrize("writable", [(), ("the working folder",)])
+def test_without_a_folder_that_every_command_finds_there_is_no_cluster(tmp_path, monkeypatch, writable):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", only(*(str(tmp_path) for _ in writable)))
+    with pytest.raises(UsageError, match=r"^neither /tmp nor /var/tmp can be written: set XDG_RUNTIME_DIR"):
+        run_folder_of(8000)
+
+
+@pytest.mark.usefixtures("_unset")
+@pytest.mark.parametrize("working_folder", ["/", "/var/tmp"])
+def test_a_temporary_folder_may_be_the_working_folder_as_well(monkeypatch, working_folder):
+    monkeypatch.chdir(working_folder)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", only("/var/tmp"))
+    assert str(run_folder_of(8000).parent.parent) == "/var/tmp"
+
+
+@pytest.mark.usefixtures("_unset")
+def test_a_temporary_folder_that_somebody_named_is_taken_wherever_it_is(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert run_folder_of(8000).parent.parent == tmp_path

@@ -137,6 +137,16 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         default_model.ensure_default_model(in_the_way)
 
 
+def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KEVLARFLOW_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with pytest.raises(
+        ModelUnavailable, match=r"^Could not determine home directory: set KEVLARFLOW_CACHE to a folder"
+    ):
+        default_model.ensure_default_model()
+
+
 def test_a_full_disk_is_named_before_anything_is_written(
     conversions: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

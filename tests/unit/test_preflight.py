@@ -148,6 +148,7 @@ def test_a_cached_name_is_found_without_the_network(tmp_path: Path, monkeypatch:
         ("/no/such/folder", "there is no model /no/such/folder"),
         ("./nope", "there is no model ./nope"),
         ("a b", "there is no model a b"),
+        ("~nobody-of-that-name/model", "there is no model ~nobody-of-that-name/model"),
         ("owner/name", "owner/name is not, or not wholly, in the local cache and HF_HUB_OFFLINE is set"),
     ],
 )
@@ -155,6 +156,17 @@ def test_an_unknown_model(model: str, words: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelUnavailable, match=words):
+        model_files.find(model)
+
+
+TOO_LONG = "/" + 300 * "a"
+"""No user may look at that, not even root, who may look at everything else."""
+
+
+@pytest.mark.parametrize(("model", "cache"), [(TOO_LONG, "/nowhere"), ("owner/name", TOO_LONG)])
+def test_what_may_not_be_looked_at_is_named(model: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", cache)
+    with pytest.raises(ModelUnavailable, match=rf"^{TOO_LONG}\S* cannot be read \(File name too long\): let this user"):
         model_files.find(model)
 
 

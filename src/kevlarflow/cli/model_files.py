@@ -65,8 +65,20 @@ def find(
 
     `token` is Hugging Face's, for a model that not everybody may fetch.
     """
-    if Path(model).expanduser().is_dir():
-        return examine(Path(model).expanduser().absolute())
+    try:
+        return _find(model, revision, download_dir, token)
+    except OSError as error:
+        # Whether something is there cannot be told where a folder above it may not be searched.
+        what = error.filename or model
+        raise ModelUnavailable(
+            f"{what} cannot be read ({error.strerror}): let this user read it, or name another model"
+        ) from error
+
+
+def _find(model: str, revision: str | None, download_dir: str | None, token: str | None) -> ModelFiles:
+    named = Path(os.path.expanduser(model))
+    if named.is_dir():
+        return examine(named.absolute())
     if model.startswith((".", "~")) or not HUGGING_FACE_NAME.fullmatch(model):
         raise ModelUnavailable(
             f"there is no model {model}: name a folder with config.json and weights, or a Hugging Face model "
