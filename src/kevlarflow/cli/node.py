@@ -53,12 +53,12 @@ def run(arguments: list[str]) -> int:
         f"minute; its log: {log}",
         flush=True,
     )
+    with contextlib.suppress(OSError):
+        # Where it cannot be reached only what is named relative to it is not found, which will be said.
+        os.chdir(config.directory)
     environment = child_environment(config) | {
         configuration.RUN_FOLDER_VARIABLE: config.run_folder,
         configuration.RUN_ID_VARIABLE: run_id,
     }
-    with contextlib.suppress(OSError):
-        # Where it cannot be reached only what is named relative to it is not found, which will be said.
-        os.chdir(config.directory)
     program = [sys.executable, "-m", "kevlarflow.cli.by_hand"]
     os.execve(sys.executable, [*program, member.node, str(member.incarnation), str(answer.stage)], environment)
