@@ -164,9 +164,14 @@ def test_what_is_not_yet_safe_is_refused_by_name(configured: Any, words: str) ->
     assert "is not supported yet: " in str(error.value)
 
 
-def test_the_v2_runner_is_refused_when_asked_for_by_name(configured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(Unsupported, match="VLLM_USE_V2_MODEL_RUNNER=1 is not supported yet"):
+@pytest.mark.parametrize("variable", ["VLLM_USE_V2_MODEL_RUNNER", "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"])
+def test_what_a_variable_asks_for_is_refused_by_its_name(
+    configured: Any, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "0")
+    assert inspect(configured()).layers == 4
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(Unsupported, match=f"^{variable}=1 is not supported yet: .*; unset it$"):
         inspect(configured())
 
 

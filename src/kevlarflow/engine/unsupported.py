@@ -1,9 +1,9 @@
-"""What is refused because it is not yet safe under failover: two tables, one line each.
+"""What is refused because it is not yet safe under failover: three tables, one line each.
 
-The first table reads the flags alone, so its refusals come before the model is looked at. The second reads the
-configuration that vLLM derived from flags and model. Each row names the flag to change, or the model's property
-that no flag can change. vLLM is not imported here: rows look at attributes by name, and one that does not exist in
-the installed vLLM is an `AttributeError` at every start, not a check that silently passes.
+The first table reads the flags alone, and the second the environment, so their refusals come before the model is looked
+at. The third reads the configuration that vLLM derived from flags and model. Each row names the flag or the variable to
+change, or the model's property that neither can change. vLLM is not imported here: rows look at attributes by name, and
+one that does not exist in the installed vLLM is an `AttributeError` at every start, not a check that silently passes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from kevlarflow.errors import Unsupported
 
 V2_RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
+KEEP_ALIVE_VARIABLE = "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"
 
 
 class Row(NamedTuple):
@@ -118,6 +119,20 @@ FLAGS = (
 )
 
 
+def _set(variable: str) -> Callable[[Any], bool]:
+    return lambda environment: environment.get(variable, "0") not in {"", "0"}
+
+
+VARIABLES = (
+    Row(V2_RUNNER_VARIABLE, _set(V2_RUNNER_VARIABLE), "requests are rebuilt in vLLM's V1 model runner"),
+    Row(
+        KEEP_ALIVE_VARIABLE,
+        _set(KEEP_ALIVE_VARIABLE),
+        "engines that died are back once their API server has ended, which it would not do",
+    ),
+)
+
+
 def _other_attention(config: Any) -> bool:
     """Whether some layer keeps less, or something else, than keys and values of all tokens."""
     model = config.model_config
@@ -184,12 +199,9 @@ MODEL = (
 
 
 def refuse_flags(args: Namespace) -> None:
-    """Raise `Unsupported` for the first flag that asks for what is not yet safe."""
+    """Raise `Unsupported` for the first flag, or the first variable, that asks for what is not yet safe."""
     _refuse(FLAGS, args, "{name} is not supported yet: {advice}")
-    if os.environ.get(V2_RUNNER_VARIABLE, "0") not in {"", "0"}:
-        raise Unsupported(
-            f"{V2_RUNNER_VARIABLE}=1 is not supported yet: requests are rebuilt in vLLM's V1 model runner; unset it"
-        )
+    _refuse(VARIABLES, os.environ, "{name}=1 is not supported yet: {advice}; unset it")
 
 
 def refuse_model(vllm_config: Any) -> None:
