@@ -122,35 +122,41 @@ def refuse_ours_in_file(vllm_args: list[str]) -> None:
     long_names = {field: name for name, (field, _) in _TAKEN.items()}
     for field, name in long_names.items():
         if getattr(said, field) != getattr(usual, field):
-            path = _value_typed(vllm_args, CONFIG_FILE)
+            path = vllm_args[_place_of_file(vllm_args)]
             raise UsageError(f"{name} is not read from {path} (--config): write it on the command line")
 
 
 def value_given(vllm_args: list[str], name: str) -> str | None:
-    """Return the first value of a flag of vLLM's, when it was typed in full, or else is in the file of --config."""
+    """Return the value of a flag of vLLM's, when it was typed in full, or else is in the file of --config.
+
+    Of several the last one counts, as it does for vLLM; of several values of one flag it is the first.
+    """
     value = _value_typed(vllm_args, name)
     return _value_typed(words_of_file(vllm_args), name) if value is None else value
 
 
 def words_of_file(vllm_args: list[str]) -> list[str]:
     """What the file of --config says, if there is one. Raises `UsageError` when it cannot be read."""
-    # As one word, --config=FILE, vLLM takes no notice of it.
-    path = _value_typed(vllm_args, CONFIG_FILE) if CONFIG_FILE in vllm_args else None
-    return config_file.words(path) if path is not None else []
+    place = _place_of_file(vllm_args)
+    return config_file.words(vllm_args[place]) if place else []
 
 
 def with_copied_file(vllm_args: Sequence[str], folder: str) -> tuple[str, ...]:
     """The same flags with a copy of the file of --config, if there is one, that is in `folder`."""
     words = list(vllm_args)
-    if CONFIG_FILE in words[:-1]:
-        place = words.index(CONFIG_FILE) + 1
+    if place := _place_of_file(words):
         words[place] = config_file.copy(words[place], folder)
     return tuple(words)
 
 
+def _place_of_file(words: list[str]) -> int:
+    """Where the name of the file of --config stands; 0: nowhere. As one word, --config=FILE, vLLM takes no notice."""
+    return words.index(CONFIG_FILE) + 1 if CONFIG_FILE in words[:-1] else 0
+
+
 def _value_typed(words: list[str], name: str) -> str | None:
-    for position, word in enumerate(words):
-        flag, equals, value = word.partition("=")
+    for position in reversed(range(len(words))):
+        flag, equals, value = words[position].partition("=")
         if flag.replace("_", "-") == name:
             following = words[position + 1 : position + 2]
             return value if equals else next(iter(following), None)

@@ -91,6 +91,15 @@ def test_value_given() -> None:
     assert value_given(words, "--seed") is None
 
 
+def test_of_a_flag_that_comes_twice_the_last_value_counts_as_for_vllm(tmp_path: Path) -> None:
+    file = tmp_path / "flags.yaml"
+    file.write_text("shutdown-timeout: 5\nshutdown_timeout: 60")
+    words = ["--dtype", "float32", "--revision=a", "--dtype=bfloat16", "--revision", "b", "--config", str(file)]
+    assert value_given(words, "--dtype") == "bfloat16"
+    assert value_given(words, "--revision") == "b"
+    assert value_given(words, "--shutdown-timeout") == "60"
+
+
 def test_a_word_behind_a_switch_is_the_model() -> None:
     for switch in ("--enforce-eager", "--no-enable-prefix-caching", "--enforce_eager"):
         flags = parse([switch, "m", "-pp", "2"])
