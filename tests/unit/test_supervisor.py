@@ -22,6 +22,7 @@ import pytest
 
 from kevlarflow.bench.systems import free_port
 from kevlarflow.control.awaited import awaited
+from kevlarflow.control.logs import MOST_LOG_BYTES
 from kevlarflow.control.process import Process, last_words
 from kevlarflow.control.run_folder import await_predecessor, owner_of
 from kevlarflow.control.supervisor import health_scheme, ready_line
@@ -387,6 +388,14 @@ def test_a_full_disk_costs_the_log_and_not_the_cluster(cluster: Cluster) -> None
     cluster.supervisor.terminate()
     assert cluster.end() == 0
     assert cluster.errors() == ""
+
+
+def test_a_log_does_not_grow_for_ever(cluster: Cluster) -> None:
+    log = cluster.folder.with_suffix(".logs") / "api-server.log"
+    with log.open("ab") as writer:
+        writer.write(b"\0" * (MOST_LOG_BYTES + 1))
+    wait_until(lambda: log.stat().st_size < MOST_LOG_BYTES)
+    assert log.with_name("api-server.log.1").stat().st_size == MOST_LOG_BYTES
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ import msgspec
 import zmq
 
 from kevlarflow.config import RUN_FOLDER_VARIABLE, RUN_ID_VARIABLE, ServeConfig
-from kevlarflow.control import guardian
+from kevlarflow.control import guardian, logs
 from kevlarflow.control.awaited import awaited
 from kevlarflow.control.process import Process, last_words, reap, reap_all, spawn
 from kevlarflow.control.run_folder import RunFolder
@@ -55,6 +55,8 @@ from kevlarflow.wire.messages import (
 TICK_MS = 100
 """How often the supervisor looks at what does not wake it: the clock and, before it is ready, ``/health``."""
 SUBSCRIBE_SECONDS = 1.0
+LOGS_SECONDS = 1.0
+"""How often the supervisor looks how large the logs are."""
 QUIET_SECONDS = 15.0
 """After so long without a line, a start-up says what it is waiting for."""
 LAUNCH_TIMEOUT_SECONDS = 2.0
@@ -115,7 +117,7 @@ class Supervisor:
         self.observer.setsockopt(zmq.LINGER, 0)
         self.observer.setsockopt(zmq.IMMEDIATE, 1)
         self.observer.connect(config.controller_address)
-        self.subscribe_at = 0.0
+        self.subscribe_at = self.bound_logs_at = 0.0
         self.silence = Silence(config.timeouts.controller_lost_after_ms / 1_000)
 
     def run(self) -> int:
@@ -129,6 +131,7 @@ class Supervisor:
                 for unit in self.units:
                     self._ensure(unit, now)
                 self._subscribe(now)
+                self._bound_logs(now)
                 self._wait()
                 self._judge_silence()
                 if not self.ready:
@@ -243,6 +246,11 @@ class Supervisor:
             self.incidents += status != 0
             with contextlib.suppress(OSError), (self.run_folder.log_path / "exits.log").open("a") as log:
                 log.write(f"{time.strftime('%H:%M:%S')} process {pid}: status {status}\n")
+
+    def _bound_logs(self, now: float) -> None:
+        if now >= self.bound_logs_at:
+            self.bound_logs_at = now + LOGS_SECONDS
+            logs.cut(self.run_folder.log_path)
 
     def _read_report(self) -> None:
         assert self.report is not None
