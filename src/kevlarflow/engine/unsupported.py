@@ -47,6 +47,7 @@ ONE_HOST = "all pipelines and nodes run on this machine; leave it out"
 OWN_PART = "KevlarFlow puts its own in that place; leave it out"
 STEP_STATE = "its state cannot be rebuilt after a failure yet; leave it out"
 WEIGHTS = "a replacement node loads the weights from the model's folder; leave it out"
+ADAPTERS = "adapters are not part of what is rebuilt; leave it out"
 KV_MOVES = "it moves KV blocks behind KevlarFlow's back; leave it out"
 
 FLAGS = (
@@ -92,7 +93,8 @@ FLAGS = (
     Row("--spec-method", _given("spec_method"), STEP_STATE),
     Row("--spec-model", _given("spec_model"), STEP_STATE),
     Row("--diffusion-config", _given("diffusion_config"), STEP_STATE),
-    Row("--enable-lora", _given("enable_lora"), "adapters are not part of what is rebuilt; leave it out"),
+    Row("--enable-lora", _given("enable_lora"), ADAPTERS),
+    Row("--lora-modules", _given("lora_modules"), ADAPTERS),
     Row("--enable-prompt-embeds", _given("enable_prompt_embeds"), STEP_STATE),
     Row(
         "--prefill-context-parallel-size",
