@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 OPEN_FILES = 65_535
 """As many as vLLM asks for."""
+KV_MEMORY_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+"""vLLM's."""
 COMPILED_CODE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 """torch's. vLLM has a folder of its own for the stages that it compiles; this one is for what else is compiled."""
 
@@ -188,15 +190,29 @@ def _size(flags: ServeFlags, files: ModelFiles) -> Size:
 def _kv_bytes(flags: ServeFlags, size: Size, free: int) -> int:
     """KV bytes of a lane: as asked for, by flag or by vLLM's variable, or as much as seems right."""
     asked = flags.kv_cache_memory_bytes
-    variable = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "0")
-    if asked is None and variable.isdecimal() and int(variable) > 0:
-        asked = int(variable) * GIB
+    if asked is None:
+        asked = _bytes_of_variable()
     if asked is None:
         return preflight.choose_kv_bytes(size, free)
     if asked <= 0:
         raise UsageError(f"--kv-cache-memory-bytes {asked} holds nothing: use 64M or more")
     preflight.check_memory(size, asked, free)
     return asked
+
+
+def _bytes_of_variable() -> int | None:
+    """What vLLM's variable says. vLLM as well takes whole numbers only; 0 is for its own choice."""
+    said = os.environ.get(KV_MEMORY_VARIABLE) or "0"
+    try:
+        number = int(said)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise UsageError(
+            f"{KV_MEMORY_VARIABLE}={said} is no whole number of GiB: unset it, and use --kv-cache-memory-bytes with a "
+            "number of bytes, such as 512M"
+        )
+    return number * GIB or None
 
 
 def _standby_bytes(flags: ServeFlags, size: Size, kv_bytes: int, free: int) -> int:
@@ -308,7 +324,7 @@ def child_environment(config: ServeConfig) -> dict[str, str]:
     """The environment of all other processes: the user's, completed."""
     environment = dict(os.environ)
     # What it said is in the configuration now, and vLLM would let it win over the flag.
-    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    environment.pop(KV_MEMORY_VARIABLE, None)
     scratch = config.scratch_folder
     defaults = {
         # Nodes share the cores as the kernel sees fit, with one computing thread each.

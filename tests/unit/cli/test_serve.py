@@ -86,6 +86,28 @@ def test_vllms_variable_counts_when_the_flag_is_not_given(
     assert "VLLM_CPU_KVCACHE_SPACE" not in serve.child_environment(served[0])
 
 
+@pytest.mark.parametrize("value", ["0.5", "2G", "-1"])
+def test_what_vllms_variable_cannot_mean_is_refused_and_not_passed_over(
+    model: Path, served: list[ServeConfig], monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", value)
+    with pytest.raises(
+        UsageError, match=rf"^VLLM_CPU_KVCACHE_SPACE={value} is no whole number of GiB: .* such as 512M$"
+    ):
+        serve.run([str(model)])
+    serve.run([str(model), "--kv-cache-memory-bytes", "512M"])
+    assert [config.kv_cache_memory_bytes for config in served] == [512 * MIB]
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_vllms_variable_may_say_nothing(
+    model: Path, served: list[ServeConfig], monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", value)
+    serve.run([str(model)])
+    assert served[0].kv_cache_memory_bytes == GIB
+
+
 @pytest.mark.parametrize(
     ("flags", "error", "words"),
     [
