@@ -9,7 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def treated_as_interrupt() -> Iterator[None]:
-    """While the block runs SIGTERM and SIGHUP are Ctrl-C, unless whoever started us has them ignored."""
+    """While the block runs SIGTERM and SIGHUP are Ctrl-C, unless whoever started us has them ignored.
+
+    Who takes the signals in the block keeps them: there is no moment in which nobody has them.
+    """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for number in (signal.SIGTERM, signal.SIGHUP):
         if before[number] is not signal.SIG_IGN:
@@ -18,7 +21,8 @@ def treated_as_interrupt() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            if handler is not None:  # Python does not know it, and nobody has changed it.
+            is_ours = signal.getsignal(number) in {_interrupt, signal.default_int_handler}
+            if is_ours and handler is not None:  # Python does not know it, and nobody has changed it.
                 signal.signal(number, handler)
 
 

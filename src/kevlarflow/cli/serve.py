@@ -6,6 +6,7 @@ moment and one line. Then this process becomes the supervisor.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -31,11 +32,13 @@ from kevlarflow.config import (
     ServeConfig,
     Timeouts,
 )
-from kevlarflow.control.run_folder import await_predecessor
+from kevlarflow.control.run_folder import RunFolder, await_predecessor
 from kevlarflow.errors import UsageError
 from kevlarflow.log_output import lose_what_cannot_be_written
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kevlarflow.control.supervisor import Supervisor
 
 OPEN_FILES = 65_535
@@ -251,23 +254,37 @@ def _milliseconds(seconds: float) -> int:
 
 def _supervise(config: ServeConfig) -> int:
     with treated_as_interrupt():
-        supervisor = _supervisor(config)
+        with _room_asked_for(config):
+            run_folder = RunFolder(configuration.run_folder_of(config.port))
+        try:
+            supervisor = _supervisor(config, run_folder)
+            supervisor.take_signals()
+        except BaseException:
+            # Later this is the supervisor's business.
+            run_folder.sweep()
+            run_folder.remove_logs()
+            run_folder.give_back()
+            raise
     return supervisor.run()
 
 
-def _supervisor(config: ServeConfig) -> Supervisor:
-    from kevlarflow.control.run_folder import RunFolder
-    from kevlarflow.control.supervisor import Supervisor
-
+@contextlib.contextmanager
+def _room_asked_for(config: ServeConfig) -> Iterator[None]:
     try:
-        run_folder = RunFolder(configuration.run_folder_of(config.port))
-        vllm_args = with_copied_file(config.vllm_args, config.run_folder)
-        config = msgspec.structs.replace(config, vllm_args=vllm_args)
-        configuration.save(config)
+        yield
     except OSError as error:
         raise UsageError(
             f"{config.run_folder} cannot be made ({error.strerror}): set XDG_RUNTIME_DIR to a folder of yours with room"
         ) from error
+
+
+def _supervisor(config: ServeConfig, run_folder: RunFolder) -> Supervisor:
+    from kevlarflow.control.supervisor import Supervisor
+
+    with _room_asked_for(config):
+        vllm_args = with_copied_file(config.vllm_args, config.run_folder)
+        config = msgspec.structs.replace(config, vllm_args=vllm_args)
+        configuration.save(config)
     lose_what_cannot_be_written()
     _allow_many_files()
     for line in introduction(config):

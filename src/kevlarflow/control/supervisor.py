@@ -123,7 +123,7 @@ class Supervisor:
     def run(self) -> int:
         """Serve until a signal comes; return the exit status. Raises one of our errors, with nothing left behind."""
         adopt_orphans()
-        self._take_signals()
+        self.take_signals()
         keeps_logs = True
         try:
             while not self.signals:
@@ -353,7 +353,8 @@ class Supervisor:
 
     # ---- leaving
 
-    def _take_signals(self) -> None:
+    def take_signals(self) -> None:
+        """From now on a signal is a wish to end; `run` takes them as well."""
         self.wakeup_writer.setblocking(False)
         signal.set_wakeup_fd(self.wakeup_writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -63,3 +63,20 @@ def test_afterwards_signals_mean_what_they_meant():
     with treated_as_interrupt():
         assert [signal.getsignal(number) for number in numbers] != before
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_who_has_taken_the_signals_meanwhile_keeps_them():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        with treated_as_interrupt():
+            for number in numbers:
+                signal.signal(number, _taken)
+        assert [signal.getsignal(number) for number in numbers] == 3 * [_taken]
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _taken(*_):
+    pass

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import shutil
 import signal
 import socket
@@ -422,24 +424,44 @@ def test_a_tokenizer_that_is_named_in_a_file_may_be_fetched(
     assert "HF_HUB_OFFLINE" not in serve.child_environment(served[0])
 
 
+class NoSupervisor:
+    """It has nothing to do, and leaves everything as it is."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def take_signals(self) -> None:
+        pass
+
+    def run(self) -> int:
+        return 0
+
+
 @pytest.fixture
-def kept(
-    model: Path, served: list[ServeConfig], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., ServeConfig]]:
-    """What `serve` would keep for those that start later, with the supervisor in place that does nothing."""
+def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the run folder is made, for nobody who would do anything with it."""
     base = Path(tempfile.mkdtemp())
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
-    monkeypatch.setattr(supervisor, "Supervisor", lambda *_: None)
+    monkeypatch.setattr(supervisor, "Supervisor", NoSupervisor)
     for name in ("lose_what_cannot_be_written", "_allow_many_files"):
         monkeypatch.setattr(serve, name, lambda: None)
+    yield base / f"kevlarflow-{os.getuid()}"
+    shutil.rmtree(base)
+
+
+@pytest.fixture
+def kept(
+    model: Path, supervise: Callable[[ServeConfig], int], served: list[ServeConfig], base: Path
+) -> Callable[..., ServeConfig]:
+    """What `serve` keeps for those that start later."""
 
     def keep(*flags: str) -> ServeConfig:
         serve.run([str(model), *flags])
-        serve._supervisor(served[-1])
+        assert supervise(served[-1]) == 0
+        assert Path(served[-1].run_folder).parent == base
         return configuration.load(served[-1].run_folder)
 
-    yield keep
-    shutil.rmtree(base)
+    return keep
 
 
 @pytest.mark.parametrize("fate", ["changed", "removed"])
@@ -460,6 +482,62 @@ def test_the_file_of_flags_is_read_at_the_start_only(
     assert (words[:3], words[4:]) == (["--seed", "1", "--config"], ["--dtype", "float32"])
     copy = Path(words[3])
     assert (copy.parent, copy.suffix, copy.stat().st_mode & 0o077) == (Path(config.run_folder), ".yaml", 0)
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), UsageError)],
+)
+@pytest.mark.parametrize("moment", ["saved", "introduced", "made"])
+def test_a_start_that_ends_before_anything_is_started_leaves_nothing(
+    kept: Callable[..., ServeConfig],
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    raised: type[BaseException],
+    moment: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise failure
+
+    if moment == "saved":
+        monkeypatch.setattr(configuration, "save", fail)
+    elif moment == "introduced":
+        monkeypatch.setattr(serve, "introduction", fail)
+    else:
+        monkeypatch.setattr(NoSupervisor, "take_signals", fail)
+    with pytest.raises(raised if moment == "saved" else type(failure)):
+        kept()
+    assert list(base.iterdir()) == []
+
+
+EARLY_SIGNAL = """
+import os, signal, sys
+from kevlarflow.cli import serve
+from kevlarflow.config import ServeConfig, run_folder_of
+from kevlarflow.control.supervisor import Supervisor
+
+run = Supervisor.run
+
+def run_later(supervisor):
+    os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+    return run(supervisor)
+
+Supervisor.run = run_later
+config = ServeConfig(
+    model="m", served_model_name="m", host="127.0.0.1", port=8000, stages=1, pipelines=1, kv_cache_memory_bytes=1,
+    run_folder=str(run_folder_of(8000)),
+)
+sys.exit(serve._supervise(config))
+"""
+
+
+@pytest.mark.parametrize("sent", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_that_comes_before_the_supervisor_runs_ends_it(base: Path, sent: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", EARLY_SIGNAL, sent], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (INTERRUPTED, "")
+    assert ended.stdout.endswith("stopping\n")
+    assert list(base.iterdir()) == []
 
 
 @pytest.mark.parametrize(("flags", "told"), [([], True), (["--enforce-eager"], False)])
