@@ -248,10 +248,17 @@ def _convert_in_child(gguf: Path, destination: Path, bar: Progress, task: TaskID
         ) as child,
     ):
         assert child.stdout is not None
-        for line in child.stdout:
-            fraction, _, step = line.strip().partition(" ")
-            bar.update(task, completed=float(fraction), description=step)
-        if child.wait() != 0:
+        try:
+            for line in child.stdout:
+                fraction, _, step = line.strip().partition(" ")
+                bar.update(task, completed=float(fraction), description=step)
+            status = child.wait()
+        except BaseException:
+            # Its folder is about to be removed, and it would make it again.
+            child.kill()
+            child.wait()
+            raise
+        if status != 0:
             complaints.seek(0)
             raise ModelUnavailable(
                 f"converting the default model failed ({_last_line(complaints.read())}); "

@@ -6,6 +6,7 @@ is replaced, by one that writes tiny files; locks, renames, manifests and error 
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,28 @@ def test_a_failed_conversion_says_why_and_leaves_nothing(monkeypatch: pytest.Mon
         default_model.ensure_default_model(tmp_path)
     assert "\n" not in str(info.value)
     assert [path.name for path in (tmp_path / "models").iterdir()] == [".smollm2-135m-instruct.lock"]
+
+
+def test_who_is_interrupted_has_ended_the_conversion_before_it_cleans_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that went on would put its files where they had just been removed."""
+    converter = tmp_path / "converter"
+    converter.write_text('#!/bin/sh\necho "0.5 $$"\nexec sleep 600\n')
+    converter.chmod(0o755)
+    monkeypatch.setattr(default_model.sys, "executable", str(converter))
+    converters: list[int] = []
+
+    class Bar:
+        def update(self, _: object, *, description: str, **__: object) -> None:
+            converters.append(int(description))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        default_model._convert_in_child(tmp_path / "gguf", tmp_path / "built", Bar(), 0)
+    (converter_id,) = converters
+    with pytest.raises(ProcessLookupError):
+        os.kill(converter_id, 0)
 
 
 def test_a_wrong_weights_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
