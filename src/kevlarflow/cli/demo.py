@@ -29,10 +29,11 @@ def run(arguments: list[str]) -> int:
 
     from kevlarflow.default_model import ensure_default_model
 
-    ensure_default_model()
     console = Console(highlight=False, force_terminal=False if options.plain else None)
-    with treated_as_interrupt(), log_folder("demo", functools.partial(console.print, markup=False)) as logs:
-        return _perform(console, logs.folder)
+    with treated_as_interrupt():
+        ensure_default_model()
+        with log_folder("demo", functools.partial(console.print, markup=False)) as logs:
+            return _perform(console, logs.folder)
 
 
 def _perform(console: Console, folder: Path) -> int:

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from kevlarflow.cli.interrupts import treated_as_interrupt
+from kevlarflow.errors import INTERRUPTED
 
 PROGRAM = """
 import signal, sys
@@ -63,6 +64,33 @@ def test_afterwards_signals_mean_what_they_meant():
     with treated_as_interrupt():
         assert [signal.getsignal(number) for number in numbers] != before
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+BUILDING = """
+import sys, time
+from kevlarflow import default_model
+from kevlarflow.cli import main
+
+def build(*_):
+    try:
+        print("building", flush=True)
+        time.sleep(600)
+    finally:
+        print("cleaned up", flush=True)
+
+default_model.ensure_default_model = build
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("words", [["demo"], ["soak", "--output", "."], ["chaos", "crash"]], ids=lambda words: words[0])
+def test_a_command_that_makes_the_default_model_cleans_up_when_it_is_ended(words, tmp_path):
+    command = [sys.executable, "-c", BUILDING, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout.readline() == "building\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "cleaned up\n"
+    assert process.returncode == INTERRUPTED
 
 
 def test_who_has_taken_the_signals_meanwhile_keeps_them():
