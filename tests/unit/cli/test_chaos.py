@@ -23,20 +23,34 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(default_model, "ensure_default_model", lambda: None)
 
 
+@pytest.mark.parametrize(
+    ("seen", "requests", "found"),
+    [
+        (
+            Observed(answers=[Answer(Stream("r", 0.0, failure="HTTP 503"))]),
+            1,
+            "requests lost: 1 of 1 (r: HTTP 503), wanted at most 0",
+        ),
+        (
+            Observed(lost_without_faults=["r: HTTP 503"]),
+            0,
+            "requests lost without a fault: 1 (r: HTTP 503), wanted at most 0",
+        ),
+    ],
+)
 def test_a_void_run_that_lost_a_request_has_failed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    seen: Observed, requests: int, found: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def on_own_cluster(_: Any, __: Any, screen: Any) -> Observed:
-        lost = Answer(Stream("r", 0.0, failure="HTTP 503"))
-        screen.performance = SimpleNamespace(seen=Observed(answers=[lost]))
+        screen.performance = SimpleNamespace(seen=seen)
         raise FaultDidNotHappen("the load had ended")
 
     monkeypatch.setattr(stage, "on_own_cluster", on_own_cluster)
     assert command.main(["chaos", "crash", "--json"]) == 1
     shown = capsys.readouterr()
     report = json.loads(shown.out)
-    assert (report["outcome"], report["reason"], report["requests"]) == ("failed", "the load had ended", 1)
-    assert "FAILED crash: requests lost: 1 of 1 (r: HTTP 503), wanted at most 0; and void: the load" in shown.err
+    assert (report["outcome"], report["reason"], report["requests"]) == ("failed", "the load had ended", requests)
+    assert f"FAILED crash: {found}; and void: the load" in shown.err
 
 
 def test_a_scenario_that_cannot_be_performed_ends_no_other_one(

@@ -41,6 +41,8 @@ class Observed(msgspec.Struct):
     answers: list[Answer] = []
     reference: list[Answer] | None = None
     """The answers to the same requests without faults."""
+    lost_without_faults: list[str] = []
+    """Requests of that run that were lost, each with what happened to it."""
     lane_back_seconds: float | None = None
     whole_at: float | None = None
     """`time.monotonic()` of when every lane was back; None: it was not seen."""
@@ -103,7 +105,8 @@ def harm(checks: Checks, seen: Observed) -> list[Verdict]:
         unexpected_losses=checks.unexpected_losses,
         left_behind=None,
     )
-    return [verdict for verdict in judge(asked, seen) if not verdict.holds]
+    verdicts = [*judge(asked, seen), _counted("requests lost without a fault", 0, seen.lost_without_faults)]
+    return [verdict for verdict in verdicts if not verdict.holds]
 
 
 def lost(answers: Sequence[Answer]) -> list[str]:

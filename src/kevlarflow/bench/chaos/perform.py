@@ -1,8 +1,8 @@
 """Performing a scenario: a run without faults, the same run with them, and what was seen of both.
 
 Each fault waits for its own moment while the load runs. A fault that did not happen, or whose moment did not come
-before the load had ended, makes the run void: `FaultDidNotHappen`. What clients were
-denied until then counts all the same.
+before the load had ended, makes the run void: `FaultDidNotHappen`. So does a run without faults that loses requests:
+there is nothing to compare with. What clients were denied until then counts all the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from kevlarflow.bench.chaos import load as loads
 from kevlarflow.bench.chaos import places
-from kevlarflow.bench.chaos.judge import Observed
+from kevlarflow.bench.chaos.judge import Observed, lost
 from kevlarflow.bench.chaos.scenario import AnyFault, Role, Scenario, Slow
 from kevlarflow.bench.chaos.strikes import Strike, described
 from kevlarflow.bench.experiment import until
@@ -74,16 +74,10 @@ class Performance:
         known = {record["id"] for record in status["recoveries"]}
         model, pipelines = status["model"], len(status["pipelines"])
         clients = loads.tasks(self.scenario.load, pipelines)
-        if self.scenario.checks.identical and self.seen.reference is None:
-            self._tell("runs without faults, for comparison")
-            reference = await loads.run(self._address, model, clients)
-            failed = [defect for answer in reference if (defect := answer.defect())]
-            if failed:
-                raise FaultDidNotHappen(f"{len(failed)} requests failed before any fault: {failed[0]}")
-            self.seen.reference = reference
-            await self.settle()
-        self._tell("runs with faults")
         try:
+            if self.scenario.checks.identical and self.seen.reference is None:
+                await self._run_without_faults(model, clients)
+            self._tell("runs with faults")
             await self._run_with_faults(model, clients)
         finally:
             with contextlib.ExitStack() as undoing:
@@ -106,6 +100,15 @@ class Performance:
         except SystemFailed as error:
             latest = self._watcher.latest if self._watcher.latest_at > asked_at else None
             raise SystemFailed(f"{error}: {places.unrest(latest)}") from error
+
+    async def _run_without_faults(self, model: str, clients: list[list[loads.Task]]) -> None:
+        self._tell("runs without faults, for comparison")
+        reference = await loads.run(self._address, model, clients)
+        if failed := lost(reference):
+            self.seen.lost_without_faults = failed
+            raise FaultDidNotHappen(f"{len(failed)} requests failed before any fault: {failed[0]}")
+        self.seen.reference = reference
+        await self.settle()
 
     async def _run_with_faults(self, model: str, clients: list[list[loads.Task]]) -> None:
         self._begun_at = time.monotonic()

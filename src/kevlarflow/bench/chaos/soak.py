@@ -211,7 +211,7 @@ def note(result: Round, seen: Observed) -> None:
     """Keep what a round has shown. Of a void one that is little, but what its clients got counts."""
     result.requests = len(seen.answers)
     result.tokens = sum(answer.stream.tokens for answer in seen.answers)
-    result.lost = lost(seen.answers)
+    result.lost = [*seen.lost_without_faults, *lost(seen.answers)]
     result.different = differences(seen.answers, seen.reference or [])
     result.unexpected = seen.unexpected
     if result.void:

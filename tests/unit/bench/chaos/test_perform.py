@@ -241,6 +241,20 @@ def test_requests_that_were_lost_in_a_void_run_are_seen(standin: Standin) -> Non
     assert [verdict.check for verdict in found if "3 of 3" in verdict.found] == ["requests lost"]
 
 
+def test_requests_that_were_lost_before_any_fault_are_no_mere_void(standin: Standin) -> None:
+    """Nor is a node that was given up meanwhile: no fault excuses what happens where there is none."""
+    standin.refuses_after = 0
+    standin.gives_up_stopped = True
+    standin.node.send_signal(signal.SIGSTOP)
+    seen = Observed()
+    text = CRASH + "checks: {lost_requests: null}"
+    with pytest.raises(FaultDidNotHappen, match="3 requests failed before any fault: client 0"):
+        perform(standin, text, seen=seen)
+    found = {verdict.check: verdict.found for verdict in harm(parse(BASE + text, "s.yaml").checks, seen)}
+    assert list(found) == ["unexpected losses", "requests lost without a fault"]
+    assert found["requests lost without a fault"].startswith("3 (client 0")
+
+
 def test_a_fault_that_is_due_when_the_load_has_ended_does_not_strike(standin: Standin) -> None:
     performance = Performance(parse(BASE + CRASH, "s.yaml"), Address("127.0.0.1", 1), standin, print)
 

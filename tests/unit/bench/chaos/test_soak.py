@@ -248,6 +248,27 @@ def test_a_soak_of_void_rounds_is_void_unless_something_was_lost(
     assert capsys.readouterr().out.splitlines()[-1].startswith(last)
 
 
+def test_a_soak_whose_run_without_faults_loses_a_request_has_failed(
+    troubled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However well the rounds that make up for it go."""
+
+    async def loses_at_first(performance: Troubled) -> None:
+        Troubled.performed += 1
+        if Troubled.performed == 1:
+            performance.seen.lost_without_faults = ["r: HTTP 503"]
+            raise FaultDidNotHappen("1 requests failed before any fault: r: HTTP 503")
+
+    async def settle(_: Troubled) -> dict[str, Any]:
+        return {"main_pid": 1, "engines": [], "nodes": []}
+
+    monkeypatch.setattr(default_model, "ensure_default_model", lambda: None)
+    monkeypatch.setattr(Troubled, "perform", loses_at_first)
+    monkeypatch.setattr(Troubled, "settle", settle)
+    assert command.main(["soak", "--faults", "2", "--output", str(tmp_path)]) == 1
+    assert "requests lost: 1 (round 1, r: HTTP 503)" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_a_soak_that_ends_early_says_what_it_has_found_and_where(
     troubled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
