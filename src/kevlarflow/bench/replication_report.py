@@ -43,8 +43,8 @@ def resume_table(result: Resume) -> Table:
     """Recovery time against the length of contexts, with and without replication."""
     rows = [_resume_row(result, point) for point in _typical(result)]
     headers = (
-        "context", "replicas", *PHASES, "rounds, ms", "recomputed", "restored", "copy", "above shortest",
-        "above / copy", "step before",
+        "context", "replicas", *PHASES, "rounds, ms", "client, longest pause", "recomputed", "restored", "copy",
+        "above shortest", "above / copy", "step before",
     )  # fmt: skip
     streams = result.points[0].streams if result.points else 0
     return Table(f"Recovery time against context length, {streams} streams", headers, rows, _resume_remarks(result))
@@ -56,6 +56,7 @@ def _resume_row(result: Resume, point: Resumption) -> tuple[str, ...]:
         "on" if point.replicated else "off",
         *(milliseconds(point.phases[phase]) for phase in PHASES),
         _rounds(result, point),
+        milliseconds(point.longest_pause),
         f"{point.recomputed_tokens:,.0f}",
         f"{point.restored_bytes / MIB:.0f} MiB" if point.replicated else NOTHING,
         milliseconds(point.copy_seconds) if point.replicated else NOTHING,
@@ -79,7 +80,7 @@ def _typical(result: Resume) -> list[Resumption]:
 
 def _median(points: Sequence[Resumption]) -> Resumption:
     phases = {phase: statistics.median(point.phases[phase] for point in points) for phase in points[0].phases}
-    numbers = ("recomputed_tokens", "restored_bytes", "copy_seconds", "step_seconds")
+    numbers = ("recomputed_tokens", "restored_bytes", "copy_seconds", "step_seconds", "longest_pause")
     medians = {name: statistics.median(getattr(point, name) for point in points) for name in numbers}
     return msgspec.structs.replace(points[0], phases=phases, **medians)
 
@@ -145,6 +146,11 @@ def _resume_remarks(result: Resume) -> list[str]:
                 f"Required: {what} at most {MOST_COPIES}; worst {worst:.2f}: {verdict(worst <= MOST_COPIES)}."
             )
     remarks += [parts for point in on if (parts := _parts(result, point))]
+    remarks.append(
+        "total and the phases before it: the cluster's own record. client, longest pause: what users see, from SIGKILL "
+        "to the token that ended the longest wait of any stream, of the waits that began at most one ordinary wait "
+        "after it."
+    )
     remarks.append(
         "copy: a plain copy of the bytes restored, block by block, in the same run. above shortest: time of the whole "
         "recovery, above that of the shortest contexts. What is computed and issued again runs the model, and each of "

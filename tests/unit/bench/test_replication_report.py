@@ -87,6 +87,17 @@ def test_a_point_that_is_interrupted_is_void_and_measured_again(monkeypatch):
     assert f"void: {resume.UNFINISHED}" in table.remarks[0]
 
 
+def test_the_pause_of_the_clients_stands_beside_the_clusters_own_total():
+    points = [point(256, total=0.3, number=number) for number in (1, 2, 3)]
+    for each, seconds in zip(points, (0.4, 1.0, 7.0), strict=True):
+        each.longest_pause = seconds
+    table = resume_table(Resume(2, points=points))
+    (row,) = table.rows
+    shown = dict(zip(table.headers, row, strict=True))
+    assert (shown["total"], shown["client, longest pause"]) == ("300 ms", "1,000 ms")
+    assert any("client, longest pause: " in remark for remark in table.remarks)
+
+
 def test_every_block_that_was_put_in_place_counts_as_restored():
     assert restored_blocks([256, 257], recomputed_tokens=0, block_size=128) == 5
     assert restored_blocks([256, 257], recomputed_tokens=2, block_size=128) == 4
