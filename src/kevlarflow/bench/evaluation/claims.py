@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from kevlarflow.bench.evaluation.cells import KEVLARFLOW, SETTINGS, STOCK, SUITES
+from kevlarflow.bench.evaluation.cells import KEVLARFLOW, NO_FAULT, SETTINGS, STOCK, SUITES
 from kevlarflow.bench.evaluation.comparison import PAPER, Row, is_emulated, overheads, ratios
 
 MTTR_RATIO = 100.0
@@ -53,7 +53,9 @@ def _lost(rows: Sequence[Row]) -> Claim:
 def _losses(rows: Sequence[Row]) -> tuple[int, int | None, str]:
     """Requests lost, requests wrong (None: nothing could be compared), and both in words."""
     lost, compared = sum(row.lost for row in rows), [row.wrong for row in rows if row.wrong is not None]
-    words = f"{lost} lost in {len(rows)} cells, {sum(compared)} wrong in the {len(compared)} that can be compared"
+    calm = sum(row.cell.fault == NO_FAULT for row in rows)
+    cells = f"{len(rows) - calm} cells with a fault" + (f" and {calm} without" if calm else "")
+    words = f"{lost} lost in {cells}, {sum(compared)} wrong in the {len(compared)} that can be compared"
     return lost, sum(compared) if compared else None, words
 
 

@@ -107,6 +107,18 @@ def test_output_that_cannot_be_compared_is_not_called_right(tmp_path):
     assert "0 wrong in the 0 that can be compared" in claim.found
 
 
+def test_it_is_told_in_how_many_cells_with_a_fault_nothing_was_lost(folder):
+    """One without a fault can break the claim all the same."""
+    (claim,) = [c for c in claims(comparison.rows(saved.load_all(folder))) if c.text == "no request lost or wrong"]
+    assert claim.found.startswith("0 lost in 1 cells with a fault and 1 without, ")
+    assert "stock: 0 lost in 1 cells with a fault, " in claim.found
+    calm = result("kevlarflow", None, 0.2, 2.0, defect="gone")
+    calm.cell, calm.strikes = cell("kevlarflow", "none"), []
+    saved.save(folder, calm)
+    (claim,) = [c for c in claims(comparison.rows(saved.load_all(folder))) if c.text == "no request lost or wrong"]
+    assert claim.holds is False
+
+
 def test_goodput_below_the_share_of_nodes_that_is_left_breaks_the_claim(tmp_path):
     low = result("kevlarflow", 0.5, 0.2, 2.0)
     low.tokens_per_second = low.good_tokens_per_second = [10] * 40 + [4] * 120
@@ -224,7 +236,7 @@ def test_a_request_that_is_lost_before_the_fault_is_lost(folder):
     saved.save(folder, ours)
     (claim,) = [c for c in claims(comparison.rows(saved.load_all(folder))) if c.text == "no request lost or wrong"]
     assert claim.holds is False
-    assert claim.found.startswith("1 lost in 2 cells")
+    assert claim.found.startswith("1 lost in 1 cells with a fault and 1 without")
 
 
 def test_goodput_that_is_kept_is_compared_with_all_that_was_delivered(folder):
