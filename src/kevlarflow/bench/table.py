@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 NOTHING = "-"
@@ -19,6 +21,11 @@ class Table(msgspec.Struct, frozen=True):
 def milliseconds(seconds: float) -> str:
     """A duration, for people."""
     return f"{seconds * 1e3:,.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.1f} ms"
+
+
+def told_attempts(earlier: Sequence[str]) -> str:
+    """Which attempt something is, and what the earlier ones were."""
+    return "; ".join([f"attempt {len(earlier) + 1}", *(f"{n}: {what}" for n, what in enumerate(earlier, 1))])
 
 
 def verdict(is_reached: bool) -> str:

@@ -31,6 +31,8 @@ class Row(msgspec.Struct, frozen=True):
     cell: Cell
     conditions: str
     void: str | None
+    attempts: tuple[str, ...]
+    """What the earlier attempts were."""
     died: str | None
     seconds: float
     """What the cell took in all."""
@@ -71,6 +73,7 @@ def _row(result: CellResult, reference: CellResult | None) -> Row:
         cell=result.cell,
         conditions=result.conditions,
         void=result.void,
+        attempts=tuple(result.attempts),
         died=result.died,
         seconds=result.seconds,
         rate=result.requests_per_second,

@@ -29,6 +29,7 @@ from kevlarflow.bench.evaluation.saved import load_all
 from kevlarflow.bench.evaluation.spread import THROUGHPUT, half_width, spreads
 from kevlarflow.bench.evaluation.workload import Workload
 from kevlarflow.bench.recipes import REMEDY_NOTE
+from kevlarflow.bench.table import told_attempts
 
 NOTHING = "-"
 
@@ -183,6 +184,10 @@ def _cell_lines(found: Sequence[Row]) -> Iterator[str]:
             yield f"| {row.cell.name} | **void**: {row.void} |" + " |" * 12
             continue
         yield "| " + " | ".join(_cells(row)) + " |"
+    again = [row for row in found if row.attempts]
+    if again:
+        yield from ("", "Run again, since they were void:", "")
+        yield from (f"- {row.cell.name}: {told_attempts(row.attempts)}" for row in again)
 
 
 def _cells(row: Row) -> Iterator[str]:

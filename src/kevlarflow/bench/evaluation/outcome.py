@@ -108,6 +108,9 @@ class CellResult(msgspec.Struct):
     """`time.monotonic()` of the load's beginning, the clock by which processes say when their steps were late."""
     void: str | None = None
     """Why it counts for nothing."""
+    attempts: list[str] = msgspec.field(default_factory=list)
+    """What each earlier attempt under the same conditions was, in a line. Void ones are run again, and what made them
+    void may have been the system's own doing."""
     died: str | None = None
     """How the system ended after a fault, if it did; what it lost by that counts."""
     requests_per_second: float = 0.0

@@ -1,7 +1,7 @@
 """Many cells, one after the other: what is done is skipped, what fails does not end the others' turns.
 
 A suite can be stopped at any time and run again: a cell is saved when it is over, and cells that are saved are not run
-again, void ones excepted.
+again, void ones excepted. What a void one was is kept with the next attempt.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from kevlarflow.bench.evaluation.saved import load, logs_of, save
 from kevlarflow.bench.evaluation.workload import Workload, plan
 from kevlarflow.bench.experiment import Say
 from kevlarflow.bench.machine import describe
+from kevlarflow.bench.table import told_attempts
 
 RunCell = Callable[[Cell, Path], CellResult]
 SECONDS_TO_START = {STOCK: 120.0, STOCK_DP: 100.0}
@@ -59,7 +60,8 @@ def run(
     """Run the cells that are not done yet, each with its load; save them below `output`. Returns how many are void."""
     progress = progress or Progress()
     cells, here = list(loads), describe()
-    todo = [cell for cell in cells if not _is_done(load(output, cell), conditions(cell, plan(loads[cell]), here))]
+    alike = {cell: _alike(output, cell, conditions(cell, plan(loads[cell]), here)) for cell in cells}
+    todo = [cell for cell, found in alike.items() if found is None or found.void is not None]
     if len(todo) < len(cells):
         say(f"{len(cells) - len(todo)} of {len(cells)} cells are done already (in {output})")
     void = 0
@@ -69,14 +71,22 @@ def run(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         result = progress.run(cell, lambda cell=cell, folder=folder: run_cell(cell, folder))  # type: ignore[misc]
+        result.attempts = _attempts(alike[cell])
         save(output, result)
         void += result.void is not None
-        say(f"  {told(result)}; {result.seconds:.0f} s in all")
+        again = f"; {told_attempts(result.attempts)}" if result.attempts else ""
+        say(f"  {told(result)}; {result.seconds:.0f} s in all{again}")
     return void
 
 
-def _is_done(found: CellResult | None, now: str) -> bool:
-    return found is not None and found.void is None and found.conditions == now
+def _alike(output: Path, cell: Cell, now: str) -> CellResult | None:
+    """What is saved of a cell, if it was measured under the conditions of now."""
+    found = load(output, cell)
+    return found if found is not None and found.conditions == now else None
+
+
+def _attempts(earlier: CellResult | None) -> list[str]:
+    return [] if earlier is None else [*earlier.attempts, f"void: {earlier.void}"]
 
 
 def told(result: CellResult) -> str:

@@ -1,6 +1,7 @@
 """The report of cells that were made up: ratios, void cells, the note on emulated time."""
 
 import csv
+import json
 import math
 
 import msgspec
@@ -174,6 +175,23 @@ def test_the_report_names_void_cells_and_says_what_is_emulated(folder):
     assert {row["cell"]: row["recomputed_tokens"] for row in rows}["a10-2x4-1g.kevlarflow.near.one-middle.0"] == "7"
     figures = {path.name for path in (folder / "figures").glob("*.png")}
     assert figures == {"around.a10-2x4-1g.near.one-middle.0.png", "phases.a10-2x4-1g.near.one-middle.0.png"}
+
+
+def test_the_report_says_which_attempt_a_cell_was_and_what_the_others_were(folder):
+    assert "attempt" not in document.write(folder).read_text()
+    ours = result("kevlarflow", 0.5, 0.2, 2.0)
+    ours.attempts = ["void: it was never ready", "void: it left 2 processes running"]
+    saved.save(folder, ours)
+    said = "attempt 3; 1: void: it was never ready; 2: void: it left 2 processes running"
+    assert f"- a10-2x4-1g.kevlarflow.near.one-middle.0: {said}\n" in document.write(folder).read_text()
+
+
+def test_a_cell_that_was_saved_before_attempts_were_kept_has_none(folder):
+    path = saved.path_of(folder, cell("kevlarflow"))
+    old = json.loads(path.read_text())
+    del old["attempts"]
+    path.write_text(json.dumps(old))
+    assert saved.read(path).attempts == []
 
 
 def test_a_system_that_died_of_a_fault_is_not_void(folder):

@@ -192,6 +192,26 @@ def test_void_cells_do_not_stop_a_suite_and_are_run_again(tmp_path):
     assert ran == [0, 1, 2, 1]
 
 
+def test_what_was_void_before_a_cell_was_run_again_is_kept(tmp_path):
+    """It may have been the system's own doing."""
+    modes = ["never-ready", "dies", "well", "well"]
+
+    def run_cell(cell, folder):
+        return drive.run(cell, LOAD, folder, lambda _: None, lambda *_: Faulty(modes.pop(0), folder))
+
+    said = []
+    for _ in range(3):
+        suite.run({CELL: LOAD}, tmp_path, run_cell, said.append)
+    found = saved.load(tmp_path, CELL)
+    assert found.void is None
+    first, second = found.attempts
+    assert first.startswith("void: the faulty server was not ready after 1 s")
+    assert second.startswith("void: the faulty server ended with exit status 3")
+    assert f"; attempt 3; 1: {first}; 2: {second}" in said[-1]
+    suite.run({CELL: msgspec.structs.replace(LOAD, requests_per_second=9.0)}, tmp_path, run_cell, said.append)
+    assert saved.load(tmp_path, CELL).attempts == [], "under other conditions it is another cell"
+
+
 def test_a_cell_of_another_load_is_run_again(tmp_path):
     ran = []
 
