@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from kevlarflow.bench.recipes import KEVLARFLOW, Recipe, make, own_caches
 from kevlarflow.bench.results import Failover, Kill
 from kevlarflow.bench.streams import Stream
 from kevlarflow.bench.systems import System, SystemFailed
+from kevlarflow.bench.table import milliseconds
 from kevlarflow.bench.watch import LOST, REJOIN, Watcher, is_settled, recovery_after
 from kevlarflow.config import run_folder_of
 from kevlarflow.faults import FaultDidNotHappen, KillServing, strike, verify
@@ -81,6 +82,23 @@ def is_whole(plan: Plan, result: Failover) -> bool:
     """Whether an earlier run has all that `plan` asks for."""
     good = [kill for kill in result.kills if kill.void is None]
     return result.void is None and result.streams == plan.streams and len(good) >= plan.kills
+
+
+def anew(earlier: Failover | None, streams: int) -> Failover:
+    """An empty result, since all kills are of one cluster; of an earlier one it keeps what came of that."""
+    if earlier is None:
+        return Failover(streams)
+    return Failover(streams, attempts=[*earlier.attempts, *_traces(earlier)])
+
+
+def _traces(earlier: Failover) -> Iterator[str]:
+    good = [kill for kill in earlier.kills if kill.void is None]
+    if good:
+        worst = max(pause.resumed_seconds for kill in good for pause in kill.affected)
+        yield (f"{len(good)} kills under {earlier.streams} streams, which went on after at most {milliseconds(worst)}")
+    yield from (f"kill {kill.number}: void: {kill.void}" for kill in earlier.kills if kill.void is not None)
+    if earlier.void is not None:
+        yield f"ended early: {earlier.void}"
 
 
 async def _kills(plan: Plan, result: Failover, system: System, watcher: Watcher, say: Say) -> None:

@@ -50,6 +50,11 @@ def run(plan: Plan, result: ReplicationCost, folder: Path, say: Say) -> None:
     """Run the rounds that `result` does not have yet."""
     measured = ((load.number, load.replicated, load.void is None and load.summary is not None) for load in result.loads)
     done = whole_rounds(measured, (True, False))
+    result.attempts += [
+        f"round {load.number}, replication {'on' if load.replicated else 'off'}: void: {load.void}"
+        for load in result.loads
+        if load.number not in done and load.void is not None
+    ]
     result.loads = [load for load in result.loads if load.number in done]
     missing = [number for number in range(1, plan.rounds + 1) if number not in done]
     if not missing:

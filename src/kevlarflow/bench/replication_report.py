@@ -18,7 +18,7 @@ from kevlarflow.bench.replication_results import (
     StandbyMemory,
     Transfers,
 )
-from kevlarflow.bench.table import NOTHING, Table, milliseconds, verdict
+from kevlarflow.bench.table import NOTHING, Table, milliseconds, told_before, verdict
 
 MIB = 2**20
 PHASES = ("relink", "restore", "recompute", "reissue", "total")
@@ -123,7 +123,8 @@ def _or_nothing(value: float | None, form: Callable[[float], str]) -> str:
 
 
 def _resume_remarks(result: Resume) -> list[str]:
-    remarks = [
+    remarks = told_before(result.attempts)
+    remarks += [
         f"{point.context} tokens, replication {'on' if point.replicated else 'off'}, round {point.number}: "
         f"void: {point.void}"
         for point in result.points
@@ -208,7 +209,8 @@ def _by_round(result: ReplicationCost, replicated: bool) -> dict[int, CostLoad]:
 
 
 def _cost_remarks(result: ReplicationCost, on: Sequence[CostLoad], off: Sequence[CostLoad]) -> list[str]:
-    remarks = [f"round {load.number}: void: {load.void}" for load in result.loads if load.void is not None]
+    remarks = told_before(result.attempts)
+    remarks += [f"round {load.number}: void: {load.void}" for load in result.loads if load.void is not None]
     remarks += [f"not finished: {result.void}"] if result.void else []
     tokens = sum(load.computed_tokens for load in on)
     if not tokens or not result.kv_bytes_per_token:
@@ -253,6 +255,7 @@ def memory_table(result: StandbyMemory) -> Table:
 
 
 def _memory_remarks(result: StandbyMemory) -> Iterator[str]:
+    yield from told_before(result.attempts)
     if result.void:
         yield f"void: {result.void}"
     if not result.samples:

@@ -7,6 +7,13 @@ import msgspec
 from kevlarflow.bench.measure import LoadSummary
 
 
+class Repeatable(msgspec.Struct, kw_only=True):
+    """An experiment that may be gone on with: what is void is measured again."""
+
+    attempts: list[str] = []
+    """What was void before that, each in a line: it may have been the system's own doing."""
+
+
 class Resumption(msgspec.Struct):
     """One kill at one length of contexts."""
 
@@ -37,7 +44,7 @@ class Resumption(msgspec.Struct):
         return self.streams * self.block_size
 
 
-class Resume(msgspec.Struct):
+class Resume(Repeatable):
     """See `kevlarflow.bench.resume`."""
 
     stages: int
@@ -68,7 +75,7 @@ class CostLoad(msgspec.Struct):
     void: str | None = None
 
 
-class ReplicationCost(msgspec.Struct):
+class ReplicationCost(Repeatable):
     """See `kevlarflow.bench.replication_cost`."""
 
     kv_bytes_per_token: float = 0.0
@@ -90,7 +97,7 @@ class MemorySample(msgspec.Struct, frozen=True):
     """That vLLM's scheduler sees; the least of all engines."""
 
 
-class StandbyMemory(msgspec.Struct):
+class StandbyMemory(Repeatable):
     """See `kevlarflow.bench.standby_memory`."""
 
     minutes: float
@@ -123,3 +130,10 @@ class Transfers(msgspec.Struct):
     times: list[TransferTime] = msgspec.field(default_factory=list)
     notes: list[str] = msgspec.field(default_factory=list)
     void: str | None = None
+
+
+def begin_again(result: Resume | ReplicationCost | StandbyMemory) -> None:
+    """An experiment goes on: it is not void any more, but why it was is kept."""
+    if result.void is not None:
+        result.attempts.append(f"ended early: {result.void}")
+        result.void = None

@@ -18,7 +18,7 @@ from kevlarflow.bench.measure import Pause, percentile, ratios, spread
 from kevlarflow.bench.recipes import KEVLARFLOW, STOCK
 from kevlarflow.bench.replication_report import cost_table, draw_resume, memory_table, resume_table, transfer_table
 from kevlarflow.bench.results import Failover, Kill, Report, Startup, Throughput
-from kevlarflow.bench.table import NOTHING, Table, milliseconds
+from kevlarflow.bench.table import NOTHING, Table, milliseconds, told_before
 from kevlarflow.types import PHASES
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def throughput_table(result: Throughput) -> Table:
             values = {name: _by_round(result, name, streams, field, rounds) for name in (STOCK, KEVLARFLOW)}
             cells = (_middle(values[name], scale, form) for name in (STOCK, KEVLARFLOW))
             rows.append((str(streams), label, *cells, _ratio(values[KEVLARFLOW], values[STOCK])))
-    remarks = [
+    remarks = told_before(result.attempts)
+    remarks += [
         f"round {each.number}, {each.system}: void: {each.void}" for each in result.rounds if each.void is not None
     ]
     strangers = [load.strangers for each in result.rounds for load in each.loads]
@@ -160,7 +161,8 @@ def startup_table(result: Startup) -> Table:
                     values[name][each.number] = each.ready_seconds
         cells = (_middle(values[name], 1.0, "{:.1f} s") for name in (STOCK, KEVLARFLOW))
         rows.append((f"{cache} caches", *cells, _ratio(values[KEVLARFLOW], values[STOCK])))
-    remarks = [
+    remarks = told_before(result.attempts)
+    remarks += [
         f"round {each.number}, {each.system}, {each.cache}: void: {each.void}"
         for each in result.starts
         if each.void is not None
@@ -189,7 +191,8 @@ def pauses_table(result: Failover) -> Table:
         others = [pause for kill in chosen for pause in kill.bystanders]
         if affected:
             rows.append((label, str(len(chosen)), str(len(affected)), *_pause_cells(affected, others)))
-    remarks = [f"kill {kill.number}: void: {kill.void}" for kill in result.kills if kill.void is not None]
+    remarks = told_before(result.attempts)
+    remarks += [f"kill {kill.number}: void: {kill.void}" for kill in result.kills if kill.void is not None]
     remarks += [f"no further kills: {result.void}"] if result.void is not None else []
     remarks.append(
         "next token: from SIGKILL to the very next one, even if it was on its way when the node died; longest wait: "

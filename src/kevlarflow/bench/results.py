@@ -11,7 +11,7 @@ from kevlarflow.bench.detection_results import Detection
 from kevlarflow.bench.machine import Machine
 from kevlarflow.bench.measure import LoadSummary, Pause
 from kevlarflow.bench.recipes import Recipe
-from kevlarflow.bench.replication_results import ReplicationCost, Resume, StandbyMemory, Transfers
+from kevlarflow.bench.replication_results import Repeatable, ReplicationCost, Resume, StandbyMemory, Transfers
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -73,19 +73,19 @@ class Kill(msgspec.Struct):
     void: str | None = None
 
 
-class Throughput(msgspec.Struct):
+class Throughput(Repeatable):
     """See `kevlarflow.bench.throughput`."""
 
     rounds: list[Round] = msgspec.field(default_factory=list)
 
 
-class Startup(msgspec.Struct):
+class Startup(Repeatable):
     """See `kevlarflow.bench.startup`."""
 
     starts: list[Start] = msgspec.field(default_factory=list)
 
 
-class Failover(msgspec.Struct):
+class Failover(Repeatable):
     """See `kevlarflow.bench.failover`."""
 
     streams: int

@@ -41,6 +41,11 @@ def run(plan: Plan, result: Startup, folder: Path, say: Say) -> None:
     """Run the starts that `result` lacks and add them; what cannot be measured is void and said so."""
     measured = ((each.number, (each.system, each.cache), _is_good(each)) for each in result.starts)
     whole = whole_rounds(measured, list(itertools.product(plan.systems, plan.caches)))
+    result.attempts += [
+        f"round {each.number}, {each.system}, {each.cache} caches: void: {each.void}"
+        for each in result.starts
+        if each.number not in whole and each.void is not None
+    ]
     result.starts[:] = [each for each in result.starts if each.number in whole]
     for number, name in turns(plan.rounds, plan.systems):
         if number in whole:

@@ -28,6 +28,11 @@ def told_attempts(earlier: Sequence[str]) -> str:
     return "; ".join([f"attempt {len(earlier) + 1}", *(f"{n}: {what}" for n, what in enumerate(earlier, 1))])
 
 
+def told_before(attempts: Sequence[str]) -> list[str]:
+    """Remarks on what was void before it was measured again."""
+    return [f"earlier attempt: {each}" for each in attempts]
+
+
 def verdict(is_reached: bool) -> str:
     """Whether something that is required was reached, in words."""
     return "reached" if is_reached else "NOT REACHED"

@@ -45,6 +45,11 @@ class Plan(msgspec.Struct, frozen=True):
 def run(plan: Plan, result: Throughput, folder: Path, say: Say) -> None:
     """Run the rounds that `result` lacks and add them; what cannot be measured is void and said so."""
     whole = whole_rounds(((each.number, each.system, _is_good(plan, each)) for each in result.rounds), plan.systems)
+    result.attempts += [
+        f"round {each.number}, {each.system}: void: {each.void}"
+        for each in result.rounds
+        if each.number not in whole and each.void is not None
+    ]
     result.rounds[:] = [each for each in result.rounds if each.number in whole]
     for number, name in turns(plan.rounds, plan.systems):
         if number in whole:

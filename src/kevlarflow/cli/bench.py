@@ -243,7 +243,7 @@ def _startup(options: argparse.Namespace, report: Report, folder: Path, say: Say
 
 
 def _failover(options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
-    from kevlarflow.bench import failover, results
+    from kevlarflow.bench import failover
 
     kills, streams = (2, 8) if options.quick else (options.kills or 10, options.kill_streams)
     plan = failover.Plan(
@@ -252,8 +252,7 @@ def _failover(options: argparse.Namespace, report: Report, folder: Path, say: Sa
     if report.failover is not None and failover.is_whole(plan, report.failover):
         say(f"failover: the report has its {kills} kills")
         return
-    # All kills are of one cluster.
-    report.failover = results.Failover(streams)
+    report.failover = failover.anew(report.failover, streams)
     failover.run(plan, report.failover, folder, say)
 
 
@@ -274,7 +273,7 @@ def _resume(options: argparse.Namespace, report: Report, folder: Path, say: Say)
     import msgspec
 
     from kevlarflow.bench import resume
-    from kevlarflow.bench.replication_results import Resume
+    from kevlarflow.bench.replication_results import Resume, begin_again
 
     contexts, streams = ((256, 1024), 4) if options.quick else (options.contexts, options.resume_streams)
     longest = max(report.recipe.max_model_len, max(contexts) + resume.MOST_TOKENS)
@@ -285,7 +284,7 @@ def _resume(options: argparse.Namespace, report: Report, folder: Path, say: Say)
     )
     replicated = {"on": (True,), "off": (False,), "both": (True, False)}[options.replication]
     report.resume = report.resume or Resume(recipe.stages, shlex.join(recipe.flags()))
-    report.resume.void = None
+    begin_again(report.resume)
     rounds = 1 if options.quick else options.resume_rounds
     plan = resume.Plan(recipe, contexts, replicated, streams, rounds, options.seed)
     resume.run(plan, report.resume, folder, say)
@@ -293,22 +292,22 @@ def _resume(options: argparse.Namespace, report: Report, folder: Path, say: Say)
 
 def _replication_cost(options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
     from kevlarflow.bench import replication_cost
-    from kevlarflow.bench.replication_results import ReplicationCost
+    from kevlarflow.bench.replication_results import ReplicationCost, begin_again
 
     size = {"rounds": 1, "requests_each": 1, "tokens": 32} if options.quick else {"rounds": options.cost_rounds}
     plan = replication_cost.Plan(report.recipe, seed=options.seed, patience_seconds=options.patience, **size)
     report.replication_cost = report.replication_cost or ReplicationCost()
-    report.replication_cost.void = None
+    begin_again(report.replication_cost)
     replication_cost.run(plan, report.replication_cost, folder, say)
 
 
 def _standby_memory(options: argparse.Namespace, report: Report, folder: Path, say: Say) -> None:
     from kevlarflow.bench import standby_memory
-    from kevlarflow.bench.replication_results import StandbyMemory
+    from kevlarflow.bench.replication_results import StandbyMemory, begin_again
 
     minutes = 0.5 if options.quick else _minutes(options, 10.0)
     report.standby_memory = report.standby_memory or StandbyMemory(minutes)
-    report.standby_memory.void = None
+    begin_again(report.standby_memory)
     plan = standby_memory.Plan(report.recipe, minutes, seed=options.seed)
     standby_memory.run(plan, report.standby_memory, folder, say)
 

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
 import pytest
 
-from kevlarflow.bench import replication_cost, standby_memory, startup, throughput
-from kevlarflow.bench.measure import LoadSummary
+from kevlarflow.bench import failover, replication_cost, resume, standby_memory, startup, throughput
+from kevlarflow.bench.chaos.soak import Soak
+from kevlarflow.bench.chaos.soak_report import markdown as soak_markdown
+from kevlarflow.bench.failover import UNFINISHED
+from kevlarflow.bench.machine import describe
+from kevlarflow.bench.measure import LoadSummary, Pause
 from kevlarflow.bench.recipes import NAMES, Recipe
-from kevlarflow.bench.replication_results import CostLoad, MemorySample, ReplicationCost, StandbyMemory
-from kevlarflow.bench.results import Load, Round, Start, Startup, Throughput
+from kevlarflow.bench.replication_report import cost_table
+from kevlarflow.bench.replication_results import CostLoad, MemorySample, ReplicationCost, Resume, StandbyMemory
+from kevlarflow.bench.report import markdown, pauses_table, startup_table, throughput_table
+from kevlarflow.bench.results import Failover, Kill, Load, Report, Round, Start, Startup, Throughput
 from kevlarflow.bench.systems import SystemFailed
+from kevlarflow.cli import bench
 
+COMMITTED = Path(__file__).parents[3] / "docs/benchmarks"
 RECIPE = Recipe(model=None, stages=2, pipelines=2)
 
 
@@ -66,6 +75,17 @@ def test_of_a_round_that_is_not_whole_both_systems_are_measured_again(
     throughput.run(throughput.Plan(RECIPE, rounds=1, streams=(1, 4)), result, tmp_path, lambda _: None)
     assert sorted(measured) == sorted((1, name) for name in NAMES)
     assert len(result.rounds) == 2
+    said = [f"round 1, {NAMES[1]}: void: it died"] if "void" in defect else []
+    assert result.attempts == said
+    assert [f"earlier attempt: {each}" for each in said] == throughput_table(result).remarks[: len(said)]
+
+
+def test_a_start_that_was_void_leaves_a_trace(measured: list[tuple[int, str]], tmp_path: Path) -> None:
+    result = Startup([Start(3, NAMES[0], startup.COLD, void="never ready")], attempts=["of a run before"])
+    startup.run(startup.Plan(RECIPE, rounds=1), result, tmp_path, lambda _: None)
+    void = f"round 3, {NAMES[0]}, cold caches: void: never ready"
+    assert result.attempts == ["of a run before", void]
+    assert f"earlier attempt: {void}" in startup_table(result).remarks
 
 
 def test_startup_keeps_whole_rounds(measured: list[tuple[int, str]], tmp_path: Path) -> None:
@@ -93,6 +113,54 @@ def test_rounds_of_the_cost_that_are_not_whole_are_measured_again(
     result = ReplicationCost(loads=[*broken, *whole_one])
     replication_cost.run(replication_cost.Plan(RECIPE, rounds=3), result, tmp_path, lambda _: None)
     assert (anew, result.loads) == ([1, 3], whole_one)
+    assert result.attempts == ["round 1, replication off: void: it died"]
+    assert "earlier attempt: round 1, replication off: void: it died" in cost_table(result).remarks
+
+
+@pytest.mark.parametrize(
+    ("name", "experiment", "ended"),
+    [
+        ("resume", resume, Resume(2, void="it died")),
+        ("replication_cost", replication_cost, ReplicationCost(void="it died")),
+        ("standby_memory", standby_memory, StandbyMemory(10.0, void="it died")),
+    ],
+)
+def test_why_an_experiment_ended_early_is_kept_when_it_goes_on(
+    name: str, experiment: ModuleType, ended: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    earlier = Report("bench", "2026-11-23T15:00:00+00:00", describe(), RECIPE, **{name: ended})
+    path = tmp_path / "earlier.json"
+    path.write_bytes(msgspec.json.encode(earlier))
+    monkeypatch.setattr(experiment, "run", lambda *_: None)
+    assert bench.run([name.replace("_", "-"), "--resume", str(path), "--output", str(tmp_path / "new")]) == 0
+    (data,) = (tmp_path / "new").glob("*.json")
+    now = getattr(msgspec.json.decode(data.read_bytes(), type=Report), name)
+    assert (now.void, now.attempts) == (None, ["ended early: it died"])
+    assert "earlier attempt: ended early: it died" in data.with_suffix(".md").read_text()
+
+
+def test_kills_that_are_made_anew_leave_a_trace_of_those_before() -> None:
+    """All kills are of one cluster, so one that is missing costs them all."""
+    pause = Pause("s", 0.1, 0.4, 0.4, 40)
+    kills = [Kill(1, 0, 0, affected=[pause]), Kill(2, 0, 1, void="a stream failed"), Kill(3, 1, 0, void=UNFINISHED)]
+    result = failover.anew(Failover(16, kills, void="it died", attempts=["of a run before"]), 8)
+    assert (result.streams, result.kills, result.void) == (8, [], None)
+    assert result.attempts == [
+        "of a run before",
+        "1 kills under 16 streams, which went on after at most 400 ms",
+        "kill 2: void: a stream failed",
+        f"kill 3: void: {UNFINISHED}",
+        "ended early: it died",
+    ]
+    assert "earlier attempt: kill 2: void: a stream failed" in pauses_table(result).remarks
+    assert failover.anew(None, 8) == Failover(8)
+
+
+@pytest.mark.parametrize("path", sorted(COMMITTED.glob("*.json")), ids=lambda path: path.stem)
+def test_every_committed_report_can_be_gone_on_with(path: Path) -> None:
+    kind: Any = Soak if path.stem.endswith("-soak") else Report
+    found = msgspec.json.decode(path.read_bytes(), type=kind)
+    assert "attempt" not in (soak_markdown(found) if isinstance(found, Soak) else markdown(found))
 
 
 @pytest.mark.parametrize(("seconds", "starts"), [(60.0, 1), (601.0, 0)])
