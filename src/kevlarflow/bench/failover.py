@@ -1,9 +1,10 @@
 """Failover: how long does a stream stand still when a node that serves it is killed?
 
 Sixteen streams, eight of them on the pipeline that loses its node; SIGKILL at a moment that differs each time, first
-and last stage in turn, on one pipeline after the other. Each kill is verified, and each stream has to arrive whole. The
-phases come from the cluster's own record. The load goes on until a fresh node has the lane back: that move is planned,
-and the longest wait for a token that it opens is measured too, beside the longest just before it.
+and last stage in turn, on one pipeline after the other. Each kill is verified. Each stream has to arrive whole, and the
+lane to be taken over and back home in time: what is not is the outcome of its kill, and only a kill that was none is
+void. The phases come from the cluster's own record. The load goes on until a fresh node has the lane back: that move is
+planned, and the longest wait for a token that it opens is measured too, beside the longest just before it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from kevlarflow.bench.experiment import Say, Void, require_whole, running, until
+from kevlarflow.bench.experiment import Say, Void, running, until
 from kevlarflow.bench.load import closed_loop
 from kevlarflow.bench.machine import CpuMeter, wait_quiet
 from kevlarflow.bench.measure import Pause, longest_gap_during, longest_gap_within, pause_after
@@ -94,8 +95,10 @@ def anew(earlier: Failover | None, streams: int) -> Failover:
 def _traces(earlier: Failover) -> Iterator[str]:
     good = [kill for kill in earlier.kills if kill.void is None]
     if good:
-        worst = max(pause.resumed_seconds for kill in good for pause in kill.affected)
-        yield (f"{len(good)} kills under {earlier.streams} streams, which went on after at most {milliseconds(worst)}")
+        worst = max((pause.resumed_seconds for kill in good for pause in kill.affected), default=None)
+        went_on = "" if worst is None else f", which went on after at most {milliseconds(worst)}"
+        yield f"{len(good)} kills under {earlier.streams} streams{went_on}"
+    yield from (f"kill {kill.number}: {each}" for kill in earlier.kills for each in kill.harm)
     yield from (f"kill {kill.number}: void: {kill.void}" for kill in earlier.kills if kill.void is not None)
     if earlier.void is not None:
         yield f"ended early: {earlier.void}"
@@ -120,7 +123,8 @@ async def _kills(plan: Plan, result: Failover, system: System, watcher: Watcher,
             say(_told(plan, kill))
         except (Void, FaultDidNotHappen) as error:
             kill.void = str(error)
-            say(f"kill {kill.number} of {plan.kills}: void: {error}")
+            say("; ".join([f"kill {kill.number} of {plan.kills}: void: {error}", *kill.harm]))
+    await _until_settled(watcher)
 
 
 async def _kill(plan: Plan, kill: Kill, system: System, watcher: Watcher, wait_seconds: float) -> None:
@@ -146,17 +150,18 @@ async def _kill(plan: Plan, kill: Kill, system: System, watcher: Watcher, wait_s
         struck = strike(target)
         await asyncio.to_thread(verify, struck)
         kill.node = target.name
-        recovery = await _ended(watcher, unix_time, kill, LOST)
-        rejoin = await _ended(watcher, unix_time, kill, REJOIN)
+        recovery, rejoin = await _moves(watcher, unix_time, kill)
         await asyncio.sleep(AFTERWARDS_SECONDS)
     finally:
         over.set()
         streams = await load
-    require_whole(streams, plan.tokens)
-    _measure_pauses(kill, streams, struck.at)
-    _note_recovery(kill, recovery)
-    _measure_rejoin(kill, streams, struck.at, recovery, rejoin)
-    await _until_settled(watcher)
+        kill.lost = [defect for stream in streams if (defect := stream.defect(plan.tokens)) is not None]
+    whole = [stream for stream in streams if stream.defect(plan.tokens) is None]
+    _measure_pauses(kill, whole, struck.at)
+    if recovery is not None:
+        _note_recovery(kill, recovery)
+    if recovery is not None and rejoin is not None:
+        _measure_rejoin(kill, whole, struck.at, recovery, rejoin)
 
 
 def _measure_pauses(kill: Kill, streams: list[Stream], fault_at: float) -> None:
@@ -164,8 +169,19 @@ def _measure_pauses(kill: Kill, streams: list[Stream], fault_at: float) -> None:
         pause = pause_after(stream, fault_at)
         if pause is not None:
             (kill.affected if stream.pipeline == kill.pipeline else kill.bystanders).append(pause)
-    if not kill.affected:
+    if not kill.affected and not kill.harm:
         raise Void("no stream of the pipeline was under way at the kill")
+
+
+async def _moves(watcher: Watcher, unix_time: float, kill: Kill) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Records of the recovery and of the move home, as far as they were done in time."""
+    recovery = rejoin = None
+    try:
+        recovery = await _ended(watcher, unix_time, kill, LOST)
+        rejoin = await _ended(watcher, unix_time, kill, REJOIN)
+    except SystemFailed as error:
+        kill.failure = str(error)
+    return recovery, rejoin
 
 
 async def _ended(watcher: Watcher, unix_time: float, kill: Kill, causes: Collection[str]) -> dict[str, Any]:
@@ -175,7 +191,7 @@ async def _ended(watcher: Watcher, unix_time: float, kill: Kill, causes: Collect
     what = " or ".join(sorted(causes))
     record = await until(f"a record of the {what}", ended, RECOVERY_TIMEOUT_SECONDS)
     if record["state"] != "done":
-        raise Void(f"the {what} is recorded as {record['state']}")
+        raise SystemFailed(f"the {what} is recorded as {record['state']}")
     return record
 
 
@@ -208,10 +224,11 @@ async def _until_settled(watcher: Watcher) -> None:
 
 
 def _told(plan: Plan, kill: Kill) -> str:
-    worst: Pause = max(kill.affected, key=lambda pause: pause.resumed_seconds)
-    return (
-        f"kill {kill.number} of {plan.kills}: {kill.node}, taken over by {kill.taken_over_by}: {len(kill.affected)} "
-        f"streams went on after at most {worst.resumed_seconds * 1e3:.0f} ms; "
-        f"lane back after {kill.rejoin_seconds:.1f} s, with a gap of {(kill.rejoin_gap_seconds or 0.0) * 1e3:.0f} ms "
-        f"({(kill.gap_before_rejoin_seconds or 0.0) * 1e3:.0f} ms before)"
-    )
+    told = [f"kill {kill.number} of {plan.kills}: {kill.node}, taken over by {kill.taken_over_by or 'nobody'}"]
+    if kill.affected:
+        worst: Pause = max(kill.affected, key=lambda pause: pause.resumed_seconds)
+        told.append(f"{len(kill.affected)} streams went on after at most {worst.resumed_seconds * 1e3:.0f} ms")
+    if kill.rejoin_seconds is not None:
+        gap, before = ((each or 0.0) * 1e3 for each in (kill.rejoin_gap_seconds, kill.gap_before_rejoin_seconds))
+        told.append(f"lane back after {kill.rejoin_seconds:.1f} s, with a gap of {gap:.0f} ms ({before:.0f} ms before)")
+    return "; ".join([*told, *kill.harm])

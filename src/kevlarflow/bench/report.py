@@ -18,7 +18,7 @@ from kevlarflow.bench.measure import Pause, percentile, ratios, spread
 from kevlarflow.bench.recipes import KEVLARFLOW, STOCK
 from kevlarflow.bench.replication_report import cost_table, draw_resume, memory_table, resume_table, transfer_table
 from kevlarflow.bench.results import Failover, Kill, Report, Startup, Throughput
-from kevlarflow.bench.table import NOTHING, Table, milliseconds, told_before
+from kevlarflow.bench.table import NOTHING, Table, milliseconds, told_before, verdict
 from kevlarflow.types import PHASES
 
 if TYPE_CHECKING:
@@ -79,6 +79,12 @@ def void(report: Report) -> list[str]:
         *(each for each in (report.replication_cost, report.standby_memory, report.transfer) if each),
     ]
     return [part.void for part in parts if part.void is not None]
+
+
+def harm(report: Report) -> list[str]:
+    """What the system has done wrong after kills, and before them."""
+    kills = report.failover.kills if report.failover else ()
+    return [f"kill {kill.number}: {each}" for kill in kills for each in kill.harm]
 
 
 # ---- no failure
@@ -193,7 +199,15 @@ def pauses_table(result: Failover) -> Table:
             rows.append((label, str(len(chosen)), str(len(affected)), *_pause_cells(affected, others)))
     remarks = told_before(result.attempts)
     remarks += [f"kill {kill.number}: void: {kill.void}" for kill in result.kills if kill.void is not None]
+    remarks += [f"kill {kill.number}: {each}" for kill in result.kills for each in kill.harm]
     remarks += [f"no further kills: {result.void}"] if result.void is not None else []
+    lost, failed = sum(len(kill.lost) for kill in result.kills), sum(kill.failure is not None for kill in kills)
+    if kills or lost:
+        remarks.append(
+            "Required: no stream lost, and each lane taken over and back in time. "
+            f"{lost} streams lost, {failed} of {len(kills)} kills not recovered from in time: "
+            f"{verdict(not lost and not failed)}."
+        )
     remarks.append(
         "next token: from SIGKILL to the very next one, even if it was on its way when the node died; longest wait: "
         "of each stream for a token, of those that began before the kill or at most one ordinary wait after it; "
@@ -219,7 +233,7 @@ def phases_table(result: Failover) -> Table:
     kills = [kill for kill in result.kills if kill.void is None]
     rows: list[tuple[str, ...]] = []
     for phase in PHASES:
-        values = [kill.phases[phase] for kill in kills]
+        values = [kill.phases[phase] for kill in kills if kill.phases]
         if values:
             rows.append((phase, milliseconds(percentile(values, 0.5)), milliseconds(max(values))))
     remarks = ["detect counts from the last proof of life."]
@@ -233,6 +247,7 @@ def kills_table(result: Failover) -> Table:
         "node",
         "taken over by",
         "streams",
+        "lost",
         "resumed, worst",
         "recovery",
         "recompute",
@@ -251,9 +266,9 @@ def _kill_row(kill: Kill) -> tuple[str, ...]:
         kill.node,
         kill.taken_over_by,
         str(len(kill.affected)),
-        milliseconds(max(pause.resumed_seconds for pause in kill.affected)),
-        milliseconds(kill.phases["total"]),
-        milliseconds(kill.phases["recompute"]),
+        str(len(kill.lost)),
+        milliseconds(max(pause.resumed_seconds for pause in kill.affected)) if kill.affected else NOTHING,
+        *(milliseconds(kill.phases[phase]) if kill.phases else NOTHING for phase in ("total", "recompute")),
         f"{kill.recomputed_tokens:,}",
         NOTHING if kill.rejoin_seconds is None else f"{kill.rejoin_seconds:.1f} s",
         *(NOTHING if each is None else milliseconds(each) for each in _rejoin_gaps(kill)),

@@ -1,6 +1,7 @@
 """What the experiments yield: plain data, the JSON of a report. Times are seconds.
 
-A round, start or kill whose load was not whole carries the reason in `void`, and counts for nothing.
+A round or start whose load was not whole carries the reason in `void`, and counts for nothing. What a system does wrong
+after a kill is that kill's outcome.
 """
 
 from __future__ import annotations
@@ -70,7 +71,17 @@ class Kill(msgspec.Struct):
     """The longest wait for a token of any stream while the lane moved there."""
     gap_before_rejoin_seconds: float | None = None
     """The longest just before, when nothing but the load went on."""
+    lost: list[str] = msgspec.field(default_factory=list)
+    """Streams that did not bring all of their tokens, whenever, and why."""
+    failure: str | None = None
+    """How the recovery or the move home failed, if one did: not in time, or recorded as something else than done."""
     void: str | None = None
+
+    @property
+    def harm(self) -> list[str]:
+        """What the system has done wrong."""
+        lost = [f"{len(self.lost)} streams lost ({self.lost[0]})"] if self.lost else []
+        return lost if self.failure is None else [*lost, self.failure]
 
 
 class Throughput(Repeatable):
