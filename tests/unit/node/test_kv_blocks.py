@@ -33,6 +33,37 @@ def test_a_block_is_restored_exactly_and_nothing_else_changes(dtype):
         assert not have[2:].any()
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 8), (1, 3, 1)], ids=["in large words", "in bytes"])
+@pytest.mark.parametrize(
+    "targets",
+    [range(3, 150), range(0, 200, 2), [*range(5, 25), 40, *range(60, 63), *range(100, 190)], [7]],
+    ids=["one row", "none beside another", "rows and others", "one"],
+)
+def test_many_copies_are_put_in_place_exactly_wherever_they_lie(targets, shape):
+    """As replicas: places of one arena, in any order."""
+    torch.manual_seed(0)
+    target = [torch.randn(200, *shape).to(torch.bfloat16) for _ in range(3)]
+    before = [layer.clone() for layer in target]
+    blocks = HostKvBlocks(target)
+    arena = memoryview(bytearray(torch.randint(0, 256, (300 * blocks.block_bytes,), dtype=torch.uint8).numpy()))
+    places = torch.randperm(300)[: len(targets)].tolist()
+    data = [arena[place * blocks.block_bytes : (place + 1) * blocks.block_bytes] for place in places]
+    blocks.write(list(zip(targets, data, strict=True)))
+    for block, copy in zip(targets, data, strict=True):
+        assert copied(blocks, block) == copy
+    untouched = sorted(set(range(200)) - set(targets))
+    for layer, was in zip(target, before, strict=True):
+        assert torch.equal(layer[untouched].view(torch.int16), was[untouched].view(torch.int16))
+
+
+def test_copies_that_lie_anywhere_are_put_in_place_too():
+    target = [torch.zeros(40, 2, 4, 8) for _ in range(3)]
+    blocks = HostKvBlocks(target)
+    data = [memoryview(bytearray([number]) * blocks.block_bytes) for number in range(30)]
+    blocks.write([(number + 2, each) for number, each in enumerate(data)])
+    assert [copied(blocks, number + 2) for number in range(30)] == data
+
+
 def test_what_was_read_does_not_follow_the_block():
     source = layers(torch.float32)
     blocks = HostKvBlocks(source)
