@@ -7,9 +7,10 @@ no fewer tokens.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from kevlarflow.node.lanes import Lane
 from kevlarflow.recovery.coverage import Replica, Worth
@@ -136,7 +137,7 @@ class LaneReplicas:
     def place_rest(self, lane: Lane) -> None:
         """Write what `place` kept; the store needs nothing of this lane any more."""
         self._write(lane, lane.rest)
-        placed = [dataclasses.replace(replica, worth=Worth.PREFIX) for replica, _ in lane.rest]
+        placed = [msgspec.structs.replace(replica, worth=Worth.PREFIX) for replica, _ in lane.rest]
         lane.rest.clear()
         self.begin(lane, placed, NO_CHANGE)
         self.end(lane, placed)

@@ -11,10 +11,11 @@ One `Coverage` belongs to one stage of one pipeline, and to one standby: with a 
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
+
+import msgspec
 
 from kevlarflow.recovery.ledger import Step
 from kevlarflow.recovery.use import Holders, Use
@@ -31,16 +32,27 @@ class Worth(enum.IntEnum):
     """A request that holds the block now."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Replica:
-    """A stored copy of a block: `filled` tokens of it are valid, from the first."""
+class Replica(msgspec.Struct, frozen=True, eq=False):
+    """A stored copy of a block: `filled` tokens of it are valid, from the first.
+
+    A recovery makes, sends and compares thousands, which a dataclass makes three times as slow.
+    """
 
     block: int
     generation: int
     filled: int
-    depth: int = dataclasses.field(default=0, compare=False)
+    depth: int = 0
     """Blocks before it in its request's table: the deeper, the cheaper to lose."""
-    worth: Worth = dataclasses.field(default=Worth.REQUEST, compare=False)
+    worth: Worth = Worth.REQUEST
+
+    def __eq__(self, other: object) -> bool:
+        """What it is worth, and how deep it lies, changes without it."""
+        if not isinstance(other, Replica):
+            return NotImplemented
+        return (self.block, self.generation, self.filled) == (other.block, other.generation, other.filled)
+
+    def __hash__(self) -> int:
+        return hash((self.block, self.generation, self.filled))
 
 
 class Generations:

@@ -11,11 +11,12 @@ changes later, a later copy tells it along.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import threading
 from collections.abc import Iterable
 from typing import NamedTuple
+
+import msgspec
 
 from kevlarflow.recovery.coverage import Replica, Worth
 from kevlarflow.recovery.use import Use
@@ -200,7 +201,7 @@ class ReplicationQueue:
                 return None
             worth = self._worth_of(replica)
             if replica.worth is not worth:
-                replica = dataclasses.replace(replica, worth=worth)
+                replica = msgspec.structs.replace(replica, worth=worth)
             self._sent[replica.block] = replica
             if copied.start == 0:
                 self._dropped.pop(replica.block, None)
@@ -240,7 +241,7 @@ class ReplicationQueue:
             for block, generation, worth in revalued:
                 sent = self._sent.get(block)
                 if sent is not None and sent.generation == generation:
-                    self._sent[block] = dataclasses.replace(sent, worth=worth)
+                    self._sent[block] = msgspec.structs.replace(sent, worth=worth)
 
     def not_sent(self, replica: Replica) -> None:
         """The copy could not be sent after all: it is due again."""

@@ -22,12 +22,13 @@ pinned: its replicas stay where they are, and no others of that lane are taken.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import heapq
 import itertools
 import threading
 from collections.abc import Iterable
 from typing import NamedTuple
+
+import msgspec
 
 from kevlarflow.recovery.coverage import Replica, Worth
 from kevlarflow.replication.blocks import KvBlocks
@@ -139,7 +140,7 @@ class StandbyStore:
             for block, generation, worth in revalued:
                 entry = self._entries.get((pipeline, block))
                 if entry is not None and entry.replica.generation == generation:
-                    self._enter(pipeline, entry._replace(replica=dataclasses.replace(entry.replica, worth=worth)))
+                    self._enter(pipeline, entry._replace(replica=msgspec.structs.replace(entry.replica, worth=worth)))
 
     def _go_on(self, pipeline: PipelineId, replica: Replica, data: memoryview, start: int) -> None:
         key = (pipeline, replica.block)
