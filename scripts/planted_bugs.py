@@ -650,6 +650,13 @@ MUTANTS = (
         "tests/unit/control/test_controller.py",
     ),
     Mutant(
+        "an order that is sent again is changed under its old epoch",
+        "recovery/formation.py",
+        "if isinstance(order, Form) and pipeline.id in grid.ordered:",
+        "if isinstance(order, Form) and order in grid.commands:",
+        "tests/unit/recovery/test_relinking.py",
+    ),
+    Mutant(
         "a lane moves to a node that is still catching up",
         "recovery/moves.py",
         "move.fewest_missing, move.nearer_at = missing, grid.now",

@@ -149,7 +149,7 @@ class Cluster(Grid):
         self.now = now
         self.cause = type(event).__name__
         self.passes_deadlines = isinstance(event, events.Tick)
-        self.commands = []
+        self.commands, self.ordered = [], set()
         _HANDLERS[type(event)](self, event)
         drain.reconcile(self)
         for pipeline in self.pipelines:

@@ -218,8 +218,8 @@ def balance(grid: Grid, pipeline: Pipeline) -> None:
     waits = pipeline.forming and isinstance(order, Form) and not set(orphans) <= set(order.orphans)
     if not waits and share == pipeline.shares:
         return
-    if isinstance(order, Form) and order in grid.commands:
-        # Somebody else has moved in the same moment: this is not on its way yet.
+    if isinstance(order, Form) and pipeline.id in grid.ordered:
+        # Somebody else has moved in the same moment: this is not on its way yet. One that is sent again may be.
         pipeline.shares = share
         pipeline.order = msgspec.structs.replace(order, shares=share, orphans=orphans)
         grid.commands[grid.commands.index(order)] = pipeline.order
@@ -265,6 +265,7 @@ def form(grid: Grid, pipeline: Pipeline, chosen: dict[Stage, NodeInfo], cause: C
     records.plan(grid, pipeline)
     _tell_of_loans(grid, pipeline, chosen, cause)
     grid.tell(subject(pipeline.id), f"is told to form in epoch {pipeline.epoch}: {', '.join(map(str, members))}")
+    grid.ordered.add(pipeline.id)
     grid.command(pipeline.order)
 
 

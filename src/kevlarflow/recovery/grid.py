@@ -53,6 +53,8 @@ class Grid:
         self.passes_deadlines = False
         """Whether this event is time itself. With others what would have met a deadline may still wait to be read."""
         self.commands: list[AnyCommand] = []
+        self.ordered: set[PipelineId] = set()
+        """Pipelines that this event has led to a new `Form` for."""
 
     # ---- looking
 

@@ -264,3 +264,19 @@ def test_a_node_is_drained_to_one_that_was_left_out_if_there_is_no_other():
                 driver.formed(pipeline, driver.cluster.pipelines[pipeline].epoch)
     assert members(driver) == ["node-0-0", "node-0-1"]
     assert driver.cluster.slots["node-1-1"].leave_by is not None
+
+
+def test_an_order_that_is_sent_again_while_another_pipeline_moves_in_says_what_it_said_before():
+    driver = serving()
+    other = PipelineId(1)
+    (first,) = orders(driver.do(events.PipelineStill(other, Epoch(1), 1.0)))
+    for _ in range(MOST_RELINKS):
+        stand_still(driver, 1)
+    ours = Epoch(driver.cluster.pipelines[0].epoch)
+    assert orders(driver.do(events.PipelineStill(OURS, ours, 1.0, (Stage(1),)))) == []
+    driver.now += 60.0
+    # It is said to an engine that has missed it; only the next one can say that there is less room from now on.
+    again, moved, shared = orders(driver.report(1, 8, epoch=1))
+    assert again == first
+    assert (moved.pipeline, moved.shares, members(driver)) == (OURS, 2, ["node-0-0", "node-1-1"])
+    assert (shared.pipeline, shared.epoch, shared.shares) == (other, first.epoch + 1, 2)
