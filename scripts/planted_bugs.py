@@ -650,6 +650,13 @@ MUTANTS = (
         "tests/unit/control/test_controller.py",
     ),
     Mutant(
+        "who kills a node after the controller has lost its memory is taken for the controller",
+        "recovery/nodes.py",
+        "    slot.was_ready = slot.was_fenced = False\n    grid.step_node",
+        "    slot.was_ready = False\n    grid.step_node",
+        "tests/unit/recovery/test_lost_memory.py",
+    ),
+    Mutant(
         "an order that is sent again is changed under its old epoch",
         "recovery/formation.py",
         "if isinstance(order, Form) and pipeline.id in grid.ordered:",

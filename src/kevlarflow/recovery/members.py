@@ -73,7 +73,7 @@ class Slot:
     was_ready: bool = False
     """Whether the member was ready in an earlier life of the controller, and has yet to introduce itself."""
     was_fenced: bool = False
-    """Whether an earlier life of the controller may have sent the member SIGKILL."""
+    """Whether an earlier life of the controller may have sent the member SIGKILL; then it never speaks to this one."""
     silent_since: float = 0.0
     """The last proof of life of a member that is being fenced."""
     silent_how: str = "did not answer"

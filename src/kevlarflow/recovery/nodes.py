@@ -100,7 +100,7 @@ def on_starting(grid: Grid, event: events.NodeStarting) -> None:
         slot.pids = event.pids
         slot.host = event.host
         # A controller without memory has taken it for one that has started already.
-        slot.was_ready = False
+        slot.was_ready = slot.was_fenced = False
         slot.ready_by = slot.started_at + grid.config.timeouts.startup_timeout_s
 
 
@@ -128,7 +128,7 @@ def on_ready(grid: Grid, event: events.NodeReady) -> None:
     if not slot.was_ready:
         grid.start_seconds.append(grid.now - slot.started_at)
         slot.ready_at = grid.now
-    slot.was_ready = False
+    slot.was_ready = slot.was_fenced = False
     grid.step_node(slot, NodeStep.READY)
     if slot.emptied_for is not None:
         # An earlier life of the controller has begun to empty it.

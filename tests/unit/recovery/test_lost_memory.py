@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from cluster_driver import Driver, member
+import pytest
+
+from cluster_driver import Driver, member, orders
 from kevlarflow.recovery import events
 from kevlarflow.recovery.events import KillEngine, KillNode, KnownNode, Snapshot, StartNode
-from kevlarflow.types import EngineState, Epoch, PipelineId
+from kevlarflow.types import Computing, EngineState, Epoch, Loss, PipelineId
 from toy_world import pid_of
 
 TIMES = Driver().config.timeouts
@@ -15,7 +17,10 @@ NODES = ("node-0-0", "node-0-1", "node-1-0", "node-1-1")
 
 
 def found(*others: KnownNode, engines: dict[PipelineId, int] | None = None) -> Snapshot:
-    nodes = (KnownNode(member(node), (pid_of(member(node)),), ready=True, failed_starts=0) for node in NODES)
+    # As `kevlarflow.control.relatives` has it: whom the life before has sent SIGKILL nobody knows.
+    nodes = (
+        KnownNode(member(node), (pid_of(member(node)),), ready=True, failed_starts=0, fenced=True) for node in NODES
+    )
     return Snapshot(nodes=(*nodes, *others), epochs={}, served=True, engines=engines or {})
 
 
@@ -108,3 +113,45 @@ def test_once_all_serve_that_is_over():
     assert not serving.cluster.snapshot().forgetful
     serving.exited("node-0-1")
     assert serving.cluster.snapshot().forgetful
+
+
+def speaks(driver, node, *, starts=False):
+    if starts:
+        driver.do(events.NodeStarting(member(node), "here", (pid_of(member(node)),)))
+    driver.ready(node)
+
+
+def kill(driver, node):
+    """Somebody else does; returns what is said to be lost with it."""
+    step = Computing(PipelineId(0), Epoch(1), 5)
+    (order,) = orders(driver.do(events.NodeExited(member(node), driver.now, step, "SIGKILL", from_outside=True)))
+    return order.losses
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("starts", [False, True])
+def test_somebody_who_kills_a_node_that_has_spoken_since_costs_no_request(starts, restarts):
+    driver, _ = resumed(found())
+    for again in (False, True)[: 1 + restarts]:
+        if again:
+            driver.restart()
+        for node in NODES:
+            speaks(driver, node, starts=starts and not again)
+        driver.attach(0, epoch=1, members=(member("node-0-0"), member("node-0-1")))
+    assert kill(driver, "node-0-1") == (Loss(member("node-0-1"), Computing()),)
+
+
+def test_nor_is_one_that_is_killed_while_it_loads_taken_for_killed_by_the_life_before():
+    driver, _ = resumed(found())
+    driver.do(events.NodeStarting(member("node-0-1"), "here", (pid_of(member("node-0-1")),)))
+    driver.do(events.NodeExited(member("node-0-1"), driver.now, None, "SIGKILL", from_outside=True))
+    assert driver.cluster.slots["node-0-1"].hurt_from_outside
+
+
+def test_one_that_has_not_spoken_may_have_been_killed_for_hanging():
+    driver, _ = resumed(found())
+    for node in ("node-0-0", "node-1-0", "node-1-1"):
+        driver.ready(node)
+    step = Computing(PipelineId(0), Epoch(1), 5)
+    driver.do(events.NodeExited(member("node-0-1"), driver.now, step, "SIGKILL", from_outside=True))
+    assert driver.cluster.slots["node-0-1"].computing == step
