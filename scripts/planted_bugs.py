@@ -664,6 +664,13 @@ MUTANTS = (
         "tests/unit/recovery/test_relinking.py",
     ),
     Mutant(
+        "a stage that has all its KV does not wait for another one",
+        "recovery/moves.py",
+        "        if missing <= _tolerable_tokens(pipeline):\n",
+        "        if False:\n",
+        "tests/unit/recovery/test_moves.py",
+    ),
+    Mutant(
         "a lane moves to a node that is still catching up",
         "recovery/moves.py",
         "move.fewest_missing, move.nearer_at = missing, grid.now",

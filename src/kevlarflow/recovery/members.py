@@ -183,7 +183,7 @@ class Move:
     since: float
     """When it became possible."""
     nearer_at: float
-    """When it did, or its new node last came a good deal nearer to having all KV."""
+    """When it did, or its new node last came a good deal nearer to having all KV, or had it."""
     fewest_missing: int | None = None
     """The fewest tokens that the new node was a good deal nearer with; None: nobody has said yet."""
     hastened: bool = False

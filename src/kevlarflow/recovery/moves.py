@@ -91,6 +91,9 @@ def _note_progress(grid: Grid, pipeline: Pipeline) -> None:
             move.fewest_missing = missing
         elif missing < move.fewest_missing and missing <= (1 - NEARER_SHARE) * move.fewest_missing:
             move.fewest_missing, move.nearer_at = missing, grid.now
+        if missing <= _tolerable_tokens(pipeline):
+            # It cannot come any nearer, and waits for the others.
+            move.nearer_at = grid.now
 
 
 def _hasten(grid: Grid, pipeline: Pipeline) -> None:
@@ -114,10 +117,14 @@ def _is_the_moment(grid: Grid, pipeline: Pipeline) -> bool:
     for move in pipeline.moves.values():
         if grid.now - move.nearer_at >= patience or grid.now - move.since >= longest:
             return True
-    report = pipeline.engine.report
-    tolerable = MOVE_LAG_TOKENS * report.running if report is not None else 0
     lags = [_missing_tokens(pipeline, stage, move) for stage, move in pipeline.moves.items()]
-    return all(lag is not None and lag <= tolerable for lag in lags)
+    return all(lag is not None and lag <= _tolerable_tokens(pipeline) for lag in lags)
+
+
+def _tolerable_tokens(pipeline: Pipeline) -> int:
+    """So many tokens may be missing when a lane moves."""
+    report = pipeline.engine.report
+    return MOVE_LAG_TOKENS * report.running if report is not None else 0
 
 
 def _is_pressed(grid: Grid, pipeline: Pipeline) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from cluster_driver import Driver, lines, member, orders
+from kevlarflow.recovery import events
 from kevlarflow.recovery.events import AssignStandbys, Hasten
 from kevlarflow.recovery.moves import HASTEN_LAG_TOKENS, MOST_PATIENCE, MOVE_LAG_TOKENS, PRESSED_SECONDS
-from kevlarflow.types import Cause, Epoch, PipelineId, Stage
+from kevlarflow.types import Cause, Epoch, NodeId, PipelineId, Stage
 
 PATIENCE_SECONDS = Driver().config.timeouts.move_patience_ms / 1_000
 
@@ -99,13 +100,19 @@ def test_a_node_that_is_lost_again_does_not_get_its_lane():
     assert form.nodes[1].member == member("node-0-1", 3)
 
 
-def test_stages_move_together():
+def both_back() -> Driver:
+    """Pipeline 0 works on the nodes of pipeline 1, and its own are back."""
     driver = Driver(replication=True).serve()
     driver.exited("node-0-0")
     driver.exited("node-0-1")
     driver.formed(0, 3)
     driver.ready("node-0-0", 2)
     driver.ready("node-0-1", 2)
+    return driver
+
+
+def test_stages_move_together():
+    driver = both_back()
     first = (0, "node-0-0#2", 1_000, 1_000)
     assert orders(driver.report(0, 8, coverage=[first, (1, "node-0-1#2", 1_000, 200)], epoch=3)) == []
     (form,) = orders(driver.report(0, 8, coverage=[first, (1, "node-0-1#2", 1_000, 1_000)], epoch=3))
@@ -141,8 +148,10 @@ def test_a_donor_that_dies_while_the_lane_goes_home_does_not_hold_it_up():
     assert again.epoch > home.epoch
 
 
-def lacking(driver: Driver, missing: int):
-    return orders(driver.report(0, 8, coverage=[(1, "node-0-1#2", 9_000, 9_000 - missing)], epoch=2))
+def lacking(driver: Driver, missing: int, waiting: int = 0):
+    """What follows from a report, and from a look at the clock."""
+    coverage = [(1, "node-0-1#2", 9_000, 9_000 - missing)]
+    return orders([*driver.report(0, 8, waiting, coverage=coverage, epoch=2), *driver.tick()])
 
 
 def test_a_new_node_that_comes_nearer_all_the_time_is_waited_for():
@@ -194,8 +203,19 @@ def test_one_that_does_not_come_nearer_any_more_is_waited_for_no_longer():
 def test_even_one_that_comes_nearer_is_not_waited_for_for_ever():
     driver = borrowing()
     begun, missing = driver.now, 1_000_000
-    while not orders(driver.report(0, 8, coverage=[(1, "node-0-1#2", missing, 0)], epoch=2)):
+    while not orders([*driver.report(0, 8, coverage=[(1, "node-0-1#2", missing, 0)], epoch=2), *driver.tick()]):
         driver.now += PATIENCE_SECONDS / 2
         missing = int(missing * 0.89)
         assert driver.now - begun <= MOST_PATIENCE * PATIENCE_SECONDS
     assert driver.now - begun == pytest.approx(MOST_PATIENCE * PATIENCE_SECONDS)
+
+
+def test_a_stage_that_has_all_of_it_waits_for_one_that_comes_nearer():
+    driver = both_back()
+    begun, missing = driver.now, 8_000
+    while missing > 8 * MOVE_LAG_TOKENS:
+        rows = [(0, "node-0-0#2", 9_000, 9_000), (1, "node-0-1#2", 9_000, 9_000 - missing)]
+        assert orders([*driver.report(0, 8, coverage=rows, epoch=3), *driver.tick()]) == [], driver.now - begun
+        driver.now += PATIENCE_SECONDS / 4
+        missing = int(missing * 0.8)
+    assert driver.now - begun > 4 * PATIENCE_SECONDS
