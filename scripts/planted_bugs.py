@@ -671,6 +671,20 @@ MUTANTS = (
         "tests/unit/recovery/test_moves.py",
     ),
     Mutant(
+        "a lane moves before it was read how near its new node has come while the controller stood still",
+        "recovery/moves.py",
+        "(grid.passes_deadlines and _is_overdue(grid, pipeline))",
+        "_is_overdue(grid, pipeline)",
+        "tests/unit/recovery/test_moves.py",
+    ),
+    Mutant(
+        "who was told to leave is killed since the controller stood still",
+        "recovery/nodes.py",
+        "            slot.leave_by += pause\n",
+        "            pass\n",
+        "tests/unit/recovery/test_drain.py",
+    ),
+    Mutant(
         "a lane moves to a node that is still catching up",
         "recovery/moves.py",
         "move.fewest_missing, move.nearer_at = missing, grid.now",

@@ -103,10 +103,7 @@ def _excuse(grid: Grid, pause: float) -> None:
         grid.resumed_at += pause
     nodes.excuse(grid, pause)
     waiting.excuse(grid, pause)
-    for pipeline in grid.pipelines:
-        for move in pipeline.moves.values():
-            move.since += pause
-            move.nearer_at += pause
+    moves.excuse(grid, pause)
 
 
 _HANDLERS: dict[type, Callable[[Grid, Any], None]] = {

@@ -122,7 +122,7 @@ def reconcile(grid: Grid) -> None:
 
 def _see_it_leave(grid: Grid, slot: Slot) -> None:
     assert slot.leave_by is not None, "it was told to leave"
-    if grid.now >= slot.leave_by:
+    if grid.passes_deadlines and grid.now >= slot.leave_by:
         slot.leave_by = grid.now + grid.config.timeouts.stop_grace_s
         grid.command(KillNode(slot.member, slot.pids))
 

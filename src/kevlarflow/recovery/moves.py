@@ -50,6 +50,16 @@ def reconcile(grid: Grid, pipeline: Pipeline) -> None:
         _move(grid, pipeline)
 
 
+def excuse(grid: Grid, pause: float) -> None:
+    """The controller stood still: how near new nodes have come, and who still waits for room, has yet to be heard."""
+    for pipeline in grid.pipelines:
+        for move in pipeline.moves.values():
+            move.since = min(grid.now, move.since + pause)
+            move.nearer_at = min(grid.now, move.nearer_at + pause)
+        if pipeline.engine.pressed_since is not None:
+            pipeline.engine.pressed_since = grid.now
+
+
 def _note_wishes(grid: Grid, pipeline: Pipeline) -> None:
     for stage in range(len(pipeline.members)):
         wish = _wish(grid, pipeline, Stage(stage))
@@ -110,15 +120,22 @@ def _hasten(grid: Grid, pipeline: Pipeline) -> None:
 
 def _is_the_moment(grid: Grid, pipeline: Pipeline) -> bool:
     """Whether all lanes that want to move can do so with next to no loss, or one of them has waited long enough."""
-    if pipeline.engine.quiet:
-        return True
-    patience = grid.config.timeouts.move_patience_ms / 1_000
-    longest = patience if _is_pressed(grid, pipeline) else MOST_PATIENCE * patience
-    for move in pipeline.moves.values():
-        if grid.now - move.nearer_at >= patience or grid.now - move.since >= longest:
-            return True
+    return (
+        pipeline.engine.quiet or _all_have_arrived(pipeline) or (grid.passes_deadlines and _is_overdue(grid, pipeline))
+    )
+
+
+def _all_have_arrived(pipeline: Pipeline) -> bool:
     lags = [_missing_tokens(pipeline, stage, move) for stage, move in pipeline.moves.items()]
     return all(lag is not None and lag <= _tolerable_tokens(pipeline) for lag in lags)
+
+
+def _is_overdue(grid: Grid, pipeline: Pipeline) -> bool:
+    patience = grid.config.timeouts.move_patience_ms / 1_000
+    longest = patience if _is_pressed(grid, pipeline) else MOST_PATIENCE * patience
+    return any(
+        grid.now - move.nearer_at >= patience or grid.now - move.since >= longest for move in pipeline.moves.values()
+    )
 
 
 def _tolerable_tokens(pipeline: Pipeline) -> int:

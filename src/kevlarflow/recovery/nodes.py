@@ -208,12 +208,14 @@ def fence(grid: Grid, slot: Slot, silent_since: float, what: str) -> None:
 
 
 def excuse(grid: Grid, pause: float) -> None:
-    """The controller stood still: give those who have yet to introduce themselves, or to be spared, that time."""
+    """The controller stood still: give that time to those who have yet to introduce themselves, be spared or leave."""
     for slot in grid.slots.values():
         if slot.ready_by is not None:
             slot.ready_by += pause
         if slot.stuck_since is not None:
-            slot.stuck_since += pause
+            slot.stuck_since = min(grid.now, slot.stuck_since + pause)
+        if slot.leave_by is not None:
+            slot.leave_by += pause
         if slot.start_at is not None and slot.incarnation == 0:
             # After a loss of memory somebody may be alive in that place.
             slot.start_at += pause

@@ -284,3 +284,17 @@ def test_an_empty_place_stays_empty_when_what_was_to_fill_it_does_not_get_ready(
     driver.ready("node-0-1", 3)
     commands = driver.exited("node-0-1", 3) + driver.tick(2.0)
     assert any(isinstance(command, StartNode) for command in commands)
+
+
+def test_a_node_that_was_told_to_leave_is_not_killed_for_a_pause_of_the_controller():
+    driver = Driver(replication=True).serve()
+    drain(driver, "node-0-1")
+    driver.report(0, 8, coverage=STANDBY_HAS_ALL, epoch=1)
+    driver.formed(0, 2)
+    grace = driver.config.timeouts.stop_grace_s
+    pause = 2.0 * grace
+    driver.now += pause
+    # Its telling so, and its exit, may have yet to be read.
+    assert not any(isinstance(command, KillNode) for command in driver.report(0, 8, epoch=2))
+    assert not any(isinstance(command, KillNode) for command in driver.do(events.Tick.after(pause)))
+    assert any(isinstance(command, KillNode) for command in driver.tick(grace))

@@ -8,7 +8,7 @@ from cluster_driver import Driver, lines, member, orders
 from kevlarflow.recovery import events
 from kevlarflow.recovery.events import AssignStandbys, Hasten
 from kevlarflow.recovery.moves import HASTEN_LAG_TOKENS, MOST_PATIENCE, MOVE_LAG_TOKENS, PRESSED_SECONDS
-from kevlarflow.types import Cause, Epoch, NodeId, PipelineId, Stage
+from kevlarflow.types import Cause, Epoch, PipelineId, Stage
 
 PATIENCE_SECONDS = Driver().config.timeouts.move_patience_ms / 1_000
 
@@ -184,7 +184,8 @@ def test_where_requests_wait_for_room_it_is_not_waited_for_any_longer(pipeline):
         waiting["coverage"] = [(1, "node-0-1#2", 9_000, 6_000)]
     assert orders(driver.report(pipeline, **waiting)) == []
     driver.now += PRESSED_SECONDS
-    assert orders(driver.report(pipeline, **waiting)) == [home(driver)]
+    assert orders(driver.report(pipeline, **waiting)) == []
+    assert orders(driver.tick()) == [home(driver)]
 
 
 def test_one_that_does_not_come_nearer_any_more_is_waited_for_no_longer():
@@ -219,3 +220,25 @@ def test_a_stage_that_has_all_of_it_waits_for_one_that_comes_nearer():
         driver.now += PATIENCE_SECONDS / 4
         missing = int(missing * 0.8)
     assert driver.now - begun > 4 * PATIENCE_SECONDS
+
+
+def test_a_pause_of_the_controller_does_not_use_up_the_patience():
+    driver = borrowing()
+    assert lacking(driver, 8_000) == []
+    pause = 2 * PATIENCE_SECONDS
+    driver.now += pause
+    # What was sent meanwhile is read first.
+    assert orders(driver.report(0, 8, coverage=[(1, "node-0-1#2", 9_000, 1_100)], epoch=2)) == []
+    assert orders(driver.do(events.Tick.after(pause))) == []
+    assert orders(driver.tick(PATIENCE_SECONDS)) == [home(driver)]
+
+
+def test_a_pause_of_the_controller_makes_nobody_wait_for_room_for_long():
+    driver = borrowing()
+    for missing in (8_000, 6_400, 5_100):
+        assert lacking(driver, missing) == []
+        driver.now += PATIENCE_SECONDS / 3
+    assert lacking(driver, 4_000) == []
+    assert lacking(driver, 4_000, waiting=1) == []
+    assert orders(driver.pause(PATIENCE_SECONDS)) == []
+    assert lacking(driver, 3_200) == []
