@@ -106,7 +106,8 @@ def _adopt(grid: Grid, pipeline: Pipeline, claim: events.EngineAttached) -> bool
         slot.member if slot is not None and slot.living and slot.stage == stage else None
         for stage, slot in enumerate(slots)
     ]
-    pipeline.formed = True
+    # It may have been taken over before, while it was forming still.
+    pipeline.forming, pipeline.formed = False, True
     pipeline.shares = claim.shares
     pipeline.leaving -= {member for member in pipeline.members if member is not None}
     grid.step_pipeline(pipeline, PipelineStep.SERVE)

@@ -147,3 +147,10 @@ def test_nobody_waits_for_long_for_a_node_that_does_not_speak():
     assert not orders(driver.tick(settle - 0.6))
     (order,) = orders(driver.tick(0.6))
     assert isinstance(order, Suspend)
+
+
+def test_an_engine_that_introduces_itself_again_has_formed_meanwhile():
+    driver = taken_over(forming=True)
+    driver.attach(0, 70, 2, BORROWED, shares=2)
+    assert driver.state(0) is PipelineState.SERVING
+    assert [each.state for each in driver.cluster.recoveries] == [RecoveryState.DONE]
