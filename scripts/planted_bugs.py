@@ -673,8 +673,8 @@ MUTANTS = (
     Mutant(
         "a lane moves before it was read how near its new node has come while the controller stood still",
         "recovery/moves.py",
-        "(grid.passes_deadlines and _is_overdue(grid, pipeline))",
-        "_is_overdue(grid, pipeline)",
+        "return grid.passes_deadlines and _is_overdue(grid, pipeline, movable)",
+        "return _is_overdue(grid, pipeline, movable)",
         "tests/unit/recovery/test_moves.py",
     ),
     Mutant(
@@ -683,6 +683,20 @@ MUTANTS = (
         "            slot.leave_by += pause\n",
         "            pass\n",
         "tests/unit/recovery/test_drain.py",
+    ),
+    Mutant(
+        "the wait of a lane that moves begins anew whenever its new node is silent for a moment",
+        "recovery/moves.py",
+        "        if move is not None and _is_suspect(grid, move):\n",
+        "        if False:\n",
+        "tests/unit/recovery/test_moves.py",
+    ),
+    Mutant(
+        "the wait of a lane that moves begins anew with every link that broke",
+        "recovery/moves.py",
+        "        if pipeline.holes or pipeline.unrestored:\n",
+        "        if True:\n",
+        "tests/unit/recovery/test_moves.py",
     ),
     Mutant(
         "a lane moves to a node that is still catching up",

@@ -180,6 +180,8 @@ class Move:
 
     target: NodeInfo
     cause: Cause
+    epoch: Epoch
+    """In which it waits. The same nodes may be formed anew meanwhile."""
     since: float
     """When it became possible."""
     nearer_at: float

@@ -11,7 +11,8 @@ A quiet engine skips both strides, since it has nothing to copy; and `move_patie
 lane moves in any case: without replication that is the only way under load. Where the new node comes nearer all the
 time, over a slow link, it is waited for longer, since to compute what it lacks is a pause for all streams; but not if
 requests wait for room, which two pipelines that share a node lack more of. Stages of one pipeline that want to move
-wait for one another within that time, because each move is a pause.
+wait for one another within that time, because each move is a pause. It does not begin anew when the new node is silent
+for a moment, in which nothing moves to it, or when the pipeline is formed once more with the nodes that it has.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kevlarflow.recovery.formation import candidates, form
 from kevlarflow.recovery.grid import Grid
 from kevlarflow.recovery.members import Move, Pipeline
 from kevlarflow.recovery.planner import choose
-from kevlarflow.types import Cause, LaneCoverage, NodeInfo, PipelineState, Stage
+from kevlarflow.types import Cause, LaneCoverage, NodeInfo, NodeState, PipelineState, Stage
 
 HASTEN_LAG_TOKENS = 512
 """With no more than this many tokens missing a lane is hastened: the standby then catches up within a second."""
@@ -39,15 +40,17 @@ MOVE_LAG_TOKENS = 2
 def reconcile(grid: Grid, pipeline: Pipeline) -> None:
     """Note which lanes of the pipeline are to move; move them when their moment has come."""
     if pipeline.state is not PipelineState.SERVING or not pipeline.formed:
-        pipeline.moves.clear()
+        if pipeline.holes or pipeline.unrestored:
+            pipeline.moves.clear()
         return
     _note_wishes(grid, pipeline)
     if not pipeline.moves:
         return
     _note_progress(grid, pipeline)
     _hasten(grid, pipeline)
-    if _is_the_moment(grid, pipeline):
-        _move(grid, pipeline)
+    movable = {stage: move for stage, move in pipeline.moves.items() if not _is_suspect(grid, move)}
+    if movable and _is_the_moment(grid, pipeline, movable):
+        _move(grid, pipeline, movable)
 
 
 def excuse(grid: Grid, pause: float) -> None:
@@ -61,25 +64,44 @@ def excuse(grid: Grid, pause: float) -> None:
 
 
 def _note_wishes(grid: Grid, pipeline: Pipeline) -> None:
-    for stage in range(len(pipeline.members)):
-        wish = _wish(grid, pipeline, Stage(stage))
-        if wish is None:
-            pipeline.moves.pop(Stage(stage), None)
+    for stage in map(Stage, range(len(pipeline.members))):
+        move = pipeline.moves.get(stage)
+        if _is_well(grid, pipeline, stage):
+            pipeline.moves.pop(stage, None)
             continue
-        target, cause = wish
-        move = pipeline.moves.get(Stage(stage))
-        if move is None or move.target != target:
-            pipeline.moves[Stage(stage)] = Move(target, cause, since=grid.now, nearer_at=grid.now)
+        if move is not None and _is_suspect(grid, move):
+            # It is likely to be only busy: `recovery.standbys` keeps it as well.
+            continue
+        wish = _wish(grid, pipeline, stage)
+        if wish is None:
+            pipeline.moves.pop(stage, None)
+        elif move is None or move.target != wish[0]:
+            target, cause = wish
+            pipeline.moves[stage] = Move(target, cause, pipeline.epoch, since=grid.now, nearer_at=grid.now)
+        elif move.epoch != pipeline.epoch:
+            # It was formed anew, with the same nodes: what is missing then, and that it is near, has to be said again.
+            pipeline.moves[stage] = Move(*wish, pipeline.epoch, since=move.since, nearer_at=grid.now)
+
+
+def _is_well(grid: Grid, pipeline: Pipeline, stage: Stage) -> bool:
+    """Whether a lane is where it belongs, or nowhere."""
+    member = pipeline.members[stage]
+    if member is None:
+        return True
+    slot = grid.slots[member.node]
+    return slot.emptied_for is None and slot.pipeline == pipeline.id
+
+
+def _is_suspect(grid: Grid, move: Move) -> bool:
+    slot = grid.slot_of(move.target.member)
+    return slot is not None and slot.state is NodeState.SUSPECT and slot.living
 
 
 def _wish(grid: Grid, pipeline: Pipeline, stage: Stage) -> tuple[NodeInfo, Cause] | None:
-    """Where a lane should be instead of where it is, and why; None when it is well where it is."""
+    """Where a lane that is not well where it is should be, and why; None when nobody can have it."""
     member = pipeline.members[stage]
-    if member is None:
-        return None
+    assert member is not None, "a stage without a node has no lane to move"
     slot = grid.slots[member.node]
-    if slot.emptied_for is None and slot.pipeline == pipeline.id:
-        return None
     target = choose(candidates(grid, pipeline, stage, besides=member), pipeline.id, len(grid.pipelines))
     if target is None and slot.emptied_for is not None:
         # Who was left out is taken again where there is nobody else.
@@ -118,11 +140,11 @@ def _hasten(grid: Grid, pipeline: Pipeline) -> None:
         grid.command(Hasten(pipeline.id, pipeline.epoch, tuple(near)))
 
 
-def _is_the_moment(grid: Grid, pipeline: Pipeline) -> bool:
+def _is_the_moment(grid: Grid, pipeline: Pipeline, movable: dict[Stage, Move]) -> bool:
     """Whether all lanes that want to move can do so with next to no loss, or one of them has waited long enough."""
-    return (
-        pipeline.engine.quiet or _all_have_arrived(pipeline) or (grid.passes_deadlines and _is_overdue(grid, pipeline))
-    )
+    if pipeline.engine.quiet or (len(movable) == len(pipeline.moves) and _all_have_arrived(pipeline)):
+        return True
+    return grid.passes_deadlines and _is_overdue(grid, pipeline, movable)
 
 
 def _all_have_arrived(pipeline: Pipeline) -> bool:
@@ -130,12 +152,10 @@ def _all_have_arrived(pipeline: Pipeline) -> bool:
     return all(lag is not None and lag <= _tolerable_tokens(pipeline) for lag in lags)
 
 
-def _is_overdue(grid: Grid, pipeline: Pipeline) -> bool:
+def _is_overdue(grid: Grid, pipeline: Pipeline, movable: dict[Stage, Move]) -> bool:
     patience = grid.config.timeouts.move_patience_ms / 1_000
     longest = patience if _is_pressed(grid, pipeline) else MOST_PATIENCE * patience
-    return any(
-        grid.now - move.nearer_at >= patience or grid.now - move.since >= longest for move in pipeline.moves.values()
-    )
+    return any(grid.now - move.nearer_at >= patience or grid.now - move.since >= longest for move in movable.values())
 
 
 def _tolerable_tokens(pipeline: Pipeline) -> int:
@@ -165,11 +185,11 @@ def _coverage(pipeline: Pipeline, stage: Stage) -> LaneCoverage | None:
     return next((row for row in rows if row.stage == stage), None)
 
 
-def _move(grid: Grid, pipeline: Pipeline) -> None:
+def _move(grid: Grid, pipeline: Pipeline, movable: dict[Stage, Move]) -> None:
     """All in one go."""
-    chosen = {stage: move.target for stage, move in pipeline.moves.items()}
-    cause = next(iter(pipeline.moves.values())).cause
-    for stage, move in pipeline.moves.items():
+    chosen = {stage: move.target for stage, move in movable.items()}
+    cause = next(iter(movable.values())).cause
+    for stage, move in movable.items():
         member = pipeline.members[stage]
         assert member is not None, "a stage without a node has no lane to move"
         records.begin(grid, pipeline, stage, move.cause, grid.slots[member.node])

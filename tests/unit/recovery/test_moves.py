@@ -242,3 +242,58 @@ def test_a_pause_of_the_controller_makes_nobody_wait_for_room_for_long():
     assert lacking(driver, 4_000, waiting=1) == []
     assert orders(driver.pause(PATIENCE_SECONDS)) == []
     assert lacking(driver, 3_200) == []
+
+
+def suspicion(driver: Driver) -> None:
+    """The new node is silent for a moment, at a time at which nothing would have moved."""
+    driver.suspected("node-0-1", 2)
+    driver.tick()
+    driver.cleared("node-0-1", 2)
+
+
+def relinking(driver: Driver) -> None:
+    """Something was lost on its way, and is sent again."""
+    ours = driver.cluster.pipelines[0]
+    epoch = ours.epoch
+    driver.do(events.PipelineStill(ours.id, epoch, 1.0))
+    driver.tick()
+    assert ours.epoch > epoch
+    driver.formed(0, ours.epoch)
+
+
+@pytest.mark.parametrize("interrupt", [suspicion, relinking])
+def test_what_befalls_it_meanwhile_does_not_begin_the_wait_anew(interrupt):
+    driver = borrowing()
+    ours = driver.cluster.pipelines[0]
+    begun, missing, turn = driver.now, 10_000_000, 0
+    while driver.cluster.pipelines[0].members[1] == member("node-1-1"):
+        row = (1, "node-0-1#2", missing, 0)
+        driver.report(0, 8, coverage=[row], epoch=ours.epoch)
+        driver.tick()
+        if turn % 10 == 9:
+            interrupt(driver)
+        driver.now += PATIENCE_SECONDS / 2
+        missing, turn = int(missing * 0.89), turn + 1
+        assert driver.now - begun <= (MOST_PATIENCE + 1) * PATIENCE_SECONDS
+    assert driver.now - begun >= MOST_PATIENCE * PATIENCE_SECONDS
+
+
+def test_an_engine_that_is_formed_anew_with_the_same_nodes_is_told_again_that_a_lane_is_near():
+    driver = borrowing()
+    ours = driver.cluster.pipelines[0]
+    row = (1, "node-0-1#2", 1_000, 900)
+    assert driver.report(0, 8, coverage=[row], epoch=2) == [Hasten(ours.id, Epoch(2), (Stage(1),))]
+    relinking(driver)
+    epoch = Epoch(ours.epoch)
+    assert driver.report(0, 8, coverage=[row], epoch=epoch) == [Hasten(ours.id, epoch, (Stage(1),))]
+
+
+def test_a_lane_does_not_move_to_a_suspect():
+    driver = borrowing()
+    lacking(driver, 8_000)
+    driver.suspected("node-0-1", 2)
+    assert orders(driver.tick(MOST_PATIENCE * PATIENCE_SECONDS)) == []
+    assert orders(driver.report(0, epoch=2)) == []
+    driver.report(0, 8, epoch=2)
+    driver.cleared("node-0-1", 2)
+    assert orders(driver.tick()) == [home(driver)]
