@@ -699,6 +699,13 @@ MUTANTS = (
         "tests/unit/recovery/test_moves.py",
     ),
     Mutant(
+        "a drained node gives its lane away early where requests wait for the room that this takes",
+        "recovery/moves.py",
+        "if is_pressed and move.cause is Cause.REJOIN else",
+        "if is_pressed else",
+        "tests/unit/recovery/test_moves.py",
+    ),
+    Mutant(
         "a lane moves to a node that is still catching up",
         "recovery/moves.py",
         "move.fewest_missing, move.nearer_at = missing, grid.now",

@@ -160,7 +160,7 @@ class Engine:
     """When it last attached or reported, or since when somebody listened."""
     kv_blocks: int = 0
     pressed_since: float | None = None
-    """Since when each of its reports tells of requests that wait for room; None: the last one does not."""
+    """Since when each of its reports tells of requests that wait, perhaps for room; None: the last one does not."""
 
     @property
     def living(self) -> bool:

@@ -10,9 +10,10 @@ is recomputed while the streams wait. So a lane is moved in three strides:
 A quiet engine skips both strides, since it has nothing to copy; and `move_patience_ms` after it became possible a
 lane moves in any case: without replication that is the only way under load. Where the new node comes nearer all the
 time, over a slow link, it is waited for longer, since to compute what it lacks is a pause for all streams; but not if
-requests wait for room, which two pipelines that share a node lack more of. Stages of one pipeline that want to move
-wait for one another within that time, because each move is a pause. It does not begin anew when the new node is silent
-for a moment, in which nothing moves to it, or when the pipeline is formed once more with the nodes that it has.
+the lane goes home and requests wait for room, which two pipelines that share a node lack more of. Stages of one
+pipeline that want to move wait for one another within that time, because each move is a pause. It does not begin anew
+when the new node is silent for a moment, in which nothing moves to it, or when the pipeline is formed once more with
+the nodes that it has.
 """
 
 from __future__ import annotations
@@ -154,8 +155,13 @@ def _all_have_arrived(pipeline: Pipeline) -> bool:
 
 def _is_overdue(grid: Grid, pipeline: Pipeline, movable: dict[Stage, Move]) -> bool:
     patience = grid.config.timeouts.move_patience_ms / 1_000
-    longest = patience if _is_pressed(grid, pipeline) else MOST_PATIENCE * patience
-    return any(grid.now - move.nearer_at >= patience or grid.now - move.since >= longest for move in movable.values())
+    is_pressed = _is_pressed(grid, pipeline)
+    for move in movable.values():
+        # Only a lane that goes home gives room; any other takes some.
+        longest = patience if is_pressed and move.cause is Cause.REJOIN else MOST_PATIENCE * patience
+        if grid.now - move.nearer_at >= patience or grid.now - move.since >= longest:
+            return True
+    return False
 
 
 def _tolerable_tokens(pipeline: Pipeline) -> int:
@@ -166,6 +172,9 @@ def _tolerable_tokens(pipeline: Pipeline) -> int:
 
 def _is_pressed(grid: Grid, pipeline: Pipeline) -> bool:
     """Whether requests wait for room, in this pipeline or in one that it shares a node with."""
+    if pipeline.shares == 1:
+        # They wait because no more may run at once.
+        return False
     sharing = [each for each in grid.pipelines if each is pipeline or any(map(each.has_lane_on, pipeline.lanes))]
     since = [each.engine.pressed_since for each in sharing]
     return any(each is not None and grid.now - each >= PRESSED_SECONDS for each in since)

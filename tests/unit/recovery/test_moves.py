@@ -8,7 +8,7 @@ from cluster_driver import Driver, lines, member, orders
 from kevlarflow.recovery import events
 from kevlarflow.recovery.events import AssignStandbys, Hasten
 from kevlarflow.recovery.moves import HASTEN_LAG_TOKENS, MOST_PATIENCE, MOVE_LAG_TOKENS, PRESSED_SECONDS
-from kevlarflow.types import Cause, Epoch, PipelineId, Stage
+from kevlarflow.types import Cause, Epoch, NodeId, PipelineId, Stage
 
 PATIENCE_SECONDS = Driver().config.timeouts.move_patience_ms / 1_000
 
@@ -297,3 +297,44 @@ def test_a_lane_does_not_move_to_a_suspect():
     driver.report(0, 8, epoch=2)
     driver.cleared("node-0-1", 2)
     assert orders(driver.tick()) == [home(driver)]
+
+
+def test_a_drained_node_waits_for_its_standby_though_requests_wait():
+    """Two lanes on one node have less room than two nodes."""
+    driver = Driver(replication=True).serve()
+    driver.do(events.DrainRequested(NodeId("node-0-1"), 1))
+    missing = 8_000
+    for _ in range(12):
+        row = (1, "node-1-1", 9_000, 9_000 - missing)
+        assert orders([*driver.report(0, 8, waiting=1, coverage=[row], epoch=1), *driver.tick()]) == []
+        driver.now += PATIENCE_SECONDS / 4
+        missing = int(missing * 0.85)
+
+
+def test_who_shares_its_nodes_with_nobody_does_not_wait_for_room():
+    """Then there are only more requests than may run at once."""
+    driver = borrowing()
+    driver.do(events.EngineLost(PipelineId(1), 71))
+    assert (driver.shares[0], driver.cluster.pipelines[0].epoch) == (1, 3)
+    missing = 8_000
+    for _ in range(12):
+        row = (1, "node-0-1#2", 9_000, 9_000 - missing)
+        assert orders([*driver.report(0, 8, waiting=1, coverage=[row], epoch=3), *driver.tick()]) == []
+        driver.now += PATIENCE_SECONDS / 4
+        missing = int(missing * 0.85)
+
+
+def test_nor_does_a_lane_that_takes_room_elsewhere_where_it_gives_some():
+    driver = Driver(pipelines=3, lanes=3, replication=True).serve()
+    driver.exited("node-1-1")
+    driver.formed(1, 2)
+    driver.do(events.DrainRequested(NodeId("node-2-1"), 1))
+    assert (driver.shares[2], driver.cluster.pipelines[2].epoch) == (2, 2)
+    missing = 8_000
+    for _ in range(12):
+        for pipeline in (1, 2):
+            row = (1, "node-0-1", 9_000, 9_000 - missing)
+            assert orders(driver.report(pipeline, 8, waiting=1, coverage=[row], epoch=2)) == []
+        assert orders(driver.tick()) == []
+        driver.now += PATIENCE_SECONDS / 4
+        missing = int(missing * 0.85)
