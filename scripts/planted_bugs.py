@@ -706,6 +706,13 @@ MUTANTS = (
         "tests/unit/recovery/test_moves.py",
     ),
     Mutant(
+        "no bound passes while the controller breathes slowly",
+        "recovery/events.py",
+        "return cls(max(0.0, seconds - LONGEST_BREATH_SECONDS))",
+        "return cls(seconds if seconds > LONGEST_BREATH_SECONDS else 0.0)",
+        "tests/unit/recovery/test_replacement_wait.py",
+    ),
+    Mutant(
         "a lane moves to a node that is still catching up",
         "recovery/moves.py",
         "move.fewest_missing, move.nearer_at = missing, grid.now",

@@ -111,19 +111,22 @@ class ControllerResumed(Event, frozen=True):
 
 
 LONGEST_BREATH_SECONDS = 1.0
-"""When more than this passes between two ticks, the controller stood still: nobody is blamed for that time."""
+"""When more than this passes between two ticks, the controller stood still: nobody is blamed for what is beyond it.
+
+As much as this passes with each tick in any case, so each bound is reached, however slowly the controller breathes.
+"""
 
 
 class Tick(Event, frozen=True):
     """Time has passed: deadlines and retries are looked at."""
 
     pause: float = 0.0
-    """Seconds for which the controller stood still before; 0.0 when it did not."""
+    """Seconds for which the controller stood still before, beyond a breath; 0.0 when it did not."""
 
     @classmethod
     def after(cls, seconds: float) -> Tick:
         """The tick so many seconds after the last."""
-        return cls(seconds if seconds > LONGEST_BREATH_SECONDS else 0.0)
+        return cls(max(0.0, seconds - LONGEST_BREATH_SECONDS))
 
 
 class NodeLaunched(Event, frozen=True):

@@ -221,6 +221,8 @@ class Pipeline:
     """When that was sent, or sent again."""
     wait_until: float | None = None
     """When its requests end if it cannot be formed before; None unless a stage has no node."""
+    wait_was_heard_out: bool = False
+    """Whether that was put off already so that the controller could read who is ready, after it had stood still."""
     standbys: tuple[NodeInfo | None, ...] = ()
     """Who keeps the replicas of each stage, as the engine was told."""
     standbys_told_at: float = 0.0

@@ -17,14 +17,14 @@ from kevlarflow.recovery.transitions import PipelineStep
 from kevlarflow.types import PipelineState, Stage
 
 HEARING_SECONDS = 1.0
-"""After a pause of the controller: in which what was sent to it meanwhile is read."""
+"""After a pause of the controller, once in a wait: in which what was sent to it meanwhile is read."""
 
 
 def suspend(grid: Grid, pipeline: Pipeline, lacking: list[Stage]) -> None:
     """Order the engine to let its requests wait, or to end them when nothing is left of the bound."""
     bound = grid.config.replacement_wait_s
     if pipeline.wait_until is None:
-        pipeline.wait_until = grid.now + bound
+        pipeline.wait_until, pipeline.wait_was_heard_out = grid.now + bound, False
     left = max(0.0, pipeline.wait_until - grid.now)
     # A tick decides that it is over: the controller may have stood still.
     waits = left > 0 or (bound > 0 and not grid.passes_deadlines)
@@ -75,8 +75,12 @@ def bound_has_passed(grid: Grid, pipeline: Pipeline) -> bool:
 def excuse(grid: Grid, pause: float) -> None:
     """The controller stood still: nobody was started meanwhile, and who has become ready has yet to be heard."""
     for pipeline in grid.pipelines:
-        if pipeline.wait_until is not None:
-            pipeline.wait_until = max(pipeline.wait_until + pause, grid.now + HEARING_SECONDS)
+        if pipeline.wait_until is None:
+            continue
+        pipeline.wait_until += pause
+        heard = grid.now + HEARING_SECONDS
+        if pipeline.wait_until < heard and not pipeline.wait_was_heard_out:
+            pipeline.wait_until, pipeline.wait_was_heard_out = heard, True
 
 
 def go_on(grid: Grid, pipeline: Pipeline, until: float | None) -> None:

@@ -156,3 +156,10 @@ def test_a_node_that_its_engine_cannot_use_is_said_to_be_that():
     said += lines(driver.exited("node-0-1", 2))
     (line,) = [each for each in said if "was killed" in each]
     assert "node-0-1 could not be used by pipeline 0" in line
+
+
+def test_an_engine_that_does_not_report_to_a_controller_that_breathes_slowly_is_killed_in_the_end():
+    driver = serving()
+    begun = driver.now
+    while not any(isinstance(each, KillEngine) for each in driver.pause(1.05)):
+        assert driver.now - begun <= 2 * LOST

@@ -155,3 +155,10 @@ def test_one_that_has_not_spoken_may_have_been_killed_for_hanging():
     step = Computing(PipelineId(0), Epoch(1), 5)
     driver.do(events.NodeExited(member("node-0-1"), driver.now, step, "SIGKILL", from_outside=True))
     assert driver.cluster.slots["node-0-1"].computing == step
+
+
+def test_who_does_not_introduce_itself_to_a_controller_that_breathes_slowly_is_killed_in_the_end():
+    driver, _ = resumed(found())
+    begun = driver.now
+    while not any(isinstance(each, KillNode) for each in driver.pause(1.05)):
+        assert driver.now - begun <= 2 * PATIENCE

@@ -8,7 +8,7 @@ import pytest
 from cluster_driver import Driver, lines, member, orders
 from kevlarflow.recovery import events
 from kevlarflow.recovery.cluster import Cluster
-from kevlarflow.recovery.events import Form, Snapshot, Suspend
+from kevlarflow.recovery.events import LONGEST_BREATH_SECONDS, Form, Snapshot, Suspend
 from kevlarflow.recovery.invariants import Invariants, Violated
 from kevlarflow.recovery.status import status_document
 from kevlarflow.types import Cause, Epoch, PipelineId, PipelineState, Stage
@@ -217,7 +217,7 @@ def test_a_controller_that_was_stopped_over_the_end_of_the_bound_reads_first_who
     assert orders(driver.report(0, running=1, epoch=2)) == []
     assert orders(driver.do(events.Tick(pause=10))) == []
     driver = bereft()
-    driver.tick(BOUND - 5)
+    driver.tick(BOUND - LONGEST_BREATH_SECONDS / 2)
     # The first turn after a pause may find nothing to read yet.
     assert orders(driver.pause(10)) == []
     driver.now += 0.1
@@ -226,8 +226,8 @@ def test_a_controller_that_was_stopped_over_the_end_of_the_bound_reads_first_who
 
 def test_the_time_for_which_the_controller_stood_still_is_none_of_the_bound():
     driver = bereft()
-    driver.pause(10)
-    assert orders(driver.tick(BOUND - 1)) == []
+    driver.pause(10 + LONGEST_BREATH_SECONDS)
+    assert orders(driver.tick(BOUND - LONGEST_BREATH_SECONDS - 1)) == []
     (over,) = orders(driver.tick(1))
     assert not over.waits
 
@@ -257,3 +257,19 @@ def test_a_replacement_that_dies_while_the_controller_stands_still_leaves_the_re
     assert orders(driver.tick(4)) == []
     (over,) = orders(driver.tick(1))
     assert not over.waits
+
+
+@pytest.mark.parametrize("breath", [LONGEST_BREATH_SECONDS + 0.05, 3 * LONGEST_BREATH_SECONDS])
+def test_the_bound_passes_for_a_controller_that_breathes_slowly_all_the_time(breath):
+    driver = bereft()
+    begun = driver.now
+    while not (ended := orders(driver.pause(breath))):
+        assert driver.now - begun <= (BOUND + 2) * breath / LONGEST_BREATH_SECONDS
+    assert not ended[0].waits
+
+
+def test_it_does_so_though_the_controller_stands_still_now_and_then():
+    driver = bereft()
+    begun = driver.now
+    while not orders([*driver.pause(1.5), *driver.tick(0.1)]):
+        assert driver.now - begun <= 2 * BOUND
