@@ -221,7 +221,7 @@ class Cluster(Grid):
         """When a node is likely to be ready: what starts have taken, from the one that began first or begins next."""
         typical = statistics.median(self.start_seconds) if self.start_seconds else DEFAULT_START_SECONDS
         starting = [each for each in self.slots.values() if each.state is NodeState.STARTING and not each.was_ready]
-        begins = [each.started_at for each in starting]
+        begins = [nodes.awaited_since(self, each) for each in starting]
         begins = begins or [each.start_at for each in self.slots.values() if each.start_at is not None]
         return max(1, round(min(begins, default=now) + typical - now))
 

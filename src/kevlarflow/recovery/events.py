@@ -67,6 +67,8 @@ class KnownNode(msgspec.Struct, frozen=True):
     """Whether we may have sent it SIGKILL."""
     filled_by_hand: bool = False
     """Whether its place is vacant again if it does not get ready."""
+    started_at: float | None = None
+    """When its start began; None: nobody knows."""
 
 
 class Snapshot(msgspec.Struct, frozen=True):

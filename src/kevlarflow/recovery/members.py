@@ -55,7 +55,8 @@ class Slot:
     host: str = ""
     pids: tuple[int, ...] = ()
     info: NodeInfo | None = None
-    started_at: float = 0.0
+    started_at: float | None = None
+    """When the start of the member began; None: nobody knows."""
     incarnation_floor: int = 0
     """The highest incarnation that anybody has spoken of."""
     failed_starts: int = 0
@@ -134,7 +135,7 @@ class Slot:
         self.incarnation_floor = max(self.incarnation_floor, incarnation)
         self.host = ""
         self.pids = ()
-        self.info = None
+        self.info = self.started_at = None
         self.ready_by = self.start_at = self.exit_due = self.fenced_by = None
         self.gives_way = self.hurt_from_outside = self.was_ready = self.was_fenced = False
         self.ending = ""

@@ -47,9 +47,15 @@ def known(slot: Slot) -> KnownNode:
         return KnownNode(nobody, (), False, slot.failed_starts, vacant=slot.vacant)
     # One that is being killed has been ready all the same: the next life must not wait for it as if it still loaded.
     ready, fenced = slot.state in LIVING or slot.was_ready, slot.fenced_by is not None or slot.was_fenced
-    by_hand = slot.filled_by_hand
     return KnownNode(
-        slot.member, slot.pids, ready, slot.failed_starts, slot.emptied_for, fenced=fenced, filled_by_hand=by_hand
+        slot.member,
+        slot.pids,
+        ready,
+        slot.failed_starts,
+        slot.emptied_for,
+        fenced=fenced,
+        filled_by_hand=slot.filled_by_hand,
+        started_at=slot.started_at,
     )
 
 
@@ -70,10 +76,17 @@ def expect(grid: Grid, slot: Slot, earlier: KnownNode) -> None:
     slot.pids = earlier.pids
     slot.emptied_for = earlier.emptied_for
     slot.was_ready, slot.was_fenced = earlier.ready, earlier.fenced
-    slot.started_at = grid.now
+    slot.started_at = earlier.started_at
     # Whether it lives its beats show, and those of a node that gets no CPU are not missed so soon.
     patience = timeouts.engine_lost_after_ms / 1_000 if earlier.ready else timeouts.startup_timeout_s
     slot.ready_by = grid.now + patience
+
+
+def awaited_since(grid: Grid, slot: Slot) -> float:
+    """When the start of a member began that is not ready; or since when it is to introduce itself, or to get ready."""
+    if slot.started_at is not None and not slot.was_ready:
+        return slot.started_at
+    return grid.resumed_at if grid.resumed_at is not None else grid.now
 
 
 # ---- events
@@ -99,9 +112,11 @@ def on_starting(grid: Grid, event: events.NodeStarting) -> None:
     if slot is not None and slot.state is NodeState.STARTING:
         slot.pids = event.pids
         slot.host = event.host
-        # A controller without memory has taken it for one that has started already.
-        slot.was_ready = slot.was_fenced = False
-        slot.ready_by = slot.started_at + grid.config.timeouts.startup_timeout_s
+        slot.was_fenced = False
+        if slot.was_ready:
+            # A controller without memory has taken it for one that has started already.
+            slot.was_ready = False
+            slot.ready_by = grid.now + grid.config.timeouts.startup_timeout_s
 
 
 def on_ready(grid: Grid, event: events.NodeReady) -> None:
@@ -126,7 +141,8 @@ def on_ready(grid: Grid, event: events.NodeReady) -> None:
     slot.failed_starts = 0
     slot.filled_by_hand = False
     if not slot.was_ready:
-        grid.start_seconds.append(grid.now - slot.started_at)
+        if slot.started_at is not None:
+            grid.start_seconds.append(grid.now - slot.started_at)
         slot.ready_at = grid.now
     slot.was_ready = slot.was_fenced = False
     grid.step_node(slot, NodeStep.READY)
@@ -234,7 +250,7 @@ def on_tick(grid: Grid, event: events.Tick) -> None:
             if slot.pids:
                 grid.command(KillNode(slot.member, slot.pids))
             what = "did not introduce itself for" if slot.was_ready else "was not ready after"
-            lose(grid, slot, Cause.HANG, now, f"{what} {now - slot.started_at:.0f} s")
+            lose(grid, slot, Cause.HANG, now, f"{what} {now - awaited_since(grid, slot):.0f} s")
         elif slot.start_at is not None and now >= slot.start_at:
             start(grid, slot)
 
@@ -365,7 +381,6 @@ def _admit(grid: Grid, member: Member, pids: tuple[int, ...]) -> Slot | None:
     # After a restart without memory the newcomer may be the newest there is.
     if member.incarnation > slot.incarnation and slot.state is NodeState.DEAD:
         slot.renew(member.incarnation)
-        slot.started_at = grid.now
         slot.ready_by = grid.now + grid.config.timeouts.startup_timeout_s
         grid.step_node(slot, NodeStep.START)
         return slot

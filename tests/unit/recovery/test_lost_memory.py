@@ -162,3 +162,10 @@ def test_who_does_not_introduce_itself_to_a_controller_that_breathes_slowly_is_k
     begun = driver.now
     while not any(isinstance(each, KillNode) for each in driver.pause(1.05)):
         assert driver.now - begun <= 2 * PATIENCE
+
+
+def test_how_long_a_node_has_loaded_that_was_found_nobody_knows():
+    driver, _ = resumed(found())
+    driver.now += 0.2
+    speaks(driver, "node-0-0", starts=True)
+    assert list(driver.cluster.start_seconds) == []

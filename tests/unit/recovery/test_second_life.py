@@ -1,6 +1,7 @@
 """What the next life of the controller makes of a recovery that was under way, and of nodes that had started."""
 
 from cluster_driver import Driver, lines, member, orders
+from kevlarflow.recovery import events
 from kevlarflow.recovery.events import Suspend
 from kevlarflow.types import PipelineState, RecoveryState
 
@@ -154,3 +155,37 @@ def test_an_engine_that_introduces_itself_again_has_formed_meanwhile():
     driver.attach(0, 70, 2, BORROWED, shares=2)
     assert driver.state(0) is PipelineState.SERVING
     assert [each.state for each in driver.cluster.recoveries] == [RecoveryState.DONE]
+
+
+def started_again():
+    """A replacement has loaded for 29 s, of the 30 that it takes, when the controller is lost."""
+    driver = Driver().serve(start_seconds=30.0)
+    driver.exited("node-0-1")
+    driver.formed(0, 2)
+    driver.do(events.NodeLaunched(member("node-0-1", 2), 4_242))
+    driver.now += 29.0
+    driver.restart()
+    return driver
+
+
+def test_what_a_start_takes_begins_in_the_life_before():
+    driver = started_again()
+    assert driver.cluster.retry_after_seconds(driver.now) == 1
+    driver.now += 1.0
+    driver.ready("node-0-1", 2)
+    assert set(driver.cluster.start_seconds) == {30.0}
+
+
+def test_one_that_does_not_get_ready_is_told_to_have_tried_since_the_life_before():
+    driver = started_again()
+    for node in ("node-0-0", "node-1-0", "node-1-1"):
+        driver.ready(node)
+    for pipeline, members in ((0, BORROWED), (1, (member("node-1-0"), member("node-1-1")))):
+        driver.attach(pipeline, epoch=2, members=members, shares=2)
+    limit = driver.config.timeouts.startup_timeout_s
+    said = []
+    for _ in range(int(limit)):
+        for pipeline in (0, 1):
+            driver.report(pipeline, running=1, epoch=2)
+        said += lines(driver.tick(1.0))
+    assert f"node-0-1 was not ready after {limit + 29:.0f} s" in said
