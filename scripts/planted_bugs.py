@@ -713,6 +713,13 @@ MUTANTS = (
         "tests/unit/recovery/test_replacement_wait.py",
     ),
     Mutant(
+        "a draining node stays for a pipeline that lacks another stage too",
+        "recovery/formation.py",
+        "            kept[stage] = info\n",
+        '            drain.keep(grid, grid.slots[info.member.node], "is needed")\n            chosen[stage] = info\n',
+        "tests/unit/recovery/test_drain.py",
+    ),
+    Mutant(
         "a lane moves to a node that is still catching up",
         "recovery/moves.py",
         "move.fewest_missing, move.nearer_at = missing, grid.now",

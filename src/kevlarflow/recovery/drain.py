@@ -2,7 +2,7 @@
 
 A node that drains serves the lanes it has, and gets no others. `recovery.moves` takes its lanes away, each in its best
 moment. When no pipeline has a lane on it any more it is told to leave, and nobody replaces it until somebody asks for
-that. If it turns out to be needed, because the others have died meanwhile, it stays.
+that. If it turns out to be needed, because the others have died meanwhile, and is all that a pipeline lacks, it stays.
 """
 
 from __future__ import annotations

@@ -153,19 +153,23 @@ def _helper_is_awaited(grid: Grid, pipeline: Pipeline, stage: Stage) -> bool:
 def _fill(grid: Grid, pipeline: Pipeline, holes: list[Stage]) -> None:
     """Form with a node for each empty stage; if one cannot be had, tell the engine to wait, or to wait no longer."""
     chosen: dict[Stage, NodeInfo] = {}
+    kept: dict[Stage, NodeInfo] = {}
     lacking: list[Stage] = []
     for stage in holes:
         slot = grid.home(pipeline, stage)
         if not pipeline.served and slot.state is NodeState.STARTING:
             # It has no request to save: its own node is worth waiting for.
             return
-        info = _choose(grid, pipeline, stage)
-        if info is None:
-            lacking.append(stage)
-        else:
+        if (info := _choose(grid, pipeline, stage)) is not None:
             chosen[stage] = info
+        elif (info := _choose_draining(grid, pipeline, stage)) is not None:
+            kept[stage] = info
+        else:
+            lacking.append(stage)
     if not lacking:
-        form(grid, pipeline, chosen, pipeline.cause)
+        for info in kept.values():
+            drain.keep(grid, grid.slots[info.member.node], "it is needed")
+        form(grid, pipeline, chosen | kept, pipeline.cause)
     elif pipeline.state in (PipelineState.SERVING, PipelineState.RECOVERING) or waiting.bound_has_passed(
         grid, pipeline
     ):
@@ -173,25 +177,29 @@ def _fill(grid: Grid, pipeline: Pipeline, holes: list[Stage]) -> None:
 
 
 def _choose(grid: Grid, pipeline: Pipeline, stage: Stage) -> NodeInfo | None:
-    """Who is to serve a stage that has lost its node. One that is being emptied stays if there is nobody else."""
+    """Who is to serve a stage that has lost its node."""
     count = len(grid.pipelines)
     info = choose(candidates(grid, pipeline, stage), pipeline.id, count)
-    info = info or choose(candidates(grid, pipeline, stage, parted=True), pipeline.id, count)
-    if info is None:
-        for slot in grid.stages[stage]:
-            if slot.state is NodeState.DRAINING and slot.leave_by is None and slot.living:
-                drain.keep(grid, slot, "it is needed")
-        info = choose(candidates(grid, pipeline, stage), pipeline.id, count)
-    return info
+    return info or choose(candidates(grid, pipeline, stage, parted=True), pipeline.id, count)
+
+
+def _choose_draining(grid: Grid, pipeline: Pipeline, stage: Stage) -> NodeInfo | None:
+    """Who could do so if it were not emptied: it stays if there is nobody else, and no other stage lacks a node."""
+    slots = [each for each in grid.stages[stage] if each.state is NodeState.DRAINING and each.leave_by is None]
+    others = [
+        Candidate(slot.info, slot.pipeline, grid.foreign_lanes(slot, pipeline.id))
+        for slot in slots
+        if slot.living and slot.info is not None and slot.member not in pipeline.avoided
+    ]
+    return choose(others, pipeline.id, len(grid.pipelines))
 
 
 def stages_without_candidates(grid: Grid, pipeline: Pipeline) -> list[Stage]:
     """Those of its holes that nobody could fill now."""
-    count = len(grid.pipelines)
     return [
         each
         for each in pipeline.holes
-        if choose(candidates(grid, pipeline, each, parted=True), pipeline.id, count) is None
+        if _choose(grid, pipeline, each) is None and _choose_draining(grid, pipeline, each) is None
     ]
 
 

@@ -298,3 +298,31 @@ def test_a_node_that_was_told_to_leave_is_not_killed_for_a_pause_of_the_controll
     assert not any(isinstance(command, KillNode) for command in driver.report(0, 8, epoch=2))
     assert not any(isinstance(command, KillNode) for command in driver.do(events.Tick.after(pause)))
     assert any(isinstance(command, KillNode) for command in driver.tick(grace))
+
+
+def both_lost_of_stage_0():
+    """node-0-1 is being emptied, stage 0 has no node, and pipeline 1 has lost that of stage 1 as well."""
+    driver = Driver(replication=True).serve()
+    drain(driver, "node-0-1")
+    for node in ("node-0-0", "node-1-0"):
+        driver.exited(node)
+    said = lines(driver.exited("node-1-1"))
+    return driver, said
+
+
+def test_a_draining_node_does_not_stay_for_a_pipeline_that_lacks_another_stage_too():
+    driver, said = both_lost_of_stage_0()
+    assert not any("stays" in line for line in said)
+    assert state_of(driver, "node-0-1") is NodeState.DRAINING
+    # Once the other one is there it does.
+    (form,) = [each for each in orders(driver.ready("node-1-0", 2)) if each.pipeline == 1]
+    assert [info.member.node for info in form.nodes] == ["node-1-0", "node-0-1"]
+    assert state_of(driver, "node-0-1") is NodeState.READY
+
+
+def test_a_draining_node_does_not_stay_for_a_pipeline_that_cannot_use_it():
+    driver = Driver(replication=True).serve()
+    drain(driver, "node-0-1")
+    driver.cluster.pipelines[1].avoided[member("node-0-1")] = driver.now + 60.0
+    driver.exited("node-1-1")
+    assert state_of(driver, "node-0-1") is NodeState.DRAINING
