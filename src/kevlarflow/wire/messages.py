@@ -11,9 +11,11 @@ Steps and activations do not pass here: engines talk to nodes directly (`kevlarf
 A connection may break and lose any of these. Whoever speaks over a new one is asked for an introduction, which says
 again what `NodeStarting`, `NodeReady` and `EngineAttached` say; beats and their answers, and reports, come again
 anyway. Orders (`Form`, `Suspend`, `Standbys`) are sent again until a report of the engine shows that they were taken,
-and `Form` until `Formed` has come, which the engine repeats for it. `EngineReady` is known from reports; without a
-`MemberFailed` the pipeline stands still, which is noticed; without a `Hasten` a lane moves later; who does not hear
-`Retire` is killed. Commands, and processes started by hand, that hear no `Answered` say so and end.
+and `Form` until `Formed` has come, which the engine repeats for it; to an engine that was never in an epoch, whose
+reports show nothing, the order is sent again when it introduces itself over its new connection. `EngineReady` is known
+from reports; without a `MemberFailed` the pipeline stands still, which is noticed; without a `Hasten` a lane moves
+later; who does not hear `Retire` is killed. Commands, and processes started by hand, that hear no `Answered` say so and
+end.
 """
 
 from __future__ import annotations
