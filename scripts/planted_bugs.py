@@ -720,6 +720,13 @@ MUTANTS = (
         "tests/unit/recovery/test_drain.py",
     ),
     Mutant(
+        "a lane moves to a node that is silent",
+        "recovery/moves.py",
+        "for stage, move in pipeline.moves.items() if not _is_suspect(grid, move)}",
+        "for stage, move in pipeline.moves.items()}",
+        "tests/unit/recovery/test_moves.py",
+    ),
+    Mutant(
         "a lane moves to a node that is still catching up",
         "recovery/moves.py",
         "move.fewest_missing, move.nearer_at = missing, grid.now",

@@ -174,6 +174,15 @@ class Invariants:
                 self._fail(subject(command.pipeline), f"was told to form with stages {stages}")
             if {each.member for each in command.nodes} & {each.member for each in command.released}:
                 self._fail(subject(command.pipeline), "was told to use a node and to leave it")
+            if isinstance(last, Form) and command.epoch > last.epoch:
+                self._check_newcomers(command, last)
+
+    def _check_newcomers(self, order: Form, last: Form) -> None:
+        """A lane is given to a node only that is known to be well."""
+        for member in {each.member for each in order.nodes} - {each.member for each in last.nodes}:
+            slot = self._cluster.slot_of(member)
+            if slot is None or not slot.usable:
+                self._fail(subject(order.pipeline), f"is given {member}, which is {slot.state if slot else 'gone'}")
 
     def _check_epoch(self, pipeline: Pipeline) -> None:
         if pipeline.epoch < self._epochs[pipeline.id]:
