@@ -384,8 +384,8 @@ MUTANTS = (
     Mutant(
         "prefix hits of a step that was being scheduled are forgotten",
         "recovery/pipeline.py",
-        "        if lost:\n            self._recompute_hits(",
-        "        if False:\n            self._recompute_hits(",
+        "        if lost:\n            commands += self._set_aside_unreachable(",
+        "        if False:\n            commands += self._set_aside_unreachable(",
     ),
     Mutant(
         "what a raced step hits is forgotten by the next forming",
@@ -397,8 +397,8 @@ MUTANTS = (
     Mutant(
         "a request that ends is not computed again, though others hit what it writes until then",
         "recovery/recompute.py",
-        "over -= {request for step in in_flight for request in step.scheduled}",
-        "pass",
+        "over |= step.finished - computed",
+        "over |= step.finished",
         "tests/unit/recovery/test_recompute.py",
     ),
     Mutant(
@@ -605,7 +605,7 @@ MUTANTS = (
     Mutant(
         "a hole in a prefix hit is overlooked",
         "recovery/recompute.py",
-        "            if sorted(in_step) != in_step:\n",
+        "            if cached and (lost or not given_away.isdisjoint(cached)):\n",
         "            if False:\n",
         "tests/unit/recovery/test_capacity.py",
     ),

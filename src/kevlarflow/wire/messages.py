@@ -14,8 +14,8 @@ anyway. Orders (`Form`, `Suspend`, `Standbys`) are sent again until a report of 
 and `Form` until `Formed` has come, which the engine repeats for it; to an engine that was never in an epoch, whose
 reports show nothing, the order is sent again when it introduces itself over its new connection. `EngineReady` is known
 from reports; without a `MemberFailed` the pipeline stands still, which is noticed; without a `Hasten` a lane moves
-later; who does not hear `Retire` is killed. Commands, and processes started by hand, that hear no `Answered` say so and
-end.
+later; who introduces itself again is told to `Retire` again, and is killed if it does not hear it. Commands, and
+processes started by hand, that hear no `Answered` say so and end.
 """
 
 from __future__ import annotations
