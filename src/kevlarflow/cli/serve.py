@@ -148,9 +148,16 @@ def _as_typed(flags: ServeFlags) -> ServeConfig:
         vllm_args=tuple(flags.vllm_args),
         timeouts=_timeouts(flags),
         run_folder=str(configuration.run_folder_of(flags.port)),
-        directory=os.getcwd(),
+        directory=_working_folder(),
         **{field: value for field, value in typed.items() if value is not None},
     )
+
+
+def _working_folder() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError as error:
+        raise UsageError("the working folder has been removed: change to one that is there, and start again") from error
 
 
 def _with_model(config: ServeConfig, flags: ServeFlags) -> ServeConfig:

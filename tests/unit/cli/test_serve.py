@@ -138,6 +138,18 @@ def test_what_cannot_work_is_named_before_anything_starts(
     assert served == []
 
 
+def test_a_working_folder_that_is_gone_is_named(
+    model: Path, tmp_path: Path, served: list[ServeConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(UsageError, match="working folder has been removed"):
+        serve.run([str(model)])
+    assert not served
+
+
 def test_a_run_folder_that_cannot_be_made_is_named(
     model: Path, supervise: Callable[[ServeConfig], int], served: list[ServeConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
