@@ -289,8 +289,11 @@ class Controller:
     def _take_beat(self, peer: bytes, heartbeat: messages.Heartbeat, now: float) -> None:
         member = heartbeat.member
         if not self.peers.knows(peer) or not self.cluster.member_is_current(member):
-            if self.cluster.awaits_introduction(member):
-                self.detector.beat(member, now)
+            if self.cluster.member_is_current(member):
+                # It lives, over whichever connection; whether it hears us its introduction shows.
+                self.detector.beat(member, now, Beat(heard=heartbeat.heard))
+                if heartbeat.number and not self.cluster.awaits_introduction(member):
+                    self.detector.answered(member, heartbeat.number, now)
             self._ask_for_introduction(peer, now)
             return
         beat = Beat(

@@ -14,7 +14,7 @@ from kevlarflow.config import ServeConfig
 from kevlarflow.control.translate import FromPeer, event_of, order_of
 from kevlarflow.recovery import events
 from kevlarflow.recovery.cluster import Cluster
-from kevlarflow.recovery.detector import Detector
+from kevlarflow.recovery.detector import Beat, Detector
 from kevlarflow.recovery.events import AnyCommand, AnyEvent, Snapshot
 from kevlarflow.recovery.invariants import Invariants
 from kevlarflow.recovery.pace import Paces
@@ -158,8 +158,10 @@ class Controller(Process):
 
     def _take_beat(self, node: Node, now: float) -> None:
         if node not in self._known or not self.cluster.member_is_current(node.member):
-            if self.cluster.awaits_introduction(node.member):
-                self.detector.beat(node.member, now)
+            if self.cluster.member_is_current(node.member):
+                self.detector.beat(node.member, now, Beat(heard=node.beat(heard=False).heard))
+                if not self.cluster.awaits_introduction(node.member):
+                    self.detector.answered(node.member, node.beats, now)
             self._ask(node)
             return
         beat = node.beat(heard=not self.fleet.network.stops(self, node))
@@ -174,6 +176,10 @@ class Controller(Process):
     def hears(self, node: Node) -> bool:
         """Whether its beats arrive."""
         return not node.frozen and not self.fleet.network.stops(node, self)
+
+    def knows(self, node: Node) -> bool:
+        """Whether it has said who it is."""
+        return node in self._known
 
     def watches(self, node: Node) -> bool:
         """Whether it sees what the kernel says of it."""

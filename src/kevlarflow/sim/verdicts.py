@@ -82,7 +82,11 @@ class Verdicts:
             return False
         failed = any(now - each < AVOID_SECONDS for each in node.failed_at)
         # What was held up while the controller was away, or stopped, it reads in no particular order.
-        unknown = now - max(fleet.controller.started_at, fleet.network.released_at) < KNOWN_SECONDS
+        controller = fleet.controller
+        unknown = now - max(controller.started_at, fleet.network.released_at) < KNOWN_SECONDS
+        if not controller.knows(node):
+            # Who is slow to say who it is to a new life of the controller may be missed when yet another one is lost.
+            unknown = unknown or now - controller.started_at < controller.config.timeouts.settle_ms / 1_000
         if failed or unknown or now - node.thawed_at < KNOWN_SECONDS or self._is_cut_off(node, KNOWN_SECONDS):
             return False
         home = int(node.member.node.split("-")[1])

@@ -172,6 +172,30 @@ def test_silence_is_judged_after_what_waits_was_read(shell):
     assert shell.controller.cluster.slots[NodeId("node-0-0")].state == "ready"
 
 
+def test_a_node_whose_introduction_over_a_new_connection_is_late_lives(shell):
+    shell.serve()
+    shell.controller.watcher.starved_seconds = lambda key: 0.0
+    shell.controller.watcher.kill = lambda key, pids: None
+    again = shell.hub.connect()
+    member = Member(NodeId("node-0-0"), 1)
+    for number in range(1, 41):
+        shell.turn(0.1)
+        shell.say(again, messages.Heartbeat(member, 0.0, number=number))
+    assert shell.controller.cluster.slots[NodeId("node-0-0")].fenced_by is None
+
+
+def test_one_that_never_says_who_it_is_does_not_hear_us(shell):
+    shell.serve()
+    shell.controller.watcher.starved_seconds = lambda key: 0.0
+    shell.controller.watcher.kill = lambda key, pids: None
+    again = shell.hub.connect()
+    member = Member(NodeId("node-0-0"), 1)
+    for number in range(1, 61):
+        shell.turn(0.1)
+        shell.say(again, messages.Heartbeat(member, 0.0, number=number))
+    assert shell.controller.cluster.slots[NodeId("node-0-0")].fenced_by is not None
+
+
 def test_beats_are_answered_and_a_step_that_hangs_is_fenced(shell):
     node, _ = shell.serve()
     killed = []
