@@ -290,8 +290,10 @@ class Controller:
         member = heartbeat.member
         if not self.peers.knows(peer) or not self.cluster.member_is_current(member):
             if self.cluster.member_is_current(member):
-                # It lives, over whichever connection; whether it hears us its introduction shows.
-                self.detector.beat(member, now, Beat(heard=heartbeat.heard))
+                # It lives, over whichever connection; what it does it says when it is known.
+                for event in self.detector.beat(member, now, Beat(heard=heartbeat.heard)):
+                    self.handle(event, now)
+                # It has to hear us as well, which it shows by its introduction: then its beats are answered.
                 if heartbeat.number and not self.cluster.awaits_introduction(member):
                     self.detector.answered(member, heartbeat.number, now)
             self._ask_for_introduction(peer, now)

@@ -159,7 +159,8 @@ class Controller(Process):
     def _take_beat(self, node: Node, now: float) -> None:
         if node not in self._known or not self.cluster.member_is_current(node.member):
             if self.cluster.member_is_current(node.member):
-                self.detector.beat(node.member, now, Beat(heard=node.beat(heard=False).heard))
+                for event in self.detector.beat(node.member, now, Beat(heard=node.beat(heard=False).heard)):
+                    self.handle(event)
                 if not self.cluster.awaits_introduction(node.member):
                     self.detector.answered(node.member, node.beats, now)
             self._ask(node)

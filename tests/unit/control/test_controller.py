@@ -184,6 +184,19 @@ def test_a_node_whose_introduction_over_a_new_connection_is_late_lives(shell):
     assert shell.controller.cluster.slots[NodeId("node-0-0")].fenced_by is None
 
 
+def test_a_suspect_that_comes_back_over_another_connection_is_none_any_more(shell):
+    shell.serve()
+    shell.controller.watcher.starved_seconds = lambda key: 0.0
+    for _ in range(15):
+        shell.turn(0.1)
+    slot = shell.controller.cluster.slots[NodeId("node-0-0")]
+    assert slot.state == "suspect"
+    again = shell.hub.connect()
+    shell.say(again, messages.Heartbeat(slot.member, 0.0, number=16), shell.ready())
+    shell.say(again, messages.Heartbeat(slot.member, 0.0, number=17))
+    assert slot.state == "ready"
+
+
 def test_one_that_never_says_who_it_is_does_not_hear_us(shell):
     shell.serve()
     shell.controller.watcher.starved_seconds = lambda key: 0.0
