@@ -32,8 +32,8 @@ MUTANTS = (
     Mutant(
         "who hits a cached block behind one that the same late step fills is not set aside",
         "recovery/pipeline.py",
-        "commands += self._set_aside_unreachable([step], lost=True)",
-        "pass",
+        "unreachable_hits([scheduled], self._books.block_size, lost=True) if lost else set[str]()",
+        "set[str]()",
         "tests/unit/recovery/test_raced_hits.py",
     ),
     Mutant(
@@ -384,8 +384,8 @@ MUTANTS = (
     Mutant(
         "prefix hits of a step that was being scheduled are forgotten",
         "recovery/pipeline.py",
-        "        if lost:\n            commands += self._set_aside_unreachable(",
-        "        if False:\n            commands += self._set_aside_unreachable(",
+        "        if lost:\n            self._recompute_hits(",
+        "        if False:\n            self._recompute_hits(",
     ),
     Mutant(
         "what a raced step hits is forgotten by the next forming",
@@ -524,7 +524,7 @@ MUTANTS = (
     Mutant(
         "a step that was scheduled before a share changed is not looked at again",
         "recovery/giving_way.py",
-        "        if step.formation >= self._changed_at:\n",
+        "        if step.formation >= self._changed_at and not requests:\n",
         "        if True:\n",
     ),
     Mutant(

@@ -7,7 +7,8 @@ no fewer tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -102,21 +103,22 @@ class LaneReplicas:
 
     def place(
         self, lane: Lane, now: Sequence[Replica], later: Sequence[Replica]
-    ) -> tuple[list[Replica], list[Replica]]:
-        """Write the replicas of `now` into the lane and keep those of `later`.
+    ) -> tuple[list[Replica], list[Replica], Callable[[], None]]:
+        """Find the replicas of `now`, and keep those of `later`.
 
-        Returns what is not here, and of what was written that which holds more tokens than were asked for.
+        Returns what is not here, what is here and holds more tokens than were asked for, and how to write those of
+        `now` into the lane. Nothing here changes until then, so it can be told before.
         """
         store = self._replicator.store
         store.pin(lane.pipeline)
         found, missing = store.find(lane.pipeline, now)
-        self._write(lane, found)
         lane.rest, missing_later = store.find(lane.pipeline, later)
         fuller = {replica for replica, _ in found}.difference(now)
-        return missing + missing_later, sorted(fuller, key=lambda replica: replica.block)
+        write = functools.partial(self._write, lane, found)
+        return missing + missing_later, sorted(fuller, key=lambda replica: replica.block), write
 
     def place_ahead(self, lane: Lane, wanted: Sequence[Replica]) -> tuple[list[Replica], list[Replica]]:
-        """Write replicas into a lane that is served elsewhere still; returns as `place` does.
+        """Write replicas into a lane that is served elsewhere still; returns what `place` does of them.
 
         Newer copies come in meanwhile: one that has replaced another while that was written leaves neither in place.
         """

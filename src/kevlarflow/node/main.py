@@ -308,13 +308,17 @@ class NodeServer:
         self._progress.begin(header.pipeline)
         try:
             assert self._workflow is not None, "who serves has loaded"
-            self._workflow.end(lane, work, self._workflow.begin(lane, work, activations))
+            done = self._workflow.begin(lane, work, activations)
+            self._workflow.end(lane, work, done)
         except Exception as error:
             log.exception("%s: %s failed on lane %d", self._member, type(header).__name__, header.pipeline)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             sequence = header.sequence if isinstance(header, steps.Execute | steps.Recompute) else 0
             self._lanes.fail(lane)
             self._answer(work.engine, steps.StepFailed(header.pipeline, header.epoch, sequence, self._stage, reason))
+        else:
+            # What raises here ends the node, as in `_take`: it was said to be done, and a newer order may count on it.
+            done.still_to_do()
         finally:
             self._progress.end()
 

@@ -57,6 +57,10 @@ class Shell(Protocol):
         """Send to the engine that has opened the lane."""
 
 
+def _nothing() -> None:
+    """Of most work everything is done when it is said."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Done:
     """What is to be said of a piece of work."""
@@ -65,6 +69,8 @@ class Done:
     computed: Computed = Computed()
     kept_again: Any = None
     """Of a step that was passed on as before: what to keep of it."""
+    still_to_do: Callable[[], None] = _nothing
+    """What was said already, since others need not wait for it; whoever cannot do it then must not go on."""
 
 
 class Workflow:
@@ -111,7 +117,7 @@ class Workflow:
                 return Done(steps.Placed(pipeline, epoch, self._stage, ()))
 
     def end(self, lane: Lane, work: Work, done: Done) -> None:
-        """Say so. The next stage comes first: it waits for it."""
+        """Say so. The next stage comes first: it waits for it. What is still to do then is the shell's to begin."""
         header, computed = work.header, done.computed
         if computed.output is not None:
             assert isinstance(header, steps.Execute | steps.Recompute), "other work has no output"
@@ -161,13 +167,16 @@ class Workflow:
 
     def _place(self, lane: Lane, now: tuple[Replica, ...], later: tuple[Replica, ...], *, ahead: bool) -> Done:
         lane.kept.spoil()
+        write = _nothing
         if self._replicas is None:
             missing, fuller = [*now, *later], list[Replica]()
         elif ahead:
             missing, fuller = self._replicas.place_ahead(lane, now)
         else:
-            missing, fuller = self._replicas.place(lane, now, later)
-        return Done(steps.Placed(lane.pipeline, lane.epoch, self._stage, _tags(missing), _tags(fuller), ahead))
+            # The engine plans with what there is, and the other stages restore their requests, while this one copies.
+            missing, fuller, write = self._replicas.place(lane, now, later)
+        placed = steps.Placed(lane.pipeline, lane.epoch, self._stage, _tags(missing), _tags(fuller), ahead)
+        return Done(placed, still_to_do=write)
 
 
 def _written(step: steps.Execute) -> list[Replica]:

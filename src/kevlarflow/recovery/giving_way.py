@@ -7,7 +7,7 @@ was said, and a step that was scheduled under a smaller count is held against th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple
 
 from kevlarflow.recovery.books import Books
@@ -88,15 +88,15 @@ class GivingWay:
         books.in_flight.leave_out(found.requests, books.block_size)
         return self._tell(found, reasons, count)
 
-    def leave_out(self, step: Step, count: int) -> tuple[Step, list[Command]]:
-        """A step that is issued, without requests that are set aside; those that it adds to them bear `count`.
+    def leave_out(self, step: Step, requests: Set[str], count: int) -> tuple[Step, list[Command]]:
+        """A step that is issued, without requests that are set aside, and without these; those are from now on.
 
-        What was issued before it runs as it is.
+        They and whoever follows from them bear `count`. What was issued before the step runs as it is.
         """
         self._acknowledge(step.formation)
-        if step.formation >= self._changed_at:
+        if step.formation >= self._changed_at and not requests:
             return step, []
-        known = Fallout(frozenset(self._aside), self._spoilt)
+        known = Fallout(frozenset(self._aside) | requests, self._spoilt)
         choices = [each for each in (self.usable, *self._choices.values()) if each is not None]
         usable = frozenset.intersection(*choices) if choices else None
         tables = self._books.tables.tables | self._former

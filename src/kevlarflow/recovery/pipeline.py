@@ -256,7 +256,7 @@ class Pipeline:
 
     def _resume(self, forming: Forming) -> list[Command]:
         """All replicas are in place that will be: do the rest, and go on with the steps in flight."""
-        commands = self._set_aside_unreachable(list(self._in_flight), lost=bool(forming.lost))
+        commands = self._set_aside_unreachable(forming)
         self._recompute_late_hits(forming)
         self._lost_stages.await_rest(forming.placed)
         commands += self._restoring.resume(forming)
@@ -267,8 +267,8 @@ class Pipeline:
         # A step may have lost all its requests.
         return commands + self._complete_in_order()
 
-    def _set_aside_unreachable(self, steps: Sequence[Step], *, lost: bool) -> list[Command]:
-        requests = unreachable_hits(steps, self._books.block_size, lost=lost)
+    def _set_aside_unreachable(self, forming: Forming) -> list[Command]:
+        requests = unreachable_hits(list(self._in_flight), self._books.block_size, lost=bool(forming.lost))
         if not requests:
             return []
         commands = self._giving_way.set_aside(dict.fromkeys(requests, ""), self.formations + 1)
@@ -372,18 +372,17 @@ class Pipeline:
         self._books.generations.allocate(scheduled, self._books.block_size)
         if self.standing is Standing.SUSPENDED or scheduled.formation <= self._abandoned_upto:
             return [Abandon(scheduled.sequence, self.reason)]
-        step, commands = self._giving_way.leave_out(scheduled, self.formations + 1)
+        lost = self._lost_stages.since(scheduled.formation)
+        unreachable = unreachable_hits([scheduled], self._books.block_size, lost=True) if lost else set[str]()
+        step, commands = self._giving_way.leave_out(scheduled, unreachable, self.formations + 1)
         self.formations += bool(commands)
         left_out = frozenset(scheduled.scheduled) - frozenset(step.scheduled)
-        lost = self._lost_stages.since(step.formation)
         before = list(self._in_flight)
         effects = self._books.tables.issue(step, self._books.generations, self._books.block_size)
         self._in_flight.add(step, effects, left_out, overtakes=bool(lost))
         if self.standing is Standing.WAITING:
             return commands + self._set_aside(dict.fromkeys(step.scheduled, ""))
         if lost:
-            commands += self._set_aside_unreachable([step], lost=True)
-            step = self._in_flight[step.sequence]
             self._recompute_hits(step, plan_hits(self.ledger, before, step, lost, self._books.limits), lost)
         if self._forming is not None and self._forming.waits:
             return commands

@@ -79,7 +79,9 @@ def excuse(grid: Grid, pause: float) -> None:
             continue
         pipeline.wait_until += pause
         heard = grid.now + HEARING_SECONDS
-        if pipeline.wait_until < heard and not pipeline.wait_was_heard_out:
+        # A short pause leaves next to nothing unread.
+        is_long = pause >= HEARING_SECONDS
+        if is_long and pipeline.wait_until < heard and not pipeline.wait_was_heard_out:
             pipeline.wait_until, pipeline.wait_was_heard_out = heard, True
 
 

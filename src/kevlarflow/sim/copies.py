@@ -188,7 +188,7 @@ class CheckedReplicas(LaneReplicas):
 
     def place(
         self, lane: Lane, now: Sequence[Replica], later: Sequence[Replica]
-    ) -> tuple[list[Replica], list[Replica]]:
+    ) -> tuple[list[Replica], list[Replica], Callable[[], None]]:
         """See `LaneReplicas.place`."""
         self._check(lane, [*now, *later])
         return super().place(lane, now, later)

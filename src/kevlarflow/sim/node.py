@@ -331,6 +331,8 @@ class Node(Process):
         if isinstance(work.header, steps.Execute) and done.kept_again is None:
             self.speed.end(lane.runner.decoded, self.timeline.now)  # type: ignore[attr-defined]
         self._workflow.end(lane, work, done)
+        if self.alive:
+            done.still_to_do()
 
     def _fail(self, engine: Line, lane: Lane, work: Work) -> None:
         header = work.header

@@ -22,9 +22,10 @@ from kevlarflow.node.main import NodeServer
 from kevlarflow.node.pace import PaceMeter
 from kevlarflow.node.progress import UNSEEN_FACTOR, Progress, Step
 from kevlarflow.node.sockets import Sockets
+from kevlarflow.node.work import Done
 from kevlarflow.types import Epoch, Member, NodeId, PipelineId, Stage
 from kevlarflow.wire.messages import NodeFailed, NodeStarting, decode
-from kevlarflow.wire.steps import Execute, Flushed, Join, encode
+from kevlarflow.wire.steps import Execute, Flushed, Join, Place, encode
 from toy_world import make_config
 
 MEMBER = Member(NodeId("node-0-0"), 1)
@@ -172,6 +173,21 @@ def test_a_node_that_cannot_empty_a_lane_does_not_go_on(tmp_path: Path, monkeypa
         server.serve()
     engine.close(linger=0)
     assert said == [], "an engine that heard it had joined would send requests"
+
+
+def test_a_node_that_cannot_do_what_it_has_said_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write() -> None:
+        raise KeyError("block 7")
+
+    config = msgspec.structs.replace(make_config(), run_folder=str(tmp_path))
+    server = NodeServer(config, MEMBER, Stage(0), Progress(60.0), PaceMeter())
+    server._lanes = Lanes([Runner()], 4, is_first_stage=True)  # type: ignore[list-item]
+    lane = server._lanes.open(PipelineId(0), Epoch(1))
+    assert lane is not None
+    workflow = SimpleNamespace(begin=lambda *_: Done(still_to_do=write), end=lambda *_: None)
+    monkeypatch.setattr(server, "_workflow", workflow)
+    with pytest.raises(KeyError, match="block 7"):
+        server._run(lane, Work(b"engine", Place(PipelineId(0), Epoch(1)), [b""]), None)
 
 
 class Device:

@@ -85,6 +85,11 @@ class Replicas:
 
         return note
 
+    def place(self, lane: Lane, now: Any, later: Any) -> tuple[list[Any], list[Any], Any]:
+        """They are found first, and written when that was said."""
+        self._story.append(("replicas place", now))
+        return [], [], lambda: self._story.append(("replicas write", now))
+
 
 class Node:
     """A workflow of stage 0 with a lane that was opened in epoch 1."""
@@ -107,7 +112,9 @@ class Node:
         """All that happens with a piece of work."""
         self.story.clear()
         work = Work(b"engine", header, payload or [b"step"])  # type: ignore[arg-type]
-        self.workflow.end(self.lane, work, self.workflow.begin(self.lane, work, None))
+        done = self.workflow.begin(self.lane, work, None)
+        self.workflow.end(self.lane, work, done)
+        done.still_to_do()
         return list(self.story)
 
     def step(self, number: int, *writes: tuple[int, int, int, int]) -> list[Any]:
@@ -150,6 +157,12 @@ def test_what_was_put_in_place_meanwhile_makes_it_compute(between: steps.Place) 
     node.renew(2)
     node.do(between, (), ())
     assert ("execute", 1) in node.step(1)
+
+
+def test_what_there_is_to_put_in_place_is_told_before_it_is_copied() -> None:
+    wanted = tuple(WRITTEN)
+    told = Node().do(steps.Place(0, 1), wanted, ())  # type: ignore[arg-type]
+    assert told == [("replicas place", wanted), ("Placed",), ("replicas write", wanted)]
 
 
 def test_so_does_a_chunk_in_a_block_that_a_kept_step_was_given() -> None:
