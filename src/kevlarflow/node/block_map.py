@@ -11,10 +11,25 @@ to, since the controller orders all of them in one go.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from kevlarflow.errors import ProtocolViolation
 
 NONE = 0
 """Stands for no physical block."""
+NULL = 0
+"""vLLM's null block."""
+
+
+def physical(blocks: Iterable[int], table: Sequence[int]) -> list[int]:
+    """The physical blocks of a lane's. Raises `ProtocolViolation` for one that it does not have."""
+    blocks = list(blocks)
+    found = [table[block] for block in blocks]
+    if NONE in found:
+        strays = [block for block, place in zip(blocks, found, strict=True) if place == NONE and block != NULL]
+        if strays:
+            raise ProtocolViolation(f"blocks {strays} are none of this lane's")
+    return found
 
 
 class LaneBlocks:
@@ -55,9 +70,9 @@ class BlockMap:
         self._hand_out()
 
     def _give_up(self, lane: LaneBlocks, kept: frozenset[int]) -> None:
-        for block, physical in enumerate(lane.table):
-            if physical != NONE and block not in kept:
-                self._free.add(physical)
+        for block, place in enumerate(lane.table):
+            if place != NONE and block not in kept:
+                self._free.add(place)
                 lane.table[block] = NONE
 
     def _hand_out(self) -> None:
@@ -71,6 +86,6 @@ class BlockMap:
         """One to one while nobody else has any; later, the last ones first: who keeps blocks keeps low ones."""
         alone = len(self._free) == self._blocks - 1
         chosen = missing if alone else sorted(self._free, reverse=True)
-        for block, physical in zip(missing, chosen, strict=False):
-            table[block] = physical
+        for block, place in zip(missing, chosen, strict=False):
+            table[block] = place
         self._free.difference_update(table)

@@ -57,11 +57,14 @@ class KeptSteps:
         self._before.clear()
         self._now.clear()
 
-    def recomputed(self, blocks: Iterable[int]) -> None:
-        """These blocks were computed again for whom the ledger says they are of."""
+    def recomputed(self, blocks: Iterable[int], oldest: int) -> None:
+        """These blocks were computed again for whom the ledger says they are of; steps before `oldest` are over."""
         kept = self._before | self._now
-        # A block's generation is the number of the step that was given it.
-        given = {block for each in kept.values() for block, step in each.writes.items() if step in kept}
+        # A block's generation is the number of the step that was given it. If that is over, the block has not changed
+        # hands since the ledger was written, and holds what it held.
+        given = {
+            block for each in kept.values() for block, step in each.writes.items() if step >= oldest and step in kept
+        }
         if not given.isdisjoint(blocks):
             self.spoil()
 

@@ -13,8 +13,6 @@ can be copied apart from the others.
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import ctypes
 import functools
 import itertools
@@ -152,12 +150,12 @@ class HostKvBlocks:
         sources = [source for row in rows for _, source in row]
         base = min(sources)
         arena = self._arena(base, max(sources))
-        left = collections.deque(rows)
+        # Each of the threads takes the next one.
+        left = iter(rows)
 
         def write() -> None:
-            with contextlib.suppress(IndexError):
-                while row := left.popleft():
-                    self._write_row(arena, base, row)
+            for row in left:
+                self._write_row(arena, base, row)
 
         help_comes = _helper().submit(write)
         write()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from kevlarflow.node.block_map import physical
 from kevlarflow.node.lanes import Lane
 from kevlarflow.recovery.coverage import Replica, Worth
 from kevlarflow.recovery.use import NO_CHANGE, Use
@@ -133,8 +134,8 @@ class LaneReplicas:
         return missing, sorted(fuller, key=lambda replica: replica.block)
 
     def _write(self, lane: Lane, copies: Sequence[tuple[Replica, memoryview]]) -> None:
-        table = lane.blocks.table
-        self._kv.write([(table[replica.block], data) for replica, data in copies])
+        blocks = physical((replica.block for replica, _ in copies), lane.blocks.table)
+        self._kv.write([(block, data) for block, (_, data) in zip(blocks, copies, strict=True)])
 
     def place_rest(self, lane: Lane) -> None:
         """Write what `place` kept; the store needs nothing of this lane any more."""

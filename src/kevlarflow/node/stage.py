@@ -95,4 +95,4 @@ class StageDevice(Protocol):
         """A runner for each lane that there can be, over the same weights and KV memory."""
 
     def kv_blocks(self) -> KvBlocks:
-        """KV memory of all lanes; lane `slot` begins at block `slot * num_blocks`."""
+        """KV memory, which all lanes share: see `node.block_map`."""

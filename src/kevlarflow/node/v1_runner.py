@@ -5,8 +5,7 @@ tensors says the lane's block table (`node.block_map`); ids are translated here,
 nor the kernels know of it.
 
 Non-public names of vLLM that are used, all checked by `check_runner`: `requests`, `input_batch`,
-`num_prompt_logprobs`, `execute_model_state`, `discard_request_mask`, `_get_prompt_logprobs_dict`,
-`intermediate_tensors`.
+`num_prompt_logprobs`, `execute_model_state`, `discard_request_mask`, `_get_prompt_logprobs_dict`.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from kevlarflow.errors import IncompatibleVllm
+from kevlarflow.node.block_map import physical
 from kevlarflow.node.stage import Activations, Sampled
 from kevlarflow.node.thinking_budget import catch_up
 from kevlarflow.recovery.ledger import LedgerEntry
@@ -37,7 +37,6 @@ USED_NAMES = (
     "execute_model_state",
     "discard_request_mask",
     "_get_prompt_logprobs_dict",
-    "late_interaction_runner",
 )
 
 
@@ -180,7 +179,7 @@ class V1LaneRunner:
             mm_features=[],
             sampling_params=SamplingParams(temperature=0.0),
             pooling_params=None,
-            block_ids=([self._table[block] for block in span.blocks],),
+            block_ids=(physical(span.blocks, self._table),),
             num_computed_tokens=span.start,
             lora_request=None,
         )
@@ -223,7 +222,7 @@ class V1LaneRunner:
                 mm_features=[],
                 sampling_params=entry.sampling,
                 generator=self._generator(entry),
-                block_ids=([self._table[block] for block in entry.blocks],),
+                block_ids=(physical(entry.blocks, self._table),),
                 num_computed_tokens=entry.computed,
                 output_token_ids=list(entry.output),
                 in_progress_prompt_logprobs_cpu=self._gathered.pop(entry.request, None),
@@ -269,8 +268,8 @@ def translate_blocks(step: SchedulerOutput, table: Sequence[int]) -> None:
     cached: CachedRequestData = step.scheduled_cached_reqs
     cached.new_block_ids = [None if blocks is None else _translated(blocks, table) for blocks in cached.new_block_ids]
     if step.new_block_ids_to_zero:
-        step.new_block_ids_to_zero = [table[block] for block in step.new_block_ids_to_zero]
+        step.new_block_ids_to_zero = physical(step.new_block_ids_to_zero, table)
 
 
 def _translated(blocks: tuple[list[int], ...], table: Sequence[int]) -> tuple[list[int], ...]:
-    return tuple([table[block] for block in group] for group in blocks)
+    return tuple(physical(group, table) for group in blocks)

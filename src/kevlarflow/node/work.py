@@ -159,7 +159,7 @@ class Workflow:
 
     def _recompute(self, lane: Lane, work: Work, recompute: steps.Recompute, activations: Any) -> Done:
         chunk: Chunk = self._shell.content(work)
-        lane.kept.recomputed(chunk.written_blocks(self._block_size))
+        lane.kept.recomputed(chunk.written_blocks(self._block_size), recompute.oldest)
         output = self._shell.recompute(lane, recompute, chunk, activations)
         if self._stage == recompute.through:
             return Done(steps.Recomputed(recompute.pipeline, recompute.epoch, recompute.sequence))

@@ -397,7 +397,8 @@ class Pipeline:
             return
         numbered = self._in_flight.dispatched.add_chunks(chunks)
         self._lost_stages.await_chunks(numbered, lost)
-        self._in_flight.precede(step.sequence, [Recompute(*each) for each in numbered.items()])
+        oldest = min(self._in_flight.sequences)
+        self._in_flight.precede(step.sequence, [Recompute(*each, oldest) for each in numbered.items()])
 
     def _recompute_late_hits(self, forming: Forming) -> None:
         """Those of steps that came while the plan waited, and were scheduled before an earlier loss than this one's."""

@@ -218,6 +218,8 @@ class Recompute:
 
     sequence: int
     chunk: Chunk
+    oldest: int
+    """Of the steps that come again."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

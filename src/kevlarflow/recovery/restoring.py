@@ -103,7 +103,8 @@ class Restoring:
         # A step that was issued since then may hit or overwrite a prefix that nobody used before.
         rest_first = not forming.later.isdisjoint(self._touched(steps))
         commands = [*rest] if rest_first else []
-        commands += [Recompute(number, chunk) for number, chunk in numbered.items()]
+        oldest = min((step.sequence for step in steps), default=0)
+        commands += [Recompute(number, chunk, oldest) for number, chunk in numbered.items()]
         held = holdings(books.ledger, steps, keep, books.generations, books.tables.depths, books.block_size)
         commands.append(Restore(books.ledger.copies(), held))
         commands += books.in_flight.due()

@@ -1,7 +1,7 @@
-"""Copies over ZeroMQ: one message for each block, over Unix sockets in the run folder.
+"""Copies over ZeroMQ: messages of a few copies each, over Unix sockets in the run folder.
 
 ZeroMQ's own threads move the bytes without Python's lock, and everything sleeps while there is nothing to do. The
-high-water marks bound what waits on either side, and a message much longer than a block cuts its sender off.
+high-water marks bound what waits on either side, and a message much longer than it may be cuts its sender off.
 """
 
 from __future__ import annotations

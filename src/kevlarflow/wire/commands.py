@@ -36,8 +36,8 @@ def letters(
             return [Letter((nodes[stage],), steps.Flush(pipeline, epoch))]
         case core.Leave(node):
             return [Letter((node,), steps.Leave(pipeline, epoch))]
-        case core.Recompute(sequence, chunk):
-            header = steps.Recompute(pipeline, epoch, -sequence, chunk.through)
+        case core.Recompute(sequence, chunk, oldest):
+            header = steps.Recompute(pipeline, epoch, -sequence, chunk.through, oldest)
             return [Letter(tuple(nodes[: chunk.through + 1]), header, chunk)]
         case core.Restore(entries, held):
             return [Letter(tuple(nodes), steps.Restore(pipeline, epoch), (entries, held))]

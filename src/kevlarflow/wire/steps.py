@@ -116,6 +116,8 @@ class Recompute(StepMessage, frozen=True):
     sequence: int
     through: Stage
     """The last stage that has to run it."""
+    oldest: int
+    """No step before this one comes again."""
 
 
 class Execute(StepMessage, frozen=True):

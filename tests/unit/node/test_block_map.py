@@ -2,7 +2,10 @@
 
 import random
 
-from kevlarflow.node.block_map import NONE, BlockMap
+import pytest
+
+from kevlarflow.errors import ProtocolViolation
+from kevlarflow.node.block_map import NONE, BlockMap, physical
 
 
 def test_a_lane_alone_has_every_block_at_its_own_place():
@@ -55,3 +58,10 @@ def test_no_physical_block_is_ever_given_twice():
         held = [physical for lane in lanes for physical in lane.table if physical != NONE]
         assert len(held) == len(set(held))
         assert all(lane.table[NONE] == NONE for lane in lanes)
+
+
+def test_a_block_that_a_lane_does_not_have_is_never_another_ones():
+    table = [0, 7, 0, 5]
+    assert physical([0, 3, 1], table) == [0, 5, 7]
+    with pytest.raises(ProtocolViolation, match=r"blocks \[2\] are none of this lane's"):
+        physical([1, 2], table)

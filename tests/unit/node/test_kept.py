@@ -45,10 +45,19 @@ def test_what_is_computed_again_changes_nothing_unless_a_kept_step_was_given_the
     steps = KeptSteps()
     steps.computed(7, asked(7), "output", 1, {3: 2, 4: 7})
     steps.renew()
-    steps.recomputed([1, 3])
+    steps.recomputed([1, 3], oldest=7)
     assert steps.output(7, asked(7)) == "output", "block 3 has other tokens of the same request"
-    steps.recomputed([4])
+    steps.recomputed([4], oldest=7)
     assert steps.output(7, asked(7)) is None, "somebody had block 4 before, and has it again"
+
+
+def test_a_block_that_was_given_in_a_step_that_is_over_is_computed_again_for_the_same_request() -> None:
+    steps = KeptSteps()
+    steps.computed(1, asked(1), "output", 1, {9: 1})
+    steps.computed(2, asked(2), "output", 1, {9: 1})
+    steps.renew()
+    steps.recomputed([9], oldest=2)
+    assert steps.output(2, asked(2)) == "output"
 
 
 def test_what_is_put_in_place_for_a_recovery_makes_all_of_them_void() -> None:

@@ -109,7 +109,7 @@ def test_the_first_stage_and_a_step_without_tokens_wait_for_nothing():
 def test_work_stays_in_order_within_a_lane():
     table = lanes()
     table.open(0, 1)
-    table.add_work(Work(b"", Recompute(0, 1, -1, 1), []))
+    table.add_work(Work(b"", Recompute(0, 1, -1, 1, 0), []))
     table.add_work(execute(2))
     table.add_activations(0, 1, 2, {})
     assert table.next_work() is None, "the chunk before it still waits"

@@ -171,7 +171,7 @@ def test_so_does_a_chunk_in_a_block_that_a_kept_step_was_given() -> None:
         node.step(1, WRITES)
         node.renew(2)
         span = Span("r", (1, 2), (block,), 0, 2)
-        work = Work(b"engine", steps.Recompute(0, 2, 1, 0), Chunk((span,), through=0))  # type: ignore[arg-type]
+        work = Work(b"engine", steps.Recompute(0, 2, 1, 0, 0), Chunk((span,), through=0))  # type: ignore[arg-type]
         node.workflow.end(node.lane, work, node.workflow.begin(node.lane, work, None))
         assert node.step(1, WRITES)[0][0] == again
 
@@ -201,7 +201,7 @@ def test_nobody_hears_of_a_step_without_tokens() -> None:
 def test_a_chunk_is_answered_by_the_last_stage_that_runs_it_and_passed_on_by_those_before() -> None:
     node = Node(replicates=False)
     for through, expected in ((0, ("Recomputed",)), (1, ("pass on", 5, "chunk's output"))):
-        work = Work(b"engine", steps.Recompute(0, 1, 5, through), Chunk((), through))  # type: ignore[arg-type]
+        work = Work(b"engine", steps.Recompute(0, 1, 5, through, 0), Chunk((), through))  # type: ignore[arg-type]
         node.story.clear()
         node.workflow.end(node.lane, work, node.workflow.begin(node.lane, work, None))
         assert node.story == [("recompute", 5), expected]
