@@ -45,14 +45,20 @@ class RunFolder:
         make_private(folder.parent)
         self._base = _kept_from_ageing(folder.parent)
         self.lock = self._take_lock()
-        self._remove_predecessor()
         self.run_id = uuid.uuid4().hex
-        folder.mkdir(mode=0o700)
-        (folder / "tmp").mkdir(mode=0o700)
-        (folder / RUN_ID_FILE).write_text(self.run_id)
-        self._keep_former_logs()
-        self._prune_logs()
-        self.log_path.mkdir(mode=0o700)
+        with contextlib.ExitStack() as undone:
+            # Nobody else can undo what is made here before there is a `RunFolder`.
+            undone.callback(self.give_back)
+            self._remove_predecessor()
+            undone.callback(shutil.rmtree, folder, ignore_errors=True)
+            folder.mkdir(mode=0o700)
+            (folder / "tmp").mkdir(mode=0o700)
+            (folder / RUN_ID_FILE).write_text(self.run_id)
+            self._keep_former_logs()
+            self._prune_logs()
+            undone.callback(shutil.rmtree, self.log_path, ignore_errors=True)
+            self.log_path.mkdir(mode=0o700)
+            undone.pop_all()
 
     def guard_arguments(self, lifeline: int) -> list[str]:
         """Arguments with which the guardian watches over this folder."""
@@ -98,10 +104,18 @@ class RunFolder:
             # Its last owner may have unlinked the file between open and lock; then the lock means nothing.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock), os.stat(self.lock_path)):
-                    os.ftruncate(lock, 0)
-                    os.pwrite(lock, str(os.getpid()).encode(), 0)
+                    self._sign(lock)
                     return lock
             os.close(lock)
+
+    def _sign(self, lock: int) -> None:
+        """Say in the lock whose it is; where there is no room even for that, it goes again."""
+        try:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, str(os.getpid()).encode(), 0)
+        except BaseException:
+            guardian.remove_file(str(self.lock_path))
+            raise
 
     def _refuse_if_alive(self, owner: str, deadline: float) -> None:
         if _runs(owner) or time.monotonic() > deadline:

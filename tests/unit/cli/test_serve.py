@@ -23,6 +23,7 @@ from kevlarflow.cli.flags import _TAKEN, value_given
 from kevlarflow.cli.preflight import GIB, LARGEST_DEFAULT_KV_BYTES, MIB
 from kevlarflow.config import ServeConfig, Timeouts
 from kevlarflow.control import supervisor
+from kevlarflow.control.run_folder import RunFolder
 from kevlarflow.errors import INTERRUPTED, NotEnoughMemory, UsageError
 
 
@@ -500,7 +501,7 @@ def test_the_file_of_flags_is_read_at_the_start_only(
     ("failure", "raised"),
     [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), UsageError)],
 )
-@pytest.mark.parametrize("moment", ["saved", "introduced", "made"])
+@pytest.mark.parametrize("moment", ["locked", "named", "pruned", "saved", "introduced", "made"])
 def test_a_start_that_ends_before_anything_is_started_leaves_nothing(
     kept: Callable[..., ServeConfig],
     base: Path,
@@ -512,13 +513,16 @@ def test_a_start_that_ends_before_anything_is_started_leaves_nothing(
     def fail(*_: object) -> None:
         raise failure
 
-    if moment == "saved":
-        monkeypatch.setattr(configuration, "save", fail)
-    elif moment == "introduced":
-        monkeypatch.setattr(serve, "introduction", fail)
-    else:
-        monkeypatch.setattr(NoSupervisor, "take_signals", fail)
-    with pytest.raises(raised if moment == "saved" else type(failure)):
+    places: dict[str, tuple[object, str]] = {
+        "locked": (os, "pwrite"),
+        "named": (Path, "write_text"),
+        "pruned": (RunFolder, "_prune_logs"),
+        "saved": (configuration, "save"),
+        "introduced": (serve, "introduction"),
+        "made": (NoSupervisor, "take_signals"),
+    }
+    monkeypatch.setattr(*places[moment], fail)
+    with pytest.raises(type(failure) if moment in {"introduced", "made"} else raised):
         kept()
     assert list(base.iterdir()) == []
 
