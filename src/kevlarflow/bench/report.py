@@ -83,8 +83,7 @@ def void(report: Report) -> list[str]:
 
 def harm(report: Report) -> list[str]:
     """What the system has done wrong after kills, and before them."""
-    kills = report.failover.kills if report.failover else ()
-    return [f"kill {kill.number}: {each}" for kill in kills for each in kill.harm]
+    return report.failover.harm if report.failover else []
 
 
 # ---- no failure
@@ -202,11 +201,12 @@ def pauses_table(result: Failover) -> Table:
     remarks += [f"kill {kill.number}: {each}" for kill in result.kills for each in kill.harm]
     remarks += [f"no further kills: {result.void}"] if result.void is not None else []
     lost, failed = sum(len(kill.lost) for kill in result.kills), sum(kill.failure is not None for kill in kills)
-    if kills or lost:
+    earlier = f", and {len(result.earlier_harm)} such outcomes of earlier attempts" if result.earlier_harm else ""
+    if kills or result.harm:
         remarks.append(
             "Required: no stream lost, and each lane taken over and back in time. "
-            f"{lost} streams lost, {failed} of {len(kills)} kills not recovered from in time: "
-            f"{verdict(not lost and not failed)}."
+            f"{lost} streams lost, {failed} of {len(kills)} kills not recovered from in time{earlier}: "
+            f"{verdict(not result.harm)}."
         )
     remarks.append(
         "next token: from SIGKILL to the very next one, even if it was on its way when the node died; longest wait: "

@@ -74,7 +74,8 @@ class Kill(msgspec.Struct):
     lost: list[str] = msgspec.field(default_factory=list)
     """Streams that did not bring all of their tokens, whenever, and why."""
     failure: str | None = None
-    """How the recovery or the move home failed, if one did: not in time, or recorded as something else than done."""
+    """How the recovery or the move home failed, if one did: not in time, recorded as something else than done, or the
+    cluster was never whole again."""
     void: str | None = None
 
     @property
@@ -102,7 +103,14 @@ class Failover(Repeatable):
     streams: int
     kills: list[Kill] = msgspec.field(default_factory=list)
     void: str | None = None
-    """Why no more kills followed, if so."""
+    """Why no more kills followed, if so, where that is not the outcome of the last one."""
+    earlier_harm: list[str] = msgspec.field(default_factory=list)
+    """What the system had done wrong before the kills were made anew: a better run later does not undo it."""
+
+    @property
+    def harm(self) -> list[str]:
+        """What the system has done wrong after kills, and before them."""
+        return [*self.earlier_harm, *(f"kill {kill.number}: {each}" for kill in self.kills for each in kill.harm)]
 
 
 class Report(msgspec.Struct):

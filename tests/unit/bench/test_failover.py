@@ -20,10 +20,12 @@ from kevlarflow.bench.recipes import Recipe
 from kevlarflow.bench.report import harm, kills_table, markdown, pauses_table, phases_table, void
 from kevlarflow.bench.results import Failover, Kill, Report
 from kevlarflow.bench.streams import Request, Stream
+from kevlarflow.bench.systems import SystemFailed
 
 PHASES = dict.fromkeys(("detect", "plan", "relink", "restore", "recompute", "reissue"), 0.01) | {"total": 0.06}
 TOKEN_SECONDS = 0.005
 TIMEOUT_SECONDS = 2.0
+NOT_AT_HOME = "after 180 s still not: every lane at home"
 PLAN = Plan(Recipe(stages=1, pipelines=1), kills=1, streams=2, tokens=30)
 
 
@@ -97,12 +99,30 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     one.node.wait()
 
 
-def kills(cluster: Cluster, said: list[str] | None = None) -> Failover:
-    result = Failover(PLAN.streams)
-    system = SimpleNamespace(address=None, model="m", require_alive=lambda: None, processes=list)
+def kills(
+    cluster: Cluster,
+    said: list[str] | None = None,
+    wanted: int = 1,
+    into: Failover | None = None,
+    require_alive: Callable[[], None] = lambda: None,
+) -> Failover:
+    result = into or Failover(PLAN.streams)
+    plan = msgspec.structs.replace(PLAN, kills=wanted)
+    system = SimpleNamespace(address=None, model="m", require_alive=require_alive, processes=list)
     say = (said if said is not None else []).append
-    asyncio.run(failover._kills(PLAN, result, system, cluster, say))  # type: ignore[arg-type]
+    asyncio.run(failover._kills(plan, result, system, cluster, say))  # type: ignore[arg-type]
     return result
+
+
+def never_at_home_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every lane is at home once, before the first kill."""
+    looks = iter([None])
+
+    async def until_settled(_: object) -> None:
+        if next(looks, SystemFailed) is SystemFailed:
+            raise SystemFailed(NOT_AT_HOME)
+
+    monkeypatch.setattr(failover, "_until_settled", until_settled)
 
 
 def report(result: Failover) -> Report:
@@ -161,6 +181,65 @@ def test_a_recovery_that_is_late_or_fails_is_an_outcome_of_its_kill(
     assert len(kills_table(result).rows) == 1
     assert bool(phases_table(result).rows) is recovered
     assert harm(report(result)) == [f"kill 1: {failure}"]
+
+
+@pytest.mark.parametrize("wanted", [1, 2])
+@pytest.mark.parametrize(
+    ("records", "failure"),
+    [(["crash", "rejoin"], NOT_AT_HOME), (["crash"], "after 2 s still not: a record of the rejoin")],
+)
+def test_a_lane_that_is_never_at_home_again_is_the_outcome_of_the_last_kill(
+    wanted: int, records: list[str], failure: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never_at_home_again(monkeypatch)
+    cluster.records = records
+    said: list[str] = []
+    result = kills(cluster, said, wanted)
+    (kill,) = result.kills
+    assert (result.void, kill.void, kill.failure) == (None, None, failure)
+    assert NOT_AT_HOME in said[-1]
+    assert harm(report(result)) == [f"kill 1: {failure}"]
+
+
+def test_a_cluster_that_ends_after_a_kill_is_its_outcome(cluster: Cluster) -> None:
+    alive = iter([None])
+
+    def require_alive() -> None:
+        if next(alive, SystemFailed) is SystemFailed:
+            raise SystemFailed("KevlarFlow ended")
+
+    result = kills(cluster, wanted=2, require_alive=require_alive)
+    (kill,) = result.kills
+    assert (result.void, kill.void, kill.failure) == (None, None, "KevlarFlow ended")
+
+
+def test_lanes_that_are_never_at_home_leave_no_kill_to_blame(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    never_at_home_again(monkeypatch)
+    asyncio.run(failover._until_settled(cluster))  # type: ignore[arg-type]
+    with pytest.raises(SystemFailed, match=NOT_AT_HOME):
+        kills(cluster)
+
+
+def test_a_kill_that_was_none_after_which_no_lane_comes_home_is_not_passed_over(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never_at_home_again(monkeypatch)
+    cluster.loses_at_once = True
+    result = kills(cluster)
+    assert [(kill.void is None, kill.failure) for kill in result.kills] == [(False, NOT_AT_HOME)]
+    assert any("NOT REACHED" in each for each in pauses_table(result).remarks)
+
+
+def test_the_harm_of_an_earlier_attempt_counts_after_a_better_one(cluster: Cluster) -> None:
+    earlier = Failover(2, [Kill(1, 0, 0, lost=["s: HTTP 503"]), Kill(2, 0, 0, void="the streams had ended")])
+    result = kills(cluster, into=failover.anew(failover.anew(earlier, 2), 2))
+    assert [kill.harm for kill in result.kills] == [[]]
+    assert harm(report(result)) == ["kill 1: 1 streams lost (s: HTTP 503)"]
+    assert any(
+        "0 of 1 kills not recovered from in time, and 1 such outcomes of earlier attempts: NOT REACHED" in each
+        for each in pauses_table(result).remarks
+    )
+    assert msgspec.json.decode(msgspec.json.encode(report(result)), type=Report).failover == result
 
 
 def test_what_was_lost_before_the_kill_counts_though_that_is_void(cluster: Cluster) -> None:
