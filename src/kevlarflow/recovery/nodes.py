@@ -20,6 +20,9 @@ LONGEST_RETRY_SECONDS = 60.0
 GIVES_WAY_SECONDS = 1.0
 """For how long a replacement is not started, at most, because pipelines recover: it would take their CPUs and memory
 bandwidth in the moment in which clients wait."""
+STEADY_SECONDS = 0.25
+"""So long after a pipeline was formed it still counts as one that recovers, for replacements: it says so when the first
+of the steps that were sent again is over, and the others run yet."""
 EARLY_SECONDS = 60.0
 """A member that dies within this time of being ready, by itself, has died early."""
 EXIT_PATIENCE_SECONDS = 0.1
@@ -341,13 +344,14 @@ def _back_off(grid: Grid, slot: Slot) -> None:
 
 
 def start_replacements(grid: Grid) -> None:
-    """Start those that gave way to a recovery, unless one is still under way, and those that turn out to be needed."""
+    """Start those that gave way to a recovery, unless one is or was just under way, and those that are needed."""
     if any(each.forming and each.state is PipelineState.RECOVERING for each in grid.pipelines):
         return
+    steady = all(not each.formed or grid.now >= each.formed_at + STEADY_SECONDS for each in grid.pipelines)
     for slot in grid.slots.values():
         # One that does not even start is tried later and later, whoever needs it.
         waits = slot.dies_early and slot.start_at is not None and not slot.failed_starts
-        if slot.gives_way or (waits and not _has_another(grid, slot)):
+        if (slot.gives_way and steady) or (waits and not _has_another(grid, slot)):
             start(grid, slot)
 
 

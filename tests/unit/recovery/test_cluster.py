@@ -10,7 +10,7 @@ from kevlarflow.errors import IllegalTransition
 from kevlarflow.recovery import events
 from kevlarflow.recovery.cluster import Cluster
 from kevlarflow.recovery.events import Abort, KillNode, Narrate, Retire, StartNode, Suspend
-from kevlarflow.recovery.nodes import GIVES_WAY_SECONDS, LONGEST_RETRY_SECONDS
+from kevlarflow.recovery.nodes import GIVES_WAY_SECONDS, LONGEST_RETRY_SECONDS, STEADY_SECONDS
 from kevlarflow.recovery.status import status_document
 from kevlarflow.recovery.transitions import NODE, PIPELINE, NodeStep, PipelineStep, next_node_state
 from kevlarflow.types import (
@@ -88,7 +88,8 @@ def test_a_ready_node_that_dies_before_its_pipeline_has_served_is_replaced_once_
     driver.attach(0)
     driver.formed(0, 1)
     driver.engine_ready(0)
-    assert StartNode(member("node-1-0", 2), Stage(0)) in driver.exited("node-1-0")
+    driver.exited("node-1-0")
+    assert StartNode(member("node-1-0", 2), Stage(0)) in driver.tick(STEADY_SECONDS)
 
 
 def test_a_node_that_dies_at_start_has_a_moment_to_say_why():
@@ -133,11 +134,9 @@ def test_the_standby_takes_over_and_a_replacement_is_started():
     assert driver.state(0) is PipelineState.RECOVERING
     assert driver.cluster.serving
     driver.now += 0.2
-    assert driver.formed(0, 2) == [
-        Narrate("pipeline 0 recovered in 450 ms: 3 requests, 5 tokens recomputed"),
-        StartNode(member("node-0-1", 2), Stage(1)),
-    ]
+    assert driver.formed(0, 2) == [Narrate("pipeline 0 recovered in 450 ms: 3 requests, 5 tokens recomputed")]
     assert driver.state(0) is PipelineState.SERVING
+    assert StartNode(member("node-0-1", 2), Stage(1)) in driver.tick(STEADY_SECONDS)
     (recovery,) = driver.cluster.recoveries
     assert recovery.state is RecoveryState.DONE
     assert recovery.time == pytest.approx(1_000_015.0)
@@ -282,6 +281,7 @@ def test_a_replacement_that_is_stopped_while_it_loads_is_fenced_and_another_star
     driver = Driver().serve()
     driver.exited("node-0-1")
     driver.formed(0, 2)
+    driver.tick(STEADY_SECONDS)
     stopped = member("node-0-1", 2)
     driver.do(events.NodeLaunched(stopped, 77))
     assert driver.do(events.NodeSilent(stopped, driver.now - 0.3, "was stopped")) == [KillNode(stopped, (77,))]
@@ -315,7 +315,27 @@ def test_replacements_give_way_to_every_recovery():
     assert started(driver.exited("node-1-0")) == []
     first, second = (driver.cluster.pipelines[index] for index in (0, 1))
     assert started(driver.formed(0, first.epoch)) == []
-    assert started(driver.formed(1, second.epoch)) == [member("node-0-1", 2), member("node-1-0", 2)]
+    assert started(driver.formed(1, second.epoch)) == []
+    assert started(driver.tick(STEADY_SECONDS)) == [member("node-0-1", 2), member("node-1-0", 2)]
+
+
+def test_replacements_give_way_until_the_steps_that_were_sent_again_are_over():
+    """A pipeline is formed with the first of their results."""
+    driver = Driver().serve()
+    driver.exited("node-0-1")
+    driver.now += 0.1
+    assert started(driver.formed(0, 2)) == []
+    assert started(driver.tick(STEADY_SECONDS - 0.01)) == []
+    assert started(driver.tick(0.01)) == [member("node-0-1", 2)]
+
+
+@pytest.mark.parametrize("before", [0.05, 0.2])
+def test_what_has_just_been_formed_does_not_hold_a_replacement_up_for_long(before):
+    driver = Driver().serve()
+    driver.exited("node-0-1")
+    driver.now += GIVES_WAY_SECONDS - before
+    assert started(driver.formed(0, 2)) == []
+    assert started(driver.tick(before)) == [member("node-0-1", 2)]
 
 
 def test_replacements_do_not_give_way_for_long():
@@ -398,6 +418,7 @@ def test_a_replacement_that_does_not_start_is_tried_again_later_and_later():
     driver = Driver().serve()
     driver.exited("node-0-1")
     driver.formed(0, 2)
+    driver.tick(STEADY_SECONDS)
     pauses = []
     for incarnation in range(2, 14):
         failed = driver.do(events.NodeFailed(member("node-0-1", incarnation), "no memory"))
@@ -425,6 +446,7 @@ def test_a_slow_replacement_does_not_stop_the_rest():
     driver = Driver().serve()
     driver.exited("node-0-1")
     driver.formed(0, 2)
+    driver.tick(STEADY_SECONDS)
     driver.do(events.NodeLaunched(member("node-0-1", 2), 99))
     commands = driver.tick(601)
     assert commands[0] == KillNode(member("node-0-1", 2), (99,))
@@ -601,6 +623,7 @@ def test_the_status_document():
         "recomputed_tokens", "seconds",
     }  # fmt: skip
     assert list(recovery["seconds"]) == ["detect", "plan", "relink", "restore", "recompute", "reissue", "total"]
+    driver.tick(STEADY_SECONDS)
     driver.do(events.NodeLaunched(member("node-0-0", 2), 99))
     starting = status_document(driver.cluster, main_pid=5)["nodes"][0]
     assert (starting["incarnation"], starting["state"], starting["pid"]) == (2, "starting", 99)

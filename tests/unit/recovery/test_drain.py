@@ -7,6 +7,7 @@ import pytest
 from cluster_driver import Driver, lines, member, orders
 from kevlarflow.recovery import events
 from kevlarflow.recovery.events import Answer, KillNode, Retire, StartNode
+from kevlarflow.recovery.nodes import STEADY_SECONDS
 from kevlarflow.types import Cause, NodeId, NodeState, PipelineId, Stage
 
 STANDBY_HAS_ALL = [(1, "node-1-1", 1_000, 1_000)]
@@ -116,6 +117,7 @@ def test_what_cannot_be_drained_is_refused_with_one_line(node, prepare, refusal)
     for lost in prepare:
         driver.exited(lost)
         driver.formed(0, 2)
+        driver.tick(STEADY_SECONDS)
     before = {each.node: each.state for each in driver.cluster.slots.values()}
     assert drain(driver, node) == refusal
     assert {each.node: each.state for each in driver.cluster.slots.values()} == before
@@ -182,7 +184,8 @@ def test_an_empty_place_is_filled_by_hand_and_the_lane_comes_home():
     driver.formed(0, 3)
     # From now on it is replaced as any other.
     driver.exited("node-0-1", 2)
-    assert StartNode(member("node-0-1", 3), Stage(1)) in driver.formed(0, 4)
+    driver.formed(0, 4)
+    assert StartNode(member("node-0-1", 3), Stage(1)) in driver.tick(STEADY_SECONDS)
 
 
 @pytest.mark.parametrize("node", ["node-0-0", "node-9-0"])
@@ -205,6 +208,7 @@ def test_who_wants_a_place_that_is_taken_is_told_what_to_do(lost, advice):
     for node in lost:
         driver.exited(node)
         driver.formed(0, 2)
+        driver.tick(STEADY_SECONDS)
     assert join(driver, "node-0-0").refusal.endswith(advice)
 
 
@@ -212,6 +216,7 @@ def test_a_place_that_was_given_up_or_waits_for_the_next_try_is_filled_by_hand()
     driver = Driver().serve()
     driver.exited("node-0-1")
     driver.formed(0, 2)
+    driver.tick(STEADY_SECONDS)
     driver.do(events.LaunchFailed(member("node-0-1", 2), "no launcher"))
     assert join(driver, "node-0-1").member == member("node-0-1", 3)
     assert not any(isinstance(command, StartNode) for command in driver.tick(60.0))

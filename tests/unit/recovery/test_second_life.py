@@ -3,6 +3,7 @@
 from cluster_driver import Driver, lines, member, orders
 from kevlarflow.recovery import events
 from kevlarflow.recovery.events import Suspend
+from kevlarflow.recovery.nodes import STEADY_SECONDS
 from kevlarflow.types import PipelineState, RecoveryState
 
 
@@ -162,6 +163,7 @@ def started_again():
     driver = Driver().serve(start_seconds=30.0)
     driver.exited("node-0-1")
     driver.formed(0, 2)
+    driver.tick(STEADY_SECONDS)
     driver.do(events.NodeLaunched(member("node-0-1", 2), 4_242))
     driver.now += 29.0
     driver.restart()
