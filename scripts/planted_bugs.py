@@ -916,6 +916,27 @@ MUTANTS = (
         "tests/unit/recovery/test_losses.py",
     ),
     Mutant(
+        "a kill from outside makes suspects of all that is in flight",
+        "recovery/dispatched.py",
+        "        if loss is None or not loss.from_outside\n",
+        "",
+        "tests/unit/recovery/test_suspicion.py",
+    ),
+    Mutant(
+        "whoever is lost was killed by somebody",
+        "recovery/nodes.py",
+        "Computing(), slot.hurt_from_outside",
+        "Computing(), True",
+        "tests/unit/recovery/test_losses.py",
+    ),
+    Mutant(
+        "what a node ran that somebody killed is held against who comes for it",
+        "recovery/in_flight.py",
+        " if stage in behind}",
+        " if stage in behind or stage not in staying}",
+        "tests/unit/recovery/test_suspicion.py",
+    ),
+    Mutant(
         "a node that the kernel killed for want of memory was killed by somebody",
         "control/watcher.py",
         "endings.was_sent(status) and not memory_was_short",

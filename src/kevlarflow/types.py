@@ -167,6 +167,9 @@ class Loss(msgspec.Struct, frozen=True):
 
     member: Member
     computing: Computing
+    """Nothing where it was lost from outside."""
+    from_outside: bool = False
+    """Whether somebody has stopped or killed it, which is held against no request."""
 
 
 class Phases(msgspec.Struct, frozen=True):

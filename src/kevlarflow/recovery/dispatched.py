@@ -61,6 +61,14 @@ class Dispatched:
 def last_words(
     nodes: Sequence[NodeInfo], stages: Iterable[Stage], losses: Iterable[Loss]
 ) -> dict[Stage, Computing | None]:
-    """What the nodes of these stages were computing when they were lost; None where nobody knows."""
-    known = {loss.member: loss.computing for loss in losses}
-    return {stage: known.get(nodes[stage].member) for stage in stages if stage < len(nodes)}
+    """What the nodes of these stages were computing when they were lost; None where nobody knows.
+
+    Those that somebody has stopped or killed are left out.
+    """
+    known = {loss.member: loss for loss in losses}
+    found = {stage: known.get(nodes[stage].member) for stage in stages if stage < len(nodes)}
+    return {
+        stage: loss.computing if loss is not None else None
+        for stage, loss in found.items()
+        if loss is None or not loss.from_outside
+    }

@@ -33,7 +33,7 @@ class InFlight:
         self._first: dict[int, tuple[Recompute, ...]] = {}
         """What has to be computed right before a step, by the step's number."""
         self._recalled: dict[Stage, dict[int, Step]] = {}
-        """What the node of a stage may have been running when another order came; nothing once a node was lost."""
+        """What the node of a stage may have been running when another order came; nothing once somebody was blamed."""
         self._held: set[int] = set()
         self._heard: set[int] = set()
         """Steps that were over before the last order."""
@@ -138,15 +138,15 @@ class InFlight:
     ) -> dict[str, str]:
         """What was sent is void: a new epoch begins, while `forming` was under way, or nothing.
 
-        The nodes of the stages `staying` are to go on; those of `lost` were lost, which is held against what they were
-        computing, or, where that is not known (None), against what they may have been.
+        The nodes of the stages `staying` are to go on; those of `lost` were lost, and not by somebody's hand, which is
+        held against what they were computing, or, where that is not known (None), against what they may have been.
         Returns the requests that must not run again, each with the reason.
         """
         doomed = self._blame(lost, forming) if lost else {}
         prepared = staying if forming is None else set(filter(forming.may_run, staying))
-        for stage in staying if forming is None else staying - forming.to_join:
-            # It has taken the order before this one, and with it left what it ran then.
-            self._recalled.pop(stage, None)
+        # Who has taken the order before this one has with it left what it ran then, and who is new has run nothing.
+        behind = staying & forming.to_join if forming is not None else set[Stage]()
+        self._recalled = {stage: steps for stage, steps in self._recalled.items() if stage in behind}
         for stage in set[Stage]() if lost else prepared:
             # As they are: requests that give way for the new order may be taken out of them.
             self._recalled.setdefault(stage, {}).update((sequence, self._steps[sequence]) for sequence in self._sent)

@@ -286,7 +286,7 @@ def _bereave(grid: Grid, pipeline: Pipeline, slot: Slot, member: Member, cause: 
     """Take a lost member out of one pipeline; says whether that leaves a hole."""
     if slot.computing is not None and (pipeline.has_lane_on(member) or member in pipeline.given_back):
         ours = slot.computing.pipeline == pipeline.id
-        pipeline.losses.append(Loss(member, slot.computing if ours else Computing()))
+        pipeline.losses.append(Loss(member, slot.computing if ours else Computing(), slot.hurt_from_outside))
     if member in pipeline.leaving and pipeline.forming and pipeline.order is not None:
         # A planned change waits for steps that are in flight there, and they will not complete any more.
         pipeline.reform = pipeline.reform or (isinstance(pipeline.order, Form) and pipeline.order.cause.is_planned)

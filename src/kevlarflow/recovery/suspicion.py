@@ -4,10 +4,12 @@ A request that kills the node that computes it would kill the next one as well. 
 computing when it died (`types.Computing`), so a loss is held against the requests of that step, and two are too many.
 Where nobody knows what a node was computing, all that it may have been running is held to have killed it.
 
-A node may also die of a request a moment after it has computed it. So every loss is held against all that the node may
-have been running, in a second count with a higher bound. While such *suspects* are in flight, steps are sent one at a
-time: the next loss then has one step to blame. A request stays suspect, in whatever step it is, until it has come
-further than it was.
+A node that somebody has stopped or killed (`types.Loss`) is held against nobody.
+
+A node may also die of a request a moment after it has computed it. So every other loss is held against all that the
+node may have been running, in a second count with a higher bound. While such *suspects* are in flight, steps are sent
+one at a time: the next loss then has one step to blame. A request stays suspect, in whatever step it is, until it has
+come further than it was.
 
 Requests that are computed again for a new node can cost it just as well; counts of their own bound that.
 """

@@ -6,7 +6,7 @@ import collections
 from collections.abc import Iterable
 
 from kevlarflow.recovery.suspicion import MAX_COST, MAX_POSSIBLE_COST, POSSIBLE_REASON, REASON
-from kevlarflow.sim.errors import NoReason
+from kevlarflow.sim.errors import NoReason, Unblamed
 from kevlarflow.types import Computing, Member, NodeInfo, PipelineId
 from kevlarflow.wire.messages import Form, Suspend
 
@@ -23,15 +23,21 @@ class Blame:
         self._raised: set[str] = set()
         """Requests of steps and chunks that raised."""
         self._losses: collections.Counter[PipelineId] = collections.Counter()
-        """Orders to an engine that were about lost nodes."""
+        """Orders to an engine that were about lost nodes, of which not all were killed or stopped by somebody."""
         self._unexplained: collections.Counter[PipelineId] = collections.Counter()
         """Those that did not say what each of the nodes had been computing."""
+        self._hurt: set[Member] = set()
+        """Nodes that somebody has killed or stopped."""
         self._before: dict[str, tuple[int, int]] = {}
         """How many of both there were before a request came to its engine: it is not to blame for these."""
 
     def note_death(self, computing: Computing, requests: Iterable[str]) -> None:
         """A node has died, and was computing these."""
         self._caught.update((request, computing.sequence < 0) for request in requests)
+
+    def note_hurt(self, member: Member) -> None:
+        """Somebody kills or stops a node."""
+        self._hurt.add(member)
 
     def note_added(self, request: str, pipeline: PipelineId) -> None:
         """A request comes to an engine."""
@@ -51,7 +57,10 @@ class Blame:
             lost = {node.member for node in serving} - {node.member for node in order.nodes}
         else:
             lost = {serving[stage].member for stage in order.lost_stages} if serving else set[Member]()
-        self._losses[order.pipeline] += 1
+        from_outside = {loss.member for loss in order.losses if loss.from_outside}
+        if not from_outside <= self._hurt:
+            raise Unblamed(f"nobody has hurt {sorted(from_outside - self._hurt)}: {order}")
+        self._losses[order.pipeline] += not lost <= from_outside
         self._unexplained[order.pipeline] += not lost <= {loss.member for loss in order.losses}
 
     def check(self, request: str, reason: str, pipeline: PipelineId) -> None:

@@ -31,6 +31,10 @@ class NoReason(Violation):
     """A request ended with an error, or a pipeline was suspended, though it could have gone on."""
 
 
+class Unblamed(Violation):
+    """A node was taken for killed or stopped by somebody that was not: what it computed would go on costing nodes."""
+
+
 class FalseAlarm(Violation):
     """A node was taken for slow, or for dead, that is as fast as its peers, or does what it is there for."""
 

@@ -147,6 +147,7 @@ class Mischief:
         if fault.detail == AS_IT_LOADS:
             self._stops_as_it_loads += 1
             return
+        self._fleet.blame.note_hurt(node.member)
         node.freeze()
         node.hard_to_kill = fault.detail == "hard to kill"
         node.stopped = node.stopped or fault.detail == FOR_GOOD
@@ -253,6 +254,7 @@ class Mischief:
             slot = self._fleet.controller.cluster.slots[victim.member.node]
             if not victim.ready and slot.failed_starts >= MAX_FAILED_STARTS:
                 return
+            self._fleet.blame.note_hurt(victim.member)
         self._fleet.end_process(victim, self._loses(), by=By.SOMEBODY)
 
     def _crash_controller(self, fault: Fault) -> None:
@@ -291,6 +293,7 @@ class Mischief:
             fleet.tell(str(node), "is stopped as it loads")
             fleet.counts["nodes stopped as they load"] += 1
             node.stopped = True
+            fleet.blame.note_hurt(node.member)
             node.freeze()
             life = fleet.controller.life
             fleet.timeline.after(NOTICED_SECONDS, functools.partial(self._expect_stop_noticed, node, life))

@@ -21,7 +21,7 @@ from kevlarflow.recovery.forming import Standing
 from kevlarflow.recovery.ledger import Step
 from kevlarflow.recovery.pipeline import Pipeline
 from kevlarflow.recovery.recompute import Limits
-from kevlarflow.recovery.suspicion import MAX_POSSIBLE_COST, NOT_AGAIN, POSSIBLE_REASON, REASON
+from kevlarflow.recovery.suspicion import MAX_COST, MAX_POSSIBLE_COST, NOT_AGAIN, POSSIBLE_REASON, REASON
 from kevlarflow.sim.errors import Stuck, Violation, WrongTokens
 from kevlarflow.sim.scheduler import Blocks, Request, ToyScheduler, completed
 from kevlarflow.sim.shapes import Shape, draw
@@ -31,6 +31,7 @@ from kevlarflow.types import Computing, Epoch, Loss, Member, NodeId, NodeInfo, S
 
 MAX_ACTIONS = 20_000
 LAGGING_SHARE = 0.1
+KILLING_SHARE = 0.5
 FIRST_STEP = 1_000_000
 """Far above every epoch, as in reality: see `Generations.mark`."""
 
@@ -41,6 +42,12 @@ def _draw_lag(seed: int) -> random.Random | None:
     return chance if chance.random() < LAGGING_SHARE else None
 
 
+def _draw_killer(seed: int) -> random.Random | None:
+    """For runs in which somebody may be known to have killed a lost node: what is drawn there."""
+    chance = random.Random(f"killer {seed}")
+    return chance if chance.random() < KILLING_SHARE else None
+
+
 class World:
     """See the module's text."""
 
@@ -49,7 +56,7 @@ class World:
 
     def __init__(self, seed: int, shape: Shape | None = None) -> None:
         self.rng = random.Random(seed)
-        self.lag = _draw_lag(seed)
+        self.lag, self.killer = _draw_lag(seed), _draw_killer(seed)
         self.shape = shape or draw(self.rng)
         shape = self.shape
         self.now = 0.0
@@ -78,9 +85,9 @@ class World:
         self.epoch = 0
         """Of the last order."""
         self.lost_idle: list[Loss] = []
-        """Lost nodes that were computing nothing, where that is known."""
+        """Lost nodes that were computing nothing, where that is known, and those that somebody has killed."""
         self.shares = 1
-        self.resumed = self.set_aside = self.recoveries = self.waits = 0
+        self.resumed = self.set_aside = self.recoveries = self.killed = self.waits = 0
         self._form()
         self._assign()
 
@@ -125,8 +132,9 @@ class World:
             self.rng.choice(actions)()
         for request in self.scheduler.ended:
             if request.error:
-                unknown = self.shape.blames and request.error == REASON
-                excused = unknown or (self.recoveries >= MAX_POSSIBLE_COST and request.error == POSSIBLE_REASON)
+                held = self.recoveries - self.killed
+                unknown = self.shape.blames and held >= MAX_COST and request.error == REASON
+                excused = unknown or (held >= MAX_POSSIBLE_COST and request.error == POSSIBLE_REASON)
                 cause = request.error.removesuffix(f": {NOT_AGAIN}")
                 if not excused and cause not in self.blamed.get(request.name, ()):
                     raise WrongTokens(f"{request.name} ended without need: {request.error}")
@@ -233,9 +241,11 @@ class World:
         self.losses_left -= 1
         self.recoveries += 1
         stage = Stage(self.rng.randrange(self.shape.stages))
-        if not self.shape.blames:
+        killed = self.killer is not None and self.killer.random() < 0.5
+        self.killed += killed
+        if killed or not self.shape.blames:
             # Nodes die between two pieces of work here.
-            self.lost_idle.append(Loss(self.lanes[stage].info.member, Computing()))
+            self.lost_idle.append(Loss(self.lanes[stage].info.member, Computing(), killed))
         if self.rng.random() < 0.7:
             standby = self.standbys[stage]
             self.lanes[stage] = self._new_lane(stage, standby.info)

@@ -97,7 +97,7 @@ def test_what_a_node_computed_that_somebody_killed_is_not_held_against_anybody()
         driver = Driver().serve()
         killed = events.NodeExited(member("node-0-1"), driver.now, known, "SIGKILL", from_outside=True)
         commands = driver.do(killed)
-        assert losses(commands)[0] == (Loss(member("node-0-1"), NOTHING),)
+        assert losses(commands)[0] == (Loss(member("node-0-1"), NOTHING, from_outside=True),)
         pid = pid_of(member("node-0-1"))
         assert lines(commands) == [f"node-0-1 died (pid {pid}: SIGKILL): pipeline 0 borrows node-1-1"]
 
@@ -122,17 +122,21 @@ def killed_then(driver):
     driver.do(events.NodeExited(member("node-0-1"), driver.now, step_of(0), "SIGKILL", from_outside=True))
     driver.tick(0.2)
     (loss,) = driver.cluster.pipelines[0].losses
-    return loss.computing
+    return loss
 
 
 def test_what_somebody_killed_is_held_against_nobody_by_the_next_life_of_the_controller_either():
-    assert killed_then(resumed(Driver().serve())) == NOTHING
+    loss = Loss(member("node-0-1"), NOTHING, from_outside=True)
+    assert killed_then(resumed(Driver().serve())) == loss
+    driver = Driver().serve()
+    killed_then(driver)
+    assert list(resumed(driver).cluster.pipelines[0].losses) == [loss], "nor does one that is told of it"
 
 
 def test_what_a_life_of_the_controller_has_killed_for_hanging_is_blamed_by_the_next_ones():
     driver = Driver().serve()
     driver.do(events.NodeSilent(member("node-0-1"), driver.now - 1.0, "was stuck in a step"))
-    assert killed_then(resumed(resumed(driver))) == step_of(0)
+    assert killed_then(resumed(resumed(driver))) == Loss(member("node-0-1"), step_of(0))
 
 
 def test_what_a_node_computed_that_somebody_stopped_is_not_held_against_anybody():
@@ -144,7 +148,7 @@ def test_what_a_node_computed_that_somebody_stopped_is_not_held_against_anybody(
         else:
             driver.now += 5.0
             found = losses(driver.do(events.Tick()))
-        assert found[0] == (Loss(member("node-0-1"), NOTHING),)
+        assert found[0] == (Loss(member("node-0-1"), NOTHING, from_outside=True),)
     # Whoever comes in its place is another one.
     driver.ready("node-0-1", 2)
     assert not driver.cluster.slots["node-0-1"].hurt_from_outside

@@ -138,7 +138,7 @@ def test_somebody_who_kills_a_node_that_has_spoken_since_costs_no_request(starts
         for node in NODES:
             speaks(driver, node, starts=starts and not again)
         driver.attach(0, epoch=1, members=(member("node-0-0"), member("node-0-1")))
-    assert kill(driver, "node-0-1") == (Loss(member("node-0-1"), Computing()),)
+    assert kill(driver, "node-0-1") == (Loss(member("node-0-1"), Computing(), from_outside=True),)
 
 
 def test_nor_is_one_that_is_killed_while_it_loads_taken_for_killed_by_the_life_before():

@@ -3,6 +3,7 @@
 import pytest
 
 from kevlarflow.recovery import pipeline_events as p
+from kevlarflow.recovery.coverage import Replica
 from kevlarflow.recovery.suspicion import MAX_POSSIBLE_COST, POSSIBLE_REASON, REASON
 from kevlarflow.types import Computing, Loss
 from unit.recovery.test_pipeline import A0, A1, B0, B1, admit, executed, go_on, node, prepared, sent, serving
@@ -75,6 +76,78 @@ def test_a_request_that_was_in_flight_whenever_a_node_died_ends_in_the_end():
         prepared(pipeline, loss + 1, commands)
     commands = lose(pipeline, MAX_POSSIBLE_COST + 1, (A0, node("node-2-1", 1)), last=NOTHING)
     assert ended(commands) == {"late": POSSIBLE_REASON}
+
+
+def from_outside(pipeline, epoch, nodes, stage=1):
+    """Somebody kills the node of a stage, and the pipeline is formed with `nodes`."""
+    loss = Loss(pipeline.members[stage], NOTHING, from_outside=True)
+    return pipeline.handle(p.FormationOrdered(epoch, nodes, lost=True, losses=(loss,)), float(epoch))
+
+
+def test_all_steps_go_out_at_once_after_somebody_has_killed_a_node():
+    pipeline = in_flight("a", "b")
+    commands = from_outside(pipeline, 2, (A0, B1))
+    assert sent(commands) == [1, 2]
+    prepared(pipeline, 2, commands)
+    # A node that is lost by itself is held against both, as if nobody had been killed before.
+    again = lose(pipeline, 3, (A0, A1), last=step(1, 2))
+    assert (sent(again), ended(again)) == ([1], {})
+
+
+def test_they_do_once_its_replicas_are_in_place():
+    pipeline = serving()
+    pipeline.handle(p.StandbysAssigned((B0, B1)), 0.5)
+    pipeline.handle(p.StepIssued(admit(1, "old", blocks=(5, 6))), 0.6)
+    pipeline.handle(executed(1, 1, old=[7]), 0.7)
+    replica = Replica(5, 1, 3)
+    pipeline.handle(p.ReplicasConfirmed(1, A1.member, B1.member, (replica,)), 0.8)
+    pipeline.handle(p.StepIssued(admit(2, "a")), 1.0)
+    pipeline.handle(p.StepIssued(admit(3, "b", blocks=(3, 4))), 1.0)
+    assert sent(from_outside(pipeline, 2, (A0, B1))) == []
+    assert sent(pipeline.handle(p.ReplicasPlaced(2, 1, (replica,)), 2.1)) == [2, 3]
+
+
+def test_no_request_ends_however_many_nodes_somebody_kills():
+    pipeline = in_flight("a", "b")
+    for epoch in range(2, 3 * MAX_POSSIBLE_COST):
+        commands = from_outside(pipeline, epoch, (A0, (A1, B1)[epoch % 2 == 0]))
+        assert (ended(commands), sent(commands)) == ({}, [1, 2])
+        prepared(pipeline, epoch, commands)
+
+
+def test_of_two_nodes_that_are_lost_at_once_the_one_counts_that_nobody_has_killed():
+    for other in (NOTHING, step(1, 1)):
+        pipeline = in_flight("a", "b")
+        losses = (Loss(A1.member, NOTHING, from_outside=True), Loss(A0.member, other))
+        commands = pipeline.handle(p.FormationOrdered(2, (B0, B1), lost=True, losses=losses), 2.0)
+        assert sent(commands) == [1]
+
+
+def test_a_node_that_dies_of_a_step_while_one_that_somebody_killed_is_replaced_is_held_against_it():
+    """It has not taken the order yet, and nobody can read what it was computing."""
+    pipeline = in_flight("deadly")
+    from_outside(pipeline, 2, (A0, B1))
+    prepared(pipeline, 3, lose(pipeline, 3, (B0, B1)))
+    assert ended(lose(pipeline, 4, (A0, B1))) == {"deadly": REASON}
+
+
+def test_who_comes_for_a_node_that_somebody_killed_is_not_taken_for_it():
+    pipeline = in_flight("a")
+    pipeline.handle(p.FormationOrdered(2, (A0, A1)), 2.0)
+    from_outside(pipeline, 3, (A0, B1))
+    # The first who comes has run nothing before it is lost as well, whatever the one before it ran.
+    prepared(pipeline, 4, lose(pipeline, 4, (A0, A1)))
+    assert ended(lose(pipeline, 5, (A0, B1))) == {}
+
+
+def test_requests_that_wait_for_a_node_that_somebody_killed_are_no_suspects():
+    pipeline = in_flight("a", "b")
+    loss = Loss(A1.member, NOTHING, from_outside=True)
+    pipeline.handle(p.SuspensionOrdered(2, "no node", True, (1,), (loss,)), 2.0)
+    prepared(pipeline, 3, pipeline.handle(p.FormationOrdered(3, (A0, B1), lost=True, losses=(loss,)), 3.0))
+    for number, request in ((3, "a"), (4, "b")):
+        issue = p.StepIssued(admit(number, request, blocks=(2 * number, 2 * number + 1), formation=9))
+        assert sent(pipeline.handle(issue, 3.1)) == [number]
 
 
 def test_progress_in_between_clears_a_request_of_what_it_may_have_cost():

@@ -6,8 +6,8 @@ import pytest
 
 from kevlarflow.recovery.suspicion import MAX_COST, MAX_POSSIBLE_COST, POSSIBLE_REASON, REASON
 from kevlarflow.sim.blame import DRAWN_ERROR, Blame
-from kevlarflow.sim.errors import NoReason
-from kevlarflow.types import Cause, Computing, Epoch, Member, NodeId, NodeInfo, PipelineId, Stage
+from kevlarflow.sim.errors import NoReason, Unblamed
+from kevlarflow.types import Cause, Computing, Epoch, Loss, Member, NodeId, NodeInfo, PipelineId, Stage
 from kevlarflow.wire.messages import Form
 
 P = PipelineId(0)
@@ -17,10 +17,12 @@ def node(incarnation: int) -> NodeInfo:
     return NodeInfo(Member(NodeId("node-0-0"), incarnation), Stage(0), "sim", 1, (1,), "s", "a", 1, 9)
 
 
-def lose(blame: Blame, times: int) -> None:
-    """So many nodes are lost, and nobody knows what they were computing."""
+def lose(blame: Blame, times: int, *, from_outside: bool = False) -> None:
+    """So many nodes are lost: nobody knows what they were computing, or somebody has killed them."""
     for incarnation in range(times):
-        order = Form(P, Epoch(incarnation + 2), (node(incarnation + 1),), (), Cause.CRASH, (Stage(0),))
+        losses = (Loss(node(incarnation).member, Computing(), from_outside=True),) if from_outside else ()
+        nodes = (node(incarnation + 1),)
+        order = Form(P, Epoch(incarnation + 2), nodes, (), Cause.CRASH, (Stage(0),), losses=losses)
         blame.note_order(order, (node(incarnation),))
 
 
@@ -33,6 +35,22 @@ def test_losses_before_a_request_came_are_no_reason(reason: str, bound: int) -> 
         blame.check("r", reason, P)
     lose(blame, bound)
     blame.check("r", reason, P)
+
+
+@pytest.mark.parametrize("reason", [REASON, POSSIBLE_REASON])
+def test_nodes_that_somebody_killed_are_no_reason(reason: str) -> None:
+    blame = Blame()
+    blame.note_added("r", P)
+    for incarnation in range(2 * MAX_POSSIBLE_COST):
+        blame.note_hurt(node(incarnation).member)
+    lose(blame, 2 * MAX_POSSIBLE_COST, from_outside=True)
+    with pytest.raises(NoReason):
+        blame.check("r", reason, P)
+
+
+def test_only_a_node_that_somebody_killed_or_stopped_was_lost_from_outside() -> None:
+    with pytest.raises(Unblamed):
+        lose(Blame(), 1, from_outside=True)
 
 
 def test_nodes_that_died_of_a_request_are_a_reason() -> None:
