@@ -916,6 +916,13 @@ MUTANTS = (
         "tests/unit/recovery/test_losses.py",
     ),
     Mutant(
+        "what is put in place comes to lie in memory that nobody has backed",
+        "node/block_map.py",
+        "key=lambda block: (block not in first, block)",
+        "key=lambda block: block",
+        "tests/unit/node/test_replicator.py",
+    ),
+    Mutant(
         "a kill from outside makes suspects of all that is in flight",
         "recovery/dispatched.py",
         "        if loss is None or not loss.from_outside\n",

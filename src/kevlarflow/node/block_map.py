@@ -2,8 +2,9 @@
 
 Every engine counts its KV blocks from 0 to N - 1, and a node has N of them, whoever they belong to. A healthy node maps
 its lane one to one. When another lane comes, both engines keep to a share of their block ids, and the map gives each
-of those a physical block; what an engine keeps stays where it is. Block 0 is vLLM's null block: it is everybody's, and
-nothing in it is ever read.
+of those a physical block; what an engine keeps stays where it is. What copies are kept of here comes first: it gets the
+last physical blocks, which the replication thread has backed with memory (`node.replicator`). Block 0 is vLLM's null
+block: it is everybody's, and nothing in it is ever read.
 
 A lane that is to get more blocks than are free waits until another one has given up some: its own engine has been told
 to, since the controller orders all of them in one go.
@@ -11,7 +12,7 @@ to, since the controller orders all of them in one go.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from kevlarflow.errors import ProtocolViolation
 
@@ -39,7 +40,7 @@ class LaneBlocks:
         self.table: list[int] = [NONE] * blocks
         """Physical block of each block of the lane, or `NONE`. It is changed in place."""
         self.missing: list[int] = []
-        """Blocks that wait for a physical one."""
+        """Blocks that wait for a physical one, in the order in which they get it."""
 
 
 class BlockMap:
@@ -62,11 +63,15 @@ class BlockMap:
         self._give_up(lane, frozenset())
         self._hand_out()
 
-    def share(self, lane: LaneBlocks, usable: frozenset[int] | None) -> None:
-        """Let the lane have these blocks, None: all. Those that it has already keep their place."""
+    def share(self, lane: LaneBlocks, usable: frozenset[int] | None, first: Set[int] = frozenset()) -> None:
+        """Let the lane have these blocks, None: all. Those that it has already keep their place.
+
+        Where it does not get them one to one, those of `first` get the last physical blocks that are free.
+        """
         wanted = frozenset(range(1, self._blocks)) if usable is None else usable
         self._give_up(lane, wanted)
-        lane.missing = sorted(block for block in wanted if lane.table[block] == NONE)
+        lacking = (block for block in wanted if lane.table[block] == NONE)
+        lane.missing = sorted(lacking, key=lambda block: (block not in first, block))
         self._hand_out()
 
     def _give_up(self, lane: LaneBlocks, kept: frozenset[int]) -> None:

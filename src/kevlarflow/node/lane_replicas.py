@@ -8,7 +8,7 @@ no fewer tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -52,6 +52,10 @@ class LaneReplicas:
         self._replicator.store.unpin(lane.pipeline)
         self._replicator.leave(lane.pipeline)
         lane.replication = None
+
+    def kept(self, lane: Lane) -> Set[int]:
+        """Blocks of the lane that copies are here of: the memory that they would be put into is backed."""
+        return self._replicator.store.ages(lane.pipeline).keys()
 
     def _of(self, lane: Lane) -> LaneReplication:
         if lane.replication is None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import TYPE_CHECKING, Any
 
 from kevlarflow.node.block_map import BlockMap, LaneBlocks
@@ -105,9 +105,9 @@ class Lanes:
         self._fence(lane, epoch)
         return lane
 
-    def share(self, lane: Lane, usable: frozenset[int] | None) -> None:
-        """Give the lane these KV blocks, None: all; it works once it has them."""
-        self._block_map.share(lane.blocks, usable)
+    def share(self, lane: Lane, usable: frozenset[int] | None, first: Set[int] = frozenset()) -> None:
+        """Give the lane these KV blocks, None: all; it works once it has them. `first`: see `BlockMap.share`."""
+        self._block_map.share(lane.blocks, usable, first)
 
     def leave(self, pipeline: PipelineId, epoch: Epoch) -> Lane | None:
         """Give the lane up, unless it was opened again under a newer epoch; returns it for its link to be closed."""

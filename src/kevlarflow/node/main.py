@@ -256,7 +256,8 @@ class NodeServer:
         lane.engine = engine
         if self._replicas:
             self._replicas.open(lane)
-        self._lanes.share(lane, pickle.loads(payload[0]))
+        first = self._replicas.kept(lane) if self._replicas else frozenset[int]()
+        self._lanes.share(lane, pickle.loads(payload[0]), first)
         if join.next_address:
             lane.link = self._context.socket(zmq.PUSH)
             lane.link.setsockopt(zmq.LINGER, 0)

@@ -124,7 +124,7 @@ class Replicator(threading.Thread):
         return self._source.turn(self._transfer, time.monotonic())
 
     def _back(self, block: int) -> None:
-        """Back one more of the blocks that a lost lane would get: the block map gives away the last ones first."""
+        """Back one more of the blocks that a lost lane would get: the last ones are for what is kept of it."""
         if block not in self._backed:
             self._backed.add(block)
             self._blocks.populate(self._bounds.blocks - len(self._backed))

@@ -258,7 +258,7 @@ class Node(Process):
         self._next_addresses[lane.pipeline] = join.next_address
         if self.replicas is not None:
             self.replicas.open(lane)
-        self.lanes.share(lane, usable)
+        self.lanes.share(lane, usable, self.replicas.kept(lane) if self.replicas is not None else frozenset())
         tables = {each.pipeline: [block for block in each.blocks.table if block] for each in self.lanes}
         if len(set().union(*tables.values())) < sum(map(len, tables.values())):
             raise NotFenced(f"{self} has blocks that are two lanes': {tables}")

@@ -30,6 +30,18 @@ def test_what_a_lane_keeps_stays_where_it_is():
     assert sorted(lane.table) == list(range(9))
 
 
+def test_of_what_comes_to_a_lane_some_blocks_come_first():
+    """They get the last physical blocks, in one row, however many others there are and whenever room is made."""
+    blocks = BlockMap(13)
+    lane, guest = blocks.add(), blocks.add()
+    blocks.share(lane, None)
+    blocks.share(guest, frozenset({1, 2, 3, 4, 7, 9}), first={2, 7, 9, 11})
+    blocks.share(lane, frozenset({1, 2, 3, 4, 5, 6}))
+    assert [guest.table[block] for block in (2, 7, 9)] == [12, 11, 10]
+    assert {guest.table[block] for block in (1, 3, 4)} == {7, 8, 9}
+    assert guest.table[11] == NONE
+
+
 def test_who_comes_too_early_waits_and_is_served_in_full():
     blocks = BlockMap(5)
     lane, guest = blocks.add(), blocks.add()

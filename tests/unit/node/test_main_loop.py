@@ -154,6 +154,22 @@ def test_what_is_said_of_a_flush_in_an_earlier_epoch_does_not_end_the_one_of_thi
         assert lane.flush_until == awaited
 
 
+def test_a_lane_gets_memory_for_what_is_kept_of_it_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = msgspec.structs.replace(make_config(), run_folder=str(tmp_path))
+    server = NodeServer(config, MEMBER, Stage(0), Progress(60.0), PaceMeter())
+    runners: list[Any] = [Runner(), Runner()]
+    server._lanes = Lanes(runners, 9, is_first_stage=True)
+    monkeypatch.setattr(server, "_answer", lambda *_: None)
+    replicas = SimpleNamespace(open=lambda lane: None, kept=lambda lane: {7} if lane.pipeline == 1 else set())
+    monkeypatch.setattr(server, "_replicas", replicas)
+    for pipeline, usable in ((0, {1, 2, 3, 4}), (1, {1, 2, 3, 7})):
+        join = Join(PipelineId(pipeline), Epoch(1), Stage(0), next_address="")
+        server._join(b"engine", join, [pickle.dumps(frozenset(usable))])
+    guest = server._lanes.current(PipelineId(1))
+    assert guest is not None
+    assert guest.blocks.table == [0, 7, 6, 5, 0, 0, 0, 8, 0]
+
+
 def test_a_node_that_cannot_empty_a_lane_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Spoilt(Runner):
         def reset(self) -> None:

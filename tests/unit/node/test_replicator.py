@@ -9,6 +9,8 @@ import pytest
 import zmq
 
 from kevlarflow.config import ServeConfig
+from kevlarflow.node.lane_replicas import LaneReplicas
+from kevlarflow.node.lanes import Lanes
 from kevlarflow.node.replicator import Replicator
 from kevlarflow.node.thread_clock import ThreadClock
 from kevlarflow.recovery.coverage import Replica
@@ -85,6 +87,33 @@ def test_the_memory_that_a_replica_would_be_put_into_is_backed_once(pair):
         source.write(lane, 3, filled, b"12345678")
         wait_for(lambda expected=filled // 2: len(source.replicator.outcomes) == expected)
     assert standby.memory.backed == [BOUNDS.blocks - 1]
+
+
+class Runner:
+    """A lane's, which has nothing to do here."""
+
+    def reset(self):
+        pass
+
+    def use_blocks(self, table):
+        pass
+
+
+def test_what_a_lane_has_copies_of_comes_to_lie_in_memory_that_is_backed(pair):
+    """Its share has many more blocks, most of which come before them."""
+    source, standby = pair
+    lane = source.replicator.lane(1, range(1_000))
+    source.replicator.assign(lane, standby.info)
+    copied = range(60, 75)
+    for block in copied:
+        source.write(lane, block, 4, bytes([block]) * 8)
+    wait_for(lambda: len(source.replicator.outcomes) == len(copied))
+    lanes, replicas = Lanes([Runner(), Runner()], BOUNDS.blocks, True), LaneReplicas(standby.replicator, standby.memory)
+    own, guest = lanes.open(0, 1), lanes.open(1, 1)
+    lanes.share(own, None)
+    lanes.share(own, frozenset(range(1, 50)))
+    lanes.share(guest, frozenset({*range(1, 30), *copied}), first=replicas.kept(guest))
+    assert sorted(guest.blocks.table[block] for block in copied) == sorted(standby.memory.backed)
 
 
 def test_many_blocks_are_all_copied(pair):
