@@ -51,6 +51,10 @@ class Replica(msgspec.Struct, frozen=True, eq=False):
             return NotImplemented
         return (self.block, self.generation, self.filled) == (other.block, other.generation, other.filled)
 
+    def __ne__(self, other: object) -> bool:
+        """Of a struct it would ask who it is."""
+        return not self == other
+
     def __hash__(self) -> int:
         return hash((self.block, self.generation, self.filled))
 
