@@ -23,6 +23,20 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     Mutant(
+        "a chunk voids what was kept though its blocks were given in steps that are over",
+        "node/kept.py",
+        "if step >= oldest and step in kept",
+        "if step in kept",
+        "tests/unit/node/test_kept.py",
+    ),
+    Mutant(
+        "what there is to put in place is told when it has been copied",
+        "node/work.py",
+        "        return Done(placed, still_to_do=write)",
+        "        write()\n        return Done(placed)",
+        "tests/unit/node/test_work.py",
+    ),
+    Mutant(
         "a late step of a request that was set aside is taken to fill nothing",
         "recovery/giving_way.py",
         "tables = self._books.tables.tables | self._former",
@@ -96,14 +110,14 @@ MUTANTS = (
     Mutant(
         "what is put in place leaves outputs of earlier steps as they were",
         "node/work.py",
-        "        lane.kept.spoil()\n        if self._replicas is None:",
-        "        if self._replicas is None:",
+        "        lane.kept.spoil()\n        write = _nothing\n",
+        "        write = _nothing\n",
         "tests/unit/node/test_work.py",
     ),
     Mutant(
         "chunks leave outputs of earlier steps as they were",
         "node/work.py",
-        "lane.kept.recomputed(chunk.written_blocks(self._block_size))",
+        "lane.kept.recomputed(chunk.written_blocks(self._block_size), recompute.oldest)",
         "pass",
         "tests/unit/node/test_work.py",
     ),
