@@ -45,7 +45,7 @@ class LaneReplicas:
         replication = self._of(lane)
         replication.epoch = lane.epoch
         # That an earlier epoch is flushed means nothing to this one.
-        replication.flushing = False
+        replication.flushing = None
 
     def close(self, lane: Lane) -> None:
         """The lane was left."""
@@ -77,7 +77,7 @@ class LaneReplicas:
         lane.flush_until = now + FLUSH_SECONDS
         replication = self._of(lane)
         replication.queue.hasten()
-        replication.flushing = True
+        replication.flushing = lane.epoch
         self._replicator.ring()
 
     def begin(self, lane: Lane, writes: Iterable[Replica], use: Use) -> None:

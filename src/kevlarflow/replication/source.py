@@ -57,8 +57,8 @@ class LaneReplication:
         """Sent as copies of partly filled ones."""
         self.refused = 0
         """Messages that a standby called wrong."""
-        self.flushing = False
-        """Whether it is to be said when nothing is left to copy."""
+        self.flushing: Epoch | None = None
+        """In which epoch it is to be said that nothing is left to copy; None: it is not to be said."""
 
 
 class _Message(NamedTuple):
@@ -150,9 +150,12 @@ class Source:
             if channel is not None:
                 self._take_answers(lane, channel, now)
                 waits.append(self._copy_some(lane, channel, now))
-            if lane.flushing and not _is_busy(lane, channel):
-                lane.flushing = False
-                self._report(steps.Flushed(lane.pipeline, lane.epoch, self._stage))
+            flushing = lane.flushing
+            if flushing is not None and not _is_busy(lane, channel):
+                if lane.flushing == flushing:
+                    lane.flushing = None
+                # The lane may have been opened anew in this moment.
+                self._report(steps.Flushed(lane.pipeline, flushing, self._stage))
         return min(waits)
 
     def _close_abandoned(self, served: set[PipelineId]) -> None:
@@ -188,7 +191,7 @@ class Source:
             return BLOCKED_SECONDS
         if now < channel.blocked_until:
             return channel.blocked_until - now
-        if now < self._next_copy_at and not lane.flushing:
+        if now < self._next_copy_at and lane.flushing is None:
             return self._next_copy_at - now
         if lane.queue.is_empty:
             return IDLE_SECONDS

@@ -357,9 +357,8 @@ class Node(Process):
         sampled = runner.execute(*work.payload)
         if not step.has_tokens:
             return Computed()
-        if self._is_last:
-            return Computed(sampled=sampled, size=1)
-        return Computed(runner.output, size=1)
+        size = self.fleet.plan.output_bytes
+        return Computed(sampled=sampled, size=size) if self._is_last else Computed(runner.output, size=size)
 
     def follow(self, lane: Lane, work: Work, kept: Any) -> tuple[Any, Any]:
         """Take note of a step. Raises `WrongKv` if computing it again would not give what was kept."""

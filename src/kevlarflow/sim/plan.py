@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
+from kevlarflow.node.kept import MAX_BYTES
 from kevlarflow.sim.stage import VOCABULARY, next_token
 from kevlarflow.sim.thread import WAYS
 
@@ -140,6 +141,11 @@ class Plan:
     def reads_endings(self) -> bool:
         """Whether the controller can tell a node that was killed from one that has died of what it computed."""
         return self.seed % 4 != 0
+
+    @property
+    def output_bytes(self) -> int:
+        """The size of what stages compute: in some runs they can keep little of it, and in others nothing."""
+        return {0: MAX_BYTES // 3, 1: MAX_BYTES + 1}.get(self.seed % 16, 1)
 
     @property
     def parts(self) -> tuple[str, ...]:

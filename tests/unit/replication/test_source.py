@@ -530,7 +530,7 @@ def test_a_lane_is_flushed_once_the_standby_has_answered_everything():
     lane = bench.lane()
     for block in range(CHANNEL_PLACES + 1):
         bench.write(lane, block)
-    lane.flushing = True
+    lane.flushing = 5
     bench.turns(CHANNEL_PLACES + 1)
     first = bench.arrived()
     assert len(first) == CHANNEL_PLACES
@@ -550,7 +550,7 @@ def test_the_bandwidth_does_not_hold_up_a_lane_that_is_flushed():
     for block in range(5):
         bench.write(lane, block)
     bench.write(other, 0)
-    lane.flushing = True
+    lane.flushing = 5
     copies = []
     for _ in range(6):
         bench.turn(0.01)
@@ -564,6 +564,6 @@ def test_a_lane_without_a_standby_is_flushed_at_once():
     bench = Bench()
     lane = bench.lane()
     bench.source.assign(lane, None)
-    lane.flushing = True
+    lane.flushing = 5
     bench.turn()
     assert flushed(bench) == [steps.Flushed(0, 5, 0)]
