@@ -25,6 +25,8 @@ class Seen:
     """How many tokens of each running request, on average, were not on the standby."""
     most_bytes: int = 0
     """Of the lane's replicas."""
+    most_dropped: int = 0
+    """Replicas that there was no room for, as the node that served the lane counts them: the next one begins anew."""
 
 
 @contextmanager
@@ -40,6 +42,7 @@ def watching(cluster: Cluster, pipeline: int, stage: int) -> Iterator[Seen]:
                 running = sum(engine["running"] for engine in watcher.latest["engines"])
                 seen.lowest_coverage = min(seen.lowest_coverage, row["coverage"])
                 seen.most_bytes = max(seen.most_bytes, row["bytes"])
+                seen.most_dropped = max(seen.most_dropped, row["dropped"])
                 seen.tokens_behind = max(seen.tokens_behind, row["lag_tokens"] / max(1, running))
 
     thread = threading.Thread(target=look)

@@ -101,5 +101,6 @@ def test_it_is_no_member_any_more_and_is_sent_away():
     driver.exited("node-0-1", 1)
     assert [list(each.members) for each in driver.cluster.pipelines] == before
     driver.formed(0, 2)
+    driver.tick(1.0)
     slot = driver.cluster.slots[NodeId("node-0-1")]
     assert (slot.incarnation, slot.state) == (2, NodeState.STARTING)
