@@ -778,14 +778,14 @@ MUTANTS = (
     Mutant(
         "a stage without a node waits for one that dies early",
         "recovery/nodes.py",
-        "if (slot.gives_way and steady) or (waits and not _has_another(grid, slot)):",
-        "if slot.gives_way and steady:",
+        "if (slot.gives_way and is_the_moment) or (waits and not _has_another(grid, slot)):",
+        "if slot.gives_way and is_the_moment:",
         "tests/unit/recovery/test_early_deaths.py",
     ),
     Mutant(
         "a replacement is started while steps that were sent again run",
         "recovery/nodes.py",
-        "if (slot.gives_way and steady) or (waits and not _has_another(grid, slot)):",
+        "if (slot.gives_way and is_the_moment) or (waits and not _has_another(grid, slot)):",
         "if slot.gives_way or (waits and not _has_another(grid, slot)):",
         "tests/unit/recovery/test_cluster.py",
     ),

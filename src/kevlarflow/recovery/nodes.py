@@ -348,10 +348,12 @@ def start_replacements(grid: Grid) -> None:
     if any(each.forming and each.state is PipelineState.RECOVERING for each in grid.pipelines):
         return
     steady = all(not each.formed or grid.now >= each.formed_at + STEADY_SECONDS for each in grid.pipelines)
+    awaited = {stage for each in grid.pipelines if each.state is PipelineState.WAITING for stage in each.holes}
     for slot in grid.slots.values():
         # One that does not even start is tried later and later, whoever needs it.
         waits = slot.dies_early and slot.start_at is not None and not slot.failed_starts
-        if (slot.gives_way and steady) or (waits and not _has_another(grid, slot)):
+        is_the_moment = steady or slot.stage in awaited
+        if (slot.gives_way and is_the_moment) or (waits and not _has_another(grid, slot)):
             start(grid, slot)
 
 

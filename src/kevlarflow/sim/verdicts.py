@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kevlarflow.recovery.complaints import AVOID_SECONDS
 from kevlarflow.recovery.events import Suspend
 from kevlarflow.sim.errors import FalseAlarm, NoReason
+from kevlarflow.types import NodeState
 
 if TYPE_CHECKING:
     from kevlarflow.sim.fleet import Fleet
@@ -76,7 +77,10 @@ class Verdicts:
 
     def _could_serve(self, node: Node, order: Suspend) -> bool:
         fleet, now = self._fleet, self._fleet.timeline.now
-        if not (node.ready and node.is_well) or now - max(node.ready_at, node.left_at) < KNOWN_SECONDS:
+        # That it is ready it says over a network that may be slow.
+        is_heard = fleet.controller.cluster.slots[node.member.node].state is not NodeState.STARTING
+        patience = KNOWN_SECONDS if is_heard else RECENT_SECONDS
+        if not (node.ready and node.is_well) or now - max(node.ready_at, node.left_at) < patience:
             return False
         if node.killed_at is not None or node.told_to_leave_at is not None:
             return False

@@ -346,8 +346,10 @@ def test_replacements_do_not_give_way_for_long():
     assert started(driver.formed(0, 2)) == []
 
 
-def test_a_replacement_that_requests_wait_for_starts_at_once():
-    driver = Driver(pipelines=1).serve()
+@pytest.mark.parametrize("pipelines", [1, 2])
+def test_a_replacement_that_requests_wait_for_starts_at_once(pipelines):
+    """Nobody has room for a second lane, and whoever else there is has just been formed."""
+    driver = Driver(pipelines=pipelines, lanes=1).serve()
     assert started(driver.exited("node-0-1")) == [member("node-0-1", 2)]
 
 
