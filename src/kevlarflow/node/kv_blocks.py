@@ -158,8 +158,11 @@ class HostKvBlocks:
                 self._write_row(arena, base, row)
 
         help_comes = _helper().submit(write)
-        write()
-        help_comes.result()
+        try:
+            write()
+        finally:
+            # Whatever happens here: once this is over nobody may write, the blocks may be given to another lane.
+            help_comes.result()
 
     def _arena(self, first: int, last: int) -> torch.Tensor:
         """The memory between two copies, both included, as (copies, layers, words)."""

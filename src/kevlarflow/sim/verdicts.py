@@ -77,9 +77,10 @@ class Verdicts:
 
     def _could_serve(self, node: Node, order: Suspend) -> bool:
         fleet, now = self._fleet, self._fleet.timeline.now
-        # That it is ready it says over a network that may be slow.
+        # Where the network is slow for a while, that a node is ready, or who it is, comes late.
+        is_slow = any(each.kind == "delay" for each in fleet.plan.faults)
         is_heard = fleet.controller.cluster.slots[node.member.node].state is not NodeState.STARTING
-        patience = KNOWN_SECONDS if is_heard else RECENT_SECONDS
+        patience = KNOWN_SECONDS if is_heard or not is_slow else RECENT_SECONDS
         if not (node.ready and node.is_well) or now - max(node.ready_at, node.left_at) < patience:
             return False
         if node.killed_at is not None or node.told_to_leave_at is not None:
@@ -88,8 +89,8 @@ class Verdicts:
         # What was held up while the controller was away, or stopped, it reads in no particular order.
         controller = fleet.controller
         unknown = now - max(controller.started_at, fleet.network.released_at) < KNOWN_SECONDS
-        if not controller.knows(node):
-            # Who is slow to say who it is to a new life of the controller may be missed when yet another one is lost.
+        if is_slow and not controller.knows(node):
+            # A new life of the controller may miss it when yet another one is lost.
             unknown = unknown or now - controller.started_at < controller.config.timeouts.settle_ms / 1_000
         if failed or unknown or now - node.thawed_at < KNOWN_SECONDS or self._is_cut_off(node, KNOWN_SECONDS):
             return False
